@@ -1,0 +1,52 @@
+"""forerun: language models generate faster without changing what they say.
+
+    engine = forerun.load("models/target", drafter="lookup")
+    outputs = engine.generate(["def main():"], forerun.SamplingParams(max_new_tokens=64))
+
+Names are imported when they are first used, so that the command line answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from forerun.assembly import load
+    from forerun.engine import Engine, Output, Piece, Stats, TokenLogprob
+    from forerun.errors import CheckpointError, DrafterError, ForerunError, RequestError, TrainingError
+    from forerun.sampling import SamplingParams
+
+__all__ = [
+    "CheckpointError",
+    "DrafterError",
+    "Engine",
+    "ForerunError",
+    "Output",
+    "Piece",
+    "RequestError",
+    "SamplingParams",
+    "Stats",
+    "TokenLogprob",
+    "TrainingError",
+    "load",
+]
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "load": "assembly",
+    "SamplingParams": "sampling",
+    **dict.fromkeys(("Engine", "Output", "Piece", "Stats", "TokenLogprob"), "engine"),
+    **dict.fromkeys(("CheckpointError", "DrafterError", "ForerunError", "RequestError", "TrainingError"), "errors"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'forerun' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"forerun.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,84 @@
+"""From a model folder and a drafter's name to a running engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from forerun.drafters import Description, Workshop, build
+from forerun.engine import Engine, check_fit
+from forerun.errors import CheckpointError, ForerunError
+from forerun.model import Model
+from forerun.nn.load import dtype_of, load_network
+from forerun.text import HuggingFaceTokenizer
+
+
+def load(
+    path: str | Path,
+    drafter: str | Description = "none",
+    dtype: str = "auto",
+    device: str = "auto",
+    max_rows: int = 16,
+) -> Engine:
+    """An engine for a model and a drafter.
+
+    Args:
+        path: a folder in Hugging Face format, or a hub id.
+        drafter: `none`, `lookup`, `small:PATH`, a JSON or YAML file, or a description (see `forerun.drafters`).
+        dtype: auto (bf16 where the processor multiplies bf16 itself, else fp32), bf16, fp32 or fp16; for every network.
+        device: auto (cuda if there is one), cpu, cuda, cuda:1 ...
+        max_rows: requests that run side by side.
+
+    Raises:
+        CheckpointError: a checkpoint that is missing, broken or of an unsupported kind.
+        DrafterError: an unknown drafter, or one that does not fit the target.
+    """
+    place = device_of(device)
+    kind = dtype_of(dtype, place)
+    target = Model(load_network(str(path), kind, place), scratch=1)
+    workshop = Workshop(target, lambda checkpoint: load_network(checkpoint, kind, place))
+    made = build(drafter, workshop)
+    check_fit(target, made)
+    return Engine(target, made, tokenizer_of(path), end_tokens(path), max_rows)
+
+
+def device_of(name: str) -> torch.device:
+    """auto, or any torch device that is there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ForerunError(f"unknown device {name!r}: use auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ForerunError("there is no CUDA device here: use --device cpu")
+    return device
+
+
+def tokenizer_of(path: str | Path) -> HuggingFaceTokenizer | None:
+    """The tokenizer beside the weights, or None where there is none (prompts are token ids then)."""
+    from transformers import AutoTokenizer
+
+    if Path(path).is_dir() and not any(Path(path).glob("tokenizer*")) and not (Path(path) / "vocab.json").exists():
+        return None
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the tokenizer in {path} cannot be read: {' '.join(str(error).split())}") from None
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise CheckpointError(f"the tokenizer in {path} has no tokenizer.json: convert it to a fast tokenizer first")
+    fitting: HuggingFaceTokenizer = tokenizer
+    return fitting
+
+
+def end_tokens(path: str | Path) -> list[int]:
+    """The end-of-sequence ids of a model: from generation_config.json, else from config.json."""
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        ids = GenerationConfig.from_pretrained(str(path)).eos_token_id
+    except (OSError, ValueError):
+        ids = getattr(AutoConfig.from_pretrained(str(path)).get_text_config(), "eos_token_id", None)
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)

@@ -1,0 +1,21 @@
+"""No drafter: plain decoding, the baseline, on the same loop as everything else."""
+
+from __future__ import annotations
+
+from forerun.drafter import Context, Drafter
+from forerun.drafters import Workshop
+from forerun.tree import TokenTree
+
+
+class Nothing(Drafter):
+    """Proposes nothing: one node per row."""
+
+    name = "none"
+
+    def propose(self, context: Context) -> TokenTree:
+        return TokenTree.root([row.tokens[-1] for row in context.rows], context.device)
+
+
+def build(workshop: Workshop) -> Drafter:
+    """{"drafter": "none"}"""
+    return Nothing()

@@ -1,0 +1,321 @@
+"""A smaller language model of the same vocabulary drafts: Leviathan et al. 2023, Chen et al. 2023.
+
+Three shapes. A *chain* is drawn token by token until a stopping rule ends it. A *tree* keeps the best continuations of the
+draft model: level by level the `width` most probable nodes are extended, and in the end the `nodes` most probable of all that
+were seen are proposed (EAGLE-2's dynamic tree, Li et al. 2024, section 4; deterministic, so it is verified with one-hot
+laws). A *sampled* tree draws `widths[d]` children without replacement below every node of depth d.
+
+Rows at temperature 0 draft greedily, others sample from the draft model's law under the row's own sampling parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from forerun.accept import Verdict
+from forerun.chance import Dice
+from forerun.drafter import Context, Drafter
+from forerun.drafters import Workshop
+from forerun.errors import DrafterError
+from forerun.model import Model, Scores
+from forerun.row import Row
+from forerun.sampling import Prefix, edited, laws
+from forerun.stopping import Fixed, Stopping
+from forerun.stopping import stopping as stopping_rule
+from forerun.tree import Drawn, TokenTree
+
+
+class DraftModel(Drafter):
+    """What the three shapes share: a model of its own that reads what was accepted and forgets the rest."""
+
+    name = "small"
+
+    def __init__(self, model: Model):
+        self.model = model
+        self._places: list[list[int]] = []  # per row: the scratch entry of each node of the last tree, -1 if unread
+
+    def admit(self, row: Row, hidden: Mapping[int, Tensor]) -> None:
+        self.model.admit(row.limit)
+
+    def release(self, slot: int) -> None:
+        self.model.release(slot)
+
+    def observe(self, context: Context, tree: TokenTree, verdict: Verdict, scores: Scores) -> None:
+        if self._places:
+            kept = [[places[n] for n in path[1:]] for places, path in zip(self._places, verdict.kept, strict=True)]
+            self.model.keep([[place for place in row if place >= 0] for row in kept])
+        self._places = []
+
+    def retract(self, lengths: Sequence[int]) -> None:
+        for slot, length in enumerate(lengths):
+            self.model.truncate(slot, length)
+
+    def propose(self, context: Context) -> TokenTree:
+        """Draft, unless no row has room for it, in its own text or in the draft model's context."""
+        room = [self.model.max_length - len(row.tokens) for row in context.rows]
+        depths = [max(0, min(pair)) for pair in zip(context.depths, room, strict=True)]
+        if context.budget < 1 or not any(depths) or min(room) < 1:
+            return TokenTree.root([row.tokens[-1] for row in context.rows], context.device)
+        return self.draft(context, depths)
+
+    def draft(self, context: Context, depths: Sequence[int]) -> TokenTree:
+        raise NotImplementedError
+
+
+class Chain(DraftModel):
+    """One token after the other, as long as the stopping rule says."""
+
+    def __init__(self, model: Model, stopping: Stopping):
+        super().__init__(model)
+        self.stopping = stopping
+        self.max_nodes = stopping.most
+
+    def draft(self, context: Context, depths: Sequence[int]) -> TokenTree:
+        rows = context.rows
+        longest = min(self.max_nodes, context.budget, max(depths))
+        chance = context.chance()
+        chains: list[list[int]] = [[] for _ in rows]
+        sizes = [1 + min(depth, longest) for depth in depths]
+        logits, probs, steps = self.model.next_logits(rows), [], []
+        for depth in range(1, longest + 1):
+            law = draft_law(logits, rows, chains)
+            token = draw(law, rows, chance, depth)
+            probs.append(law.gather(-1, token[:, None]))
+            steps.append(law)
+            for chain, value in zip(chains, token.tolist(), strict=True):
+                chain.append(value)
+            goes_on = self.stopping.goes_on(torch.cat(probs, -1)).tolist()
+            sizes = [min(size, 1 + depth) if not on else size for size, on in zip(sizes, goes_on, strict=True)]
+            if depth >= max(sizes) - 1:
+                break
+            logits = self.model.grow(token[:, None], np.full((len(rows), 1), depth))[:, 0]
+        self._places = [[-1, *range(size - 1)] for size in sizes]
+        tokens = [[row.tokens[-1], *chain[: size - 1]] for row, chain, size in zip(rows, chains, sizes, strict=True)]
+        tree = TokenTree.chain(tokens, context.device)
+        if all(row.params.is_greedy for row in rows):
+            return tree
+        return TokenTree.drawn_chain(tree.tokens_BN, sizes, torch.stack(steps, 1)[:, : tree.nodes - 1])
+
+
+@dataclass
+class Grown:
+    """One row's tree while it grows. places: the scratch entry of each node that was read. scores: log-probability of the
+    path (of use to the deterministic tree alone)."""
+
+    tokens: list[int]
+    parents: list[int] = field(default_factory=lambda: [-1])
+    places: list[int] = field(default_factory=lambda: [-1])
+    scores: list[float] = field(default_factory=lambda: [0.0])
+    depths: list[int] = field(default_factory=lambda: [0])
+
+    def add(self, token: int, parent: int, score: float = 0.0) -> int:
+        self.tokens.append(token)
+        self.parents.append(parent)
+        self.places.append(-1)
+        self.scores.append(score)
+        self.depths.append(self.depths[parent] + 1)
+        return len(self.tokens) - 1
+
+    def path(self, node: int) -> list[int]:
+        """Nodes below 0 down to `node`."""
+        found = []
+        while node > 0:
+            found.append(node)
+            node = self.parents[node]
+        return found[::-1]
+
+    def pruned(self, nodes: Sequence[int]) -> Grown:
+        """Only these nodes (a parent is among them if its child is) and node 0."""
+        order = [0, *sorted(nodes)]
+        number = {old: new for new, old in enumerate(order)}
+        return Grown(
+            tokens=[self.tokens[n] for n in order],
+            parents=[-1, *(number[self.parents[n]] for n in order[1:])],
+            places=[self.places[n] for n in order],
+            scores=[self.scores[n] for n in order],
+            depths=[self.depths[n] for n in order],
+        )
+
+
+class _Growing(DraftModel):
+    """Trees that grow level by level."""
+
+    def _read(
+        self, grown: Sequence[Grown], frontiers: Sequence[Sequence[int]], held: int, device: torch.device
+    ) -> Tensor:
+        """Read every row's frontier (padded with the last token) and score it, [B, W, V]. `held`: scratch in use."""
+        width = max(1, max(map(len, frontiers)))
+        tokens = np.zeros((len(grown), width), dtype=np.int64)
+        depths = np.ones((len(grown), width), dtype=np.int64)
+        visible = np.zeros((len(grown), width, held + width), dtype=np.bool_)
+        visible[:, np.arange(width), held + np.arange(width)] = True
+        for index, (row, frontier) in enumerate(zip(grown, frontiers, strict=True)):
+            for offset, node in enumerate(frontier):
+                tokens[index, offset], depths[index, offset] = row.tokens[node], row.depths[node]
+                visible[index, offset, [row.places[n] for n in row.path(row.parents[node])]] = True
+                row.places[node] = held + offset
+        return self.model.grow(torch.from_numpy(tokens).to(device), depths, visible)
+
+
+class TopTree(_Growing):
+    """The most probable continuations, at most `nodes` of them, `depth` deep, extending `width` nodes per level."""
+
+    def __init__(self, model: Model, width: int, depth: int, nodes: int):
+        super().__init__(model)
+        self.width, self.depth, self.max_nodes = width, depth, nodes
+
+    def draft(self, context: Context, depths: Sequence[int]) -> TokenTree:
+        rows = context.rows
+        grown = [Grown([row.tokens[-1]]) for row in rows]
+        frontiers: list[list[int]] = [[0] for _ in rows]
+        logits, held = self.model.next_logits(rows)[:, None], 0
+        deepest = min(self.depth, max(depths))
+        for level in range(1, deepest + 1):
+            best = logits.float().log_softmax(-1).topk(min(self.width, logits.shape[-1]), -1)
+            values, tokens = best.values.tolist(), best.indices.tolist()
+            for index, row in enumerate(grown):
+                if level <= depths[index]:
+                    frontiers[index] = self._extend(row, frontiers[index], values[index], tokens[index])
+                else:
+                    frontiers[index] = []
+            if level < deepest:
+                logits = self._read(grown, frontiers, held, context.device)
+                held += logits.shape[1]
+        kept = [self._best(row, min(self.max_nodes, context.budget)) for row in grown]
+        self._places = [row.places for row in kept]
+        return TokenTree.of([row.tokens for row in kept], [row.parents for row in kept], context.device)
+
+    def _extend(
+        self, row: Grown, frontier: Sequence[int], values: Sequence[Sequence[float]], tokens: Sequence[Sequence[int]]
+    ) -> list[int]:
+        """Add the children of the frontier; the best of them are the next frontier."""
+        added = [
+            row.add(token, node, row.scores[node] + value)
+            for node, these, scores in zip(frontier, tokens, values, strict=False)
+            for token, value in zip(these, scores, strict=True)
+        ]
+        return sorted(sorted(added, key=lambda node: -row.scores[node])[: self.width])
+
+    @staticmethod
+    def _best(row: Grown, nodes: int) -> Grown:
+        """Ties go to the shallower, then the older node, so a child never outranks its parent (eagle.md, section 6)."""
+        ranked = sorted(range(1, len(row.tokens)), key=lambda n: (-row.scores[n], row.depths[n], n))
+        return row.pruned(ranked[:nodes])
+
+
+class SampledTree(_Growing):
+    """`widths[d]` children, drawn without replacement, below every node of depth d (greedy rows: one, the best)."""
+
+    def __init__(self, model: Model, widths: Sequence[int]):
+        super().__init__(model)
+        self.widths = list(widths)
+        self.max_nodes = int(np.cumprod(self.widths).sum())
+
+    def draft(self, context: Context, depths: Sequence[int]) -> TokenTree:
+        rows, chance = context.rows, context.chance()
+        grown = [Grown([row.tokens[-1]]) for row in rows]
+        groups: list[dict[int, Tensor]] = [{} for _ in rows]
+        frontiers: list[list[int]] = [[0] for _ in rows]
+        logits, held = self.model.next_logits(rows)[:, None], 0
+        deepest = min(len(self.widths), max(depths))
+        for level in range(1, deepest + 1):
+            for index, row in enumerate(grown):
+                drawn: list[int] = []
+                for offset, node in enumerate(frontiers[index] if level <= depths[index] else ()):
+                    law = self._law(logits[index, offset], rows[index], row, node)
+                    children = self._children(law, chance, index, node, self.widths[level - 1])
+                    if len(row.tokens) + len(children) <= context.budget + 1 and children:
+                        groups[index][node] = law
+                        drawn += [row.add(token, node) for token in children]
+                frontiers[index] = drawn
+            if level < deepest and any(frontiers):
+                logits = self._read(grown, frontiers, held, context.device)
+                held += logits.shape[1]
+        self._places = [row.places for row in grown]
+        return _with_laws(grown, groups, context.device)
+
+    @staticmethod
+    def _law(logits_V: Tensor, row: Row, grown: Grown, node: int) -> Tensor:
+        path = [grown.tokens[n] for n in grown.path(node)]
+        return draft_law(logits_V[None], [row], [path])[0]
+
+    @staticmethod
+    def _children(law_V: Tensor, chance: Dice, index: int, node: int, count: int) -> list[int]:
+        """Distinct tokens, each from what its predecessors left of the law."""
+        rest, drawn = law_V.clone(), []
+        for attempt in range(count):
+            if not float(rest.sum()) > 0:
+                break
+            token = int(chance.row(index).token(rest[None, None], np.asarray([[node * 64 + attempt]])))
+            drawn.append(token)
+            rest[token] = 0
+        return drawn
+
+
+def draft_law(logits_BV: Tensor, rows: Sequence[Row], drafted: Sequence[Sequence[int]]) -> Tensor:
+    """The draft model's law [B, V] under each row's own sampling parameters, `drafted` standing behind its text."""
+    scores = logits_BV.float()
+    for index, row in enumerate(rows):
+        if row.params.edits_scores:
+            prefix = Prefix([*row.tokens, *drafted[index]], row.prompt_length)
+            scores[index] = edited(scores[index : index + 1], row.params, [prefix])[0]
+    return laws(scores[:, None], [row.params for row in rows])[:, 0]
+
+
+def draw(law_BV: Tensor, rows: Sequence[Row], chance: Dice, depth: int) -> Tensor:
+    """A token per row, [B]; greedy rows have one-hot laws, so luck does not matter to them."""
+    if all(row.params.is_greedy for row in rows):
+        return law_BV.argmax(-1)
+    return chance.token(law_BV[:, None], np.full((len(rows), 1), depth))[:, 0]
+
+
+def _with_laws(grown: Sequence[Grown], groups: Sequence[Mapping[int, Tensor]], device: torch.device) -> TokenTree:
+    plain = TokenTree.of([row.tokens for row in grown], [row.parents for row in grown], device)
+    some = next((law for group in groups for law in group.values()), None)
+    if some is None:
+        return plain
+    table = some.new_zeros(plain.rows, plain.nodes, some.shape[0])
+    drawn = np.zeros((plain.rows, plain.nodes), dtype=np.uint8)
+    for index, group in enumerate(groups):
+        for node, law in group.items():
+            table[index, node], drawn[index, node] = law, Drawn.WITHOUT_REPLACEMENT
+    return TokenTree(plain.tokens_BN, plain.topology, drawn, table)
+
+
+def build(
+    workshop: Workshop,
+    checkpoint: str | None = None,
+    length: int | None = None,
+    stopping: Mapping[str, Any] | None = None,
+    tree: Mapping[str, int] | None = None,
+    widths: Sequence[int] | None = None,
+) -> Drafter:
+    """{"drafter": "small", "checkpoint": PATH, ...} and one of
+
+    "length": N                                          a chain of N tokens (the default, 5)
+    "stopping": {"rule": "confidence", "threshold": 0.4} a chain that ends itself
+    "tree": {"width": 4, "depth": 5, "nodes": 16}        the best continuations as a tree
+    "widths": [3, 2, 1]                                  a sampled tree
+    """
+    if sum(option is not None for option in (length, stopping, tree, widths)) > 1:
+        raise DrafterError("small: give only one of length, stopping, tree, widths")
+    network = workshop.network(checkpoint, "small")
+    if tree is not None:
+        shape = {"width": 4, "depth": 5, "nodes": 16, **tree}
+        if set(shape) != {"width", "depth", "nodes"} or min(shape.values()) < 1:
+            raise DrafterError(f"small: a tree has width, depth and nodes of at least 1, not {dict(tree)}")
+        return TopTree(Model(network, shape["width"] * shape["depth"]), **shape)
+    if widths is not None:
+        if not widths or min(widths) < 1:
+            raise DrafterError(f"small: widths are numbers of children per level, at least 1, not {list(widths)}")
+        return SampledTree(Model(network, int(np.cumprod(widths).sum())), widths)
+    if length is not None and length < 1:
+        raise DrafterError(f"small: a length of {length} drafts nothing; give 1 or more, or use the drafter none")
+    rule = stopping_rule(**stopping) if stopping else Fixed(length or 5)
+    return Chain(Model(network, rule.most), rule)

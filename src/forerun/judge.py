@@ -1,0 +1,68 @@
+"""From a model's logits to a verdict: the law each row asked for, and the exact rule that fits the tree.
+
+tree                        rows        rule
+deterministic               greedy      greedy match
+deterministic               sampled     sample and match
+sampled chain               any         speculative sampling
+anything else               any         recursive rejection
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from forerun.accept import Verdict, match, recursive_rejection, sample_choices, speculative_sampling
+from forerun.chance import Chance
+from forerun.row import Row
+from forerun.sampling import edited, laws
+from forerun.tree import TokenTree
+
+
+def rule_for(tree: TokenTree, greedy: bool) -> str:
+    """The name of the rule that `judge` will use; `greedy`: every row is."""
+    if tree.is_deterministic:
+        return "greedy match" if greedy else "sample and match"
+    if tree.topology.is_chain and tree.drawn_BN is not None and tree.drawn_BN.all():
+        return "speculative sampling"
+    return "recursive rejection"
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The verdict, the rule that gave it, and the model's laws [B, N, V] (None where greedy match needed none)."""
+
+    verdict: Verdict
+    rule: str
+    laws_BNV: Tensor | None
+
+
+def judge(tree: TokenTree, logits_BNV: Tensor, rows: Sequence[Row], chance: Chance) -> Judgement:
+    """Accept what fits the model's law under each row's own sampling parameters. Exact."""
+    scores = node_scores(tree, logits_BNV, rows)
+    rule = rule_for(tree, all(row.params.is_greedy for row in rows))
+    if rule == "greedy match":
+        return Judgement(match(tree, scores.argmax(-1)), rule, None)
+    law = laws(scores, [row.params for row in rows])
+    if rule == "sample and match":
+        verdict = match(tree, sample_choices(law, tree, chance))
+    elif rule == "speculative sampling":
+        verdict = speculative_sampling(tree, law, chance)
+    else:
+        verdict = recursive_rejection(tree, law, chance)
+    return Judgement(verdict, rule, law)
+
+
+def node_scores(tree: TokenTree, logits_BNV: Tensor, rows: Sequence[Row]) -> Tensor:
+    """The logits with each row's penalties, bias and processors applied at every node with that node's own prefix."""
+    if not any(row.params.edits_scores for row in rows):
+        return logits_BNV
+    scores = logits_BNV.float() if logits_BNV.dtype != torch.float64 else logits_BNV.clone()
+    for index, row in enumerate(rows):
+        if row.params.edits_scores:
+            size = tree.sizes[index]
+            scores[index, :size] = edited(scores[index, :size], row.params, row.prefixes(tree, index))
+    return scores

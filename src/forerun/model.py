@@ -1,0 +1,199 @@
+"""Model: a network with a memory. Targets, draft models and the middle of a hierarchy are all this one class.
+
+It compares what its cache holds with what a row has committed before it speaks, so that nothing is a special case: a row that
+was just admitted, a token that another model recovered, a draft that survived completely. All of these are "catch up".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from forerun.cache import Cache
+from forerun.chance import Ints
+from forerun.nn.feed import Feed, Network, Read
+from forerun.row import Row
+from forerun.tree import TokenTree
+
+CHUNK = 512
+"""Tokens of one row read at a time while catching up."""
+SHORT = 8
+"""Rows that are at most this far behind catch up together, padded to the longest."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model says about a tree: logits [B, N, V] after every node, and the hidden states asked for, [B, N, D]."""
+
+    logits_BNV: Tensor
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Model:
+    """A network and its cache. `scratch`: the most uncommitted tokens it is ever asked to hold per row."""
+
+    def __init__(self, network: Network, scratch: int):
+        self.network = network
+        self.scratch = scratch
+        self.cache = Cache(network.cache_shape, network.dtype, network.device)
+        self._held = 0  # scratch entries in use; the same for all rows, which are padded to it
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    @property
+    def vocab_size(self) -> int:
+        return self.network.vocab_size
+
+    @property
+    def max_length(self) -> int:
+        return self.network.max_length
+
+    def reserve(self, rows: int, length: int) -> None:
+        """Allocate for so many rows of so many tokens at once, instead of growing with every admission."""
+        self.cache.reserve(rows, length + self.scratch + SHORT)
+
+    def admit(self, limit: int) -> int:
+        """Open the next slot for a row that will have at most `limit` tokens. Returns its number."""
+        rows = self.cache.rows
+        slots = rows if rows < self.cache.slots else max(1, 2 * rows)
+        self.reserve(max(slots, rows + 1), limit)
+        return self.cache.admit()
+
+    def release(self, slot: int, ready: int | None = None) -> None:
+        self.cache.release(slot, ready)
+
+    @torch.inference_mode()
+    def prefill(self, row: Row, slot: int, layers: Collection[int] = ()) -> dict[int, Tensor] | None:
+        """Read one chunk of a row's tokens up to, but without, the newest.
+
+        Returns the hidden states asked for of that chunk, [1, N, D], or None when nothing is left to read.
+        """
+        start = self.cache.lengths[slot]
+        part = row.tokens[start : min(start + CHUNK, len(row.tokens) - 1)]
+        if not part:
+            return None
+        return self._commit([part], slot, layers).hidden
+
+    @torch.inference_mode()
+    def score(self, tree: TokenTree, rows: Sequence[Row], layers: Collection[int] = ()) -> Scores:
+        """One forward over all nodes of all rows. The nodes stay in scratch until `keep` says which were right.
+
+        Rows must stand in slots 0 .. B - 1; node 0 of each is its newest token.
+        """
+        self._held = 0
+        for slot, row in enumerate(rows):
+            self.cache.truncate(slot, len(row.tokens) - 1)
+        self._catch_up([row.tokens[:-1] if self._behind(row, slot, 1) else None for slot, row in enumerate(rows)])
+        read = self._grow(tree.tokens_BN, tree.topology.depths_BN, self._visibility(tree), layers)
+        return Scores(read.logits_BNV, read.hidden)
+
+    @torch.inference_mode()
+    def next_logits(self, rows: Sequence[Row]) -> Tensor:
+        """Catch up with all committed tokens and score what comes next, [B, V]: how a draft model begins a draft."""
+        self._held = 0
+        for slot, row in enumerate(rows):
+            self.cache.truncate(slot, len(row.tokens) - 1)
+        self._catch_up([row.tokens if self._behind(row, slot, SHORT) else None for slot, row in enumerate(rows)], SHORT)
+        parts = [row.tokens[self.cache.lengths[slot] :] for slot, row in enumerate(rows)]
+        return self._commit(parts).logits_BNV[:, 0]
+
+    @torch.inference_mode()
+    def grow(self, tokens_BN: Tensor, depths_BN: Ints, visible_BNM: np.ndarray | None = None) -> Tensor:
+        """Read uncommitted tokens that follow those already in scratch, and score them, [B, N, V].
+
+        depths: 1 for children of the newest committed token, and so on. visible_BNM: which of the M scratch entries (these
+        N included) each of them sees; None: all before itself (a chain).
+        """
+        return self._grow(tokens_BN, depths_BN - 1, visible_BNM, ()).logits_BNV
+
+    def keep(self, paths: Sequence[Sequence[int]]) -> None:
+        """Commit these scratch entries of each row, in order, and forget the rest."""
+        for slot, path in enumerate(paths):
+            self.cache.keep(slot, [node for node in path if node < self._held])
+        self._held = 0
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Forget everything from this length on."""
+        self.cache.truncate(slot, length)
+        self._held = 0
+
+    def _behind(self, row: Row, slot: int, allowed: int) -> bool:
+        return len(row.tokens) - self.cache.lengths[slot] > allowed
+
+    def _catch_up(self, texts: Sequence[list[int] | None], leave: int = 0) -> None:
+        """Read what is missing of these texts (None: nothing), one row at a time, leaving at most `leave` tokens unread."""
+        for slot, text in enumerate(texts):
+            while text is not None and (missing := len(text) - leave - self.cache.lengths[slot]) > 0:
+                start = self.cache.lengths[slot]
+                self._commit([text[start : start + min(CHUNK, missing)]], slot)
+
+    def _commit(self, parts: Sequence[list[int]], start: int = 0, layers: Collection[int] = ()) -> Read:
+        """Read committed tokens of rows `start ..`, ragged, and score the last of each."""
+        longest = max(map(len, parts))
+        tokens = torch.tensor([part + [0] * (longest - len(part)) for part in parts], device=self.device)
+        last = torch.tensor([len(part) - 1 for part in parts], device=self.device)
+        offsets = np.arange(longest)[None].repeat(len(parts), 0)
+        read = self.network.forward(self._feed(tokens, offsets, None, start, last), self.cache, layers)
+        for row, part in enumerate(parts):
+            self.cache.lengths[start + row] += len(part)
+        return read
+
+    def _grow(
+        self, tokens_BN: Tensor, offsets_BN: Ints, visible_BNM: np.ndarray | None, layers: Collection[int]
+    ) -> Read:
+        read = self.network.forward(self._feed(tokens_BN, offsets_BN, visible_BNM), self.cache, layers)
+        self._held += tokens_BN.shape[1]
+        return read
+
+    @staticmethod
+    def _visibility(tree: TokenTree) -> np.ndarray | None:
+        return None if tree.topology.is_chain else tree.topology.ancestors_BNN
+
+    def _feed(
+        self,
+        tokens_BN: Tensor,
+        offsets_BN: Ints,
+        visible_BNM: np.ndarray | None,
+        start: int = 0,
+        last_B: Tensor | None = None,
+    ) -> Feed:
+        """Tokens at `offsets` behind each row's committed text, to be written behind its scratch."""
+        rows, count = tokens_BN.shape
+        lengths = np.asarray(self.cache.lengths[start : start + rows])
+        begins = lengths + self._held
+        level = bool((begins == begins[0]).all())
+        span = int(begins.max()) + count
+        positions = np.minimum(lengths[:, None] + offsets_BN, self.max_length - 1)
+        places = begins[:, None] + np.arange(count)
+        if visible_BNM is not None:
+            visible = _tree_mask(lengths, span, visible_BNM)
+        elif level and count == 1:
+            visible = None
+        else:
+            visible = np.arange(span) <= places[:, :, None]
+        return Feed(
+            tokens_BN=tokens_BN,
+            positions_BN=torch.from_numpy(positions).to(self.device),
+            start=start,
+            at_BN=torch.from_numpy(places).to(self.device),
+            span=span,
+            visible_BNS=None if visible is None else torch.from_numpy(visible).to(self.device),
+            dtype=self.network.dtype,
+            last_B=last_B,
+            begin=int(begins[0]) if level else None,
+        )
+
+
+def _tree_mask(lengths: Ints, span: int, visible_BNM: np.ndarray) -> np.ndarray:
+    """[B, N, span]: every token sees its row's committed entries, and of the scratch behind them what it is allowed to."""
+    rows, count, scratch = visible_BNM.shape
+    mask = np.arange(span) < np.broadcast_to(lengths[:, None, None], (rows, count, 1))
+    for row, length in enumerate(lengths.tolist()):
+        mask[row, :, length : length + scratch] = visible_BNM[row]
+    return mask

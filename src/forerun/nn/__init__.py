@@ -1,0 +1,1 @@
+"""Networks: our transformer, foreign models behind the same seam, and the operations both are made of."""

@@ -1,0 +1,110 @@
+"""What goes into a network's forward and what comes out: the seam between `Model` and any network."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from forerun.cache import Cache, CacheShape
+
+
+@dataclass(slots=True)
+class Feed:
+    """Tokens for slots `start .. start + B`, N each, and where they stand.
+
+    tokens_BN, positions_BN: int64. at_BN: the cache entry every token writes to (int64); `begin`: the first of them where
+    all rows write to the same entries, so that a slice will do. span: entries [0, span) of the slots are read. visible_BNS: which of them a token sees (bool), or None when every
+    token sees all of them. last_B: if given, only the token at this index of each row is scored ([B, 1, V] logits).
+    """
+
+    tokens_BN: Tensor
+    positions_BN: Tensor
+    start: int
+    at_BN: Tensor
+    span: int
+    visible_BNS: Tensor | None
+    dtype: torch.dtype
+    last_B: Tensor | None = None
+    begin: int | None = None
+    _biases: dict[int | None, Tensor | None] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.start + self.tokens_BN.shape[0])
+
+    def wanted(self, x_BND: Tensor) -> Tensor:
+        """The states to score: all, or each row's last."""
+        if self.last_B is None:
+            return x_BND
+        return x_BND[torch.arange(x_BND.shape[0], device=x_BND.device), self.last_B].unsqueeze(1)
+
+    def bias(self, window: int | None = None) -> Tensor | None:
+        """Additive attention bias [B, 1, N, S]: 0 where a token may look, -inf elsewhere; None if it may look anywhere.
+
+        With a window w, a token at position p sees positions p - w + 1 .. p (the Mistral convention).
+        """
+        if window not in self._biases:
+            self._biases[window] = self._make_bias(window)
+        return self._biases[window]
+
+    def _make_bias(self, window: int | None) -> Tensor | None:
+        visible = self.visible_BNS
+        if window is not None and self.span > window:
+            visible = self._within(window) if visible is None else visible & self._within(window)
+        if visible is None:
+            return None
+        zero = torch.zeros((), dtype=self.dtype, device=visible.device)
+        return torch.where(visible, zero, float("-inf")).unsqueeze(1)
+
+    def _within(self, window: int) -> Tensor:
+        """Committed entry s stands at position s; an uncommitted one is an ancestor, so its position is at most s."""
+        entries = torch.arange(self.span, device=self.positions_BN.device)
+        places = entries.expand(self.tokens_BN.shape[0], -1).clone()
+        places.scatter_(1, self.at_BN.to(places.device), self.positions_BN)
+        return places[:, None, :] > self.positions_BN[:, :, None] - window
+
+
+@dataclass(slots=True)
+class Read:
+    """logits [B, N, V] (or [B, 1, V]) in the network's dtype, and the hidden states asked for, [B, N, D] each."""
+
+    logits_BNV: Tensor
+    hidden: dict[int, Tensor]
+
+
+class Network(Protocol):
+    """Anything that reads a `Feed` and scores it: our `Transformer`, or a `Foreign` model.
+
+    max_length: the most tokens a row may have. windows: the sliding-window sizes for which `forward` needs a mask of its own.
+    """
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def max_length(self) -> int: ...
+
+    @property
+    def cache_shape(self) -> CacheShape: ...
+
+    @property
+    def windows(self) -> frozenset[int]: ...
+
+    def forward(self, feed: Feed, cache: Cache, hidden_layers: Collection[int] = ()) -> Read:
+        """Write the keys and values of `feed` into `cache` and score its tokens.
+
+        hidden_layers: which hidden states to return, numbered as transformers does: i is the residual stream entering
+        layer i, and the number of layers stands for the output of the final norm. Every token must see at least one entry.
+        """
+        ...

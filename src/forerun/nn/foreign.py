@@ -1,0 +1,314 @@
+"""Any other Hugging Face causal LM behind the same seam: its own forward, our cache, our masks, our positions.
+
+Nothing is patched. transformers lets a caller bring a cache, a 4-D mask (or one per layer type) and explicit positions, and
+that is all a tree needs. Whether a model really honours the three is not taken on trust: before it is handed out it
+rehearses a small tree, and must say about every path what it says in a plain forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from forerun.cache import Cache, CacheShape
+from forerun.errors import CheckpointError
+from forerun.nn.feed import Feed, Read
+from forerun.nn.load import brief, difference, weight_files
+
+TOLERANCE = {torch.float32: 1e-3}
+HALF_TOLERANCE = 0.2
+"""How far the rehearsal may be off, as a part of the spread of the logits: rounding, and in half precision the odd expert
+that a mixture routes elsewhere. A mask or position that is ignored is off by about as much as the logits spread."""
+
+
+def load_foreign(
+    folder: Path, config: transformers.PreTrainedConfig, dtype: torch.dtype, device: torch.device
+) -> Foreign:
+    """A causal LM that transformers knows, wrapped; `config` is the one read from the folder.
+
+    Raises CheckpointError for damaged weights and for models that cannot be rolled back or cannot read a tree.
+    """
+    name = f"{folder} ({config.model_type})"
+    _refuse_by_config(name, config)
+    weight_files(folder)
+    model = _read(folder, name, config, dtype).to(device).requires_grad_(False).eval()
+    _refuse_by_signature(name, model)
+    foreign = Foreign(model, name)
+    _rehearse(foreign, name)
+    return foreign
+
+
+def _refuse_by_config(name: str, config: transformers.PreTrainedConfig) -> None:
+    if config.is_encoder_decoder:
+        raise CheckpointError(f"{name} is an encoder-decoder, not a causal language model: choose a decoder-only one")
+    if not getattr(config, "is_causal", True):
+        raise CheckpointError(f"{name} looks at later tokens and cannot be a target: choose a causal language model")
+    if getattr(config, "alibi", False):
+        raise CheckpointError(f"{name} {ALIBI}")
+
+
+ALIBI = (
+    "derives positions from the order of its cache (ALiBi and the like), so tree nodes cannot be placed: "
+    "choose a model that takes explicit positions"
+)
+RECURRENT = "has recurrent layers, whose state cannot be rolled back: choose a model with attention in every layer"
+
+
+def _refuse_by_signature(name: str, model: transformers.PreTrainedModel) -> None:
+    accepted = inspect.signature(model.forward).parameters
+    if "past_key_values" not in accepted:
+        raise CheckpointError(f"{name} {RECURRENT}")
+    if "position_ids" not in accepted:
+        raise CheckpointError(f"{name} {ALIBI}")
+
+
+def _read(
+    folder: Path, name: str, config: transformers.PreTrainedConfig, dtype: torch.dtype
+) -> transformers.PreTrainedModel:
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # an unknown kind, a missing package, a damaged file: each has its own class
+        raise CheckpointError(
+            f"{name} cannot be loaded by transformers {transformers.__version__} ({brief(error)}): "
+            "fetch it again or choose another model"
+        ) from error
+    lines = [f"missing     {key}" for key in info["missing_keys"]]
+    lines += [f"unexpected  {key}" for key in info["unexpected_keys"]]
+    lines += [f"wrong shape {key}" for key in info["mismatched_keys"]]
+    if lines:
+        raise CheckpointError(difference(folder, lines))
+    loaded: transformers.PreTrainedModel = model
+    return loaded
+
+
+class Foreign:
+    """A transformers model as a `Network`. See the module's text."""
+
+    def __init__(self, model: transformers.PreTrainedModel, name: str):
+        self.model = model
+        self._config = model.config.get_text_config(decoder=True)
+        self._trims = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.max_length = _max_length(name, self._config)
+        layers, self.vocab_size = _first_forward(name, model)
+        self.cache_shape = _cache_shape(name, layers)
+        self._windows = tuple(getattr(layer, "sliding_window", None) for layer in layers)
+        self._masks = _mask_kinds(name, self._config, self._windows)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def windows(self) -> frozenset[int]:
+        return frozenset(window for window in self._windows if window is not None)
+
+    def forward(self, feed: Feed, cache: Cache, hidden_layers: Collection[int] = ()) -> Read:
+        """See `Network.forward`. Logits come in the dtype in which the model gives them."""
+        steps = feed.last_B.unique() if feed.last_B is not None and self._trims else None
+        out = self.model(
+            input_ids=feed.tokens_BN,
+            position_ids=feed.positions_BN,
+            attention_mask=self._mask(feed),
+            past_key_values=Bridge(feed, cache),
+            use_cache=True,
+            output_hidden_states=bool(hidden_layers),
+            return_dict=True,
+            **({} if steps is None else {"logits_to_keep": steps}),
+        )
+        return Read(_wanted(out.logits, feed, steps), {index: out.hidden_states[index] for index in hidden_layers})
+
+    def _mask(self, feed: Feed) -> Tensor | dict[str, Tensor]:
+        masks = {kind: _additive(feed, window) for kind, window in self._masks.items()}
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def _wanted(logits: Tensor, feed: Feed, steps: Tensor | None) -> Tensor:
+    """The logits asked for, out of all of them or out of those for the positions `steps` (ascending)."""
+    if feed.last_B is None:
+        return logits
+    places = feed.last_B if steps is None else torch.searchsorted(steps, feed.last_B)
+    return logits[torch.arange(logits.shape[0], device=logits.device), places].unsqueeze(1)
+
+
+def _additive(feed: Feed, window: int | None) -> Tensor:
+    """[B, 1, N, S], always a tensor: without one, transformers would build its own causal mask."""
+    bias = feed.bias(window)
+    if bias is None:
+        rows, count = feed.tokens_BN.shape
+        return torch.zeros((rows, 1, count, feed.span), dtype=feed.dtype, device=feed.tokens_BN.device)
+    return bias
+
+
+class Bridge(transformers.Cache):
+    """Our cache in the shape in which transformers wants one: for one forward over one feed."""
+
+    def __init__(self, feed: Feed, cache: Cache):
+        super().__init__(layers=[BridgeLayer(index, feed, cache) for index in range(cache.shape.layers)])
+
+
+class BridgeLayer(CacheLayerMixin):
+    """One layer of a `Bridge`: writes where the feed says and hands back views of what may be read, [B, H, S, E]."""
+
+    is_sliding = False
+
+    def __init__(self, index: int, feed: Feed, cache: Cache):
+        super().__init__()
+        self._index, self._feed, self._cache = index, feed, cache
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values = self._cache.append(
+            self._index, self._feed, key_states.transpose(1, 2), value_states.transpose(1, 2)
+        )
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: `Cache.reserve` allocates."""
+
+    def get_seq_length(self) -> int:
+        return self._feed.span - self._feed.tokens_BN.shape[1]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._feed.span, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+# ---- what a model is like, found out by asking it
+
+
+def _max_length(name: str, config: transformers.PreTrainedConfig) -> int:
+    """Tokens up to which positions mean the same for every row.
+
+    LongRoPE changes its frequencies for the whole batch beyond the original length; rows would depend on their neighbours.
+    """
+    longest = getattr(config, "max_position_embeddings", None)
+    if not isinstance(longest, int):
+        raise CheckpointError(
+            f"{name} does not say how long a text may be: add max_position_embeddings to its config.json"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        return min(longest, int(rope["original_max_position_embeddings"]))
+    return longest
+
+
+@torch.inference_mode()
+def _first_forward(name: str, model: transformers.PreTrainedModel) -> tuple[list[Any], int]:
+    """One token through the model with the cache that transformers would use: its layers, and the size of the vocabulary."""
+    token = torch.ones((1, 1), dtype=torch.int64, device=model.device)
+    with _refusing(name, "cannot run with a cache"):
+        cache = transformers.DynamicCache(config=model.config)
+        out = model(input_ids=token, past_key_values=cache, use_cache=True, return_dict=True)
+    return list(cache.layers), int(out.logits.shape[-1])
+
+
+@contextmanager
+def _refusing(name: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # any line of any model's own code
+        raise CheckpointError(f"{name} {what} ({brief(error)}): choose another model") from error
+
+
+def _cache_shape(name: str, layers: Sequence[Any]) -> CacheShape:
+    """The one shape that all layers share."""
+    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+        raise CheckpointError(f"{name} {RECURRENT}")
+    if any(layer.keys is None for layer in layers):
+        raise CheckpointError(f"{name} shares keys and values between layers, or keeps none: choose another model")
+    shapes = {(tensor.shape[1], tensor.shape[3]) for layer in layers for tensor in (layer.keys, layer.values)}
+    if len(shapes) != 1:
+        raise CheckpointError(f"{name} has keys and values of different shapes {sorted(shapes)}: choose another model")
+    (heads, width) = shapes.pop()
+    return CacheShape(len(layers), heads, width)
+
+
+def _mask_kinds(
+    name: str, config: transformers.PreTrainedConfig, windows: Sequence[int | None]
+) -> dict[str, int | None]:
+    """The window of each kind of layer; a model with several kinds takes one mask per kind, by these names."""
+    kinds = getattr(config, "layer_types", None) or ["every"] * len(windows)
+    if "chunked_attention" in kinds:
+        raise CheckpointError(f"{name} attends in chunks, for which there is no tree mask: choose another model")
+    table = dict(zip(kinds, windows, strict=True))
+    return table if len(set(table.values())) > 1 else {"every": windows[0]}
+
+
+# ---- the rehearsal
+
+
+@torch.inference_mode()
+def _rehearse(foreign: Foreign, name: str) -> None:
+    """A short text and a tree behind it, against plain forwards of both branches.
+
+    text 0 1 2 -- 3 -- 4
+                   \\-- 5 -- 6
+    """
+    ids = [(7 * step + 3) % foreign.vocab_size for step in range(7)]
+    paths = [[0, 1, 2, 3, 4], [0, 1, 2, 3, 5, 6]]
+    with _refusing(name, "cannot read a tree through a cache of ours"):
+        ours = _read_tree(foreign, ids)
+        plain = {}
+        for path in paths:
+            tokens = torch.tensor([[ids[node] for node in path]], device=foreign.device)
+            logits = foreign.model(input_ids=tokens, use_cache=False, return_dict=True).logits[0].float()
+            plain.update(zip(path, logits, strict=True))
+    for node, logits in ours.items():
+        spread = plain[node].max() - plain[node].min()
+        allowed = TOLERANCE.get(foreign.dtype, HALF_TOLERANCE) * spread
+        if not (logits - plain[node]).abs().max() <= allowed:
+            raise CheckpointError(f"{name} does not honour given masks and positions: choose another model")
+
+
+def _read_tree(foreign: Foreign, ids: Sequence[int]) -> dict[int, Tensor]:
+    """Logits of nodes 2 .. 6 of the rehearsal: text first, then the tree at once."""
+    cache = Cache(foreign.cache_shape, foreign.dtype, foreign.device)
+    cache.reserve(1, len(ids))
+    cache.admit()
+    text = _feed(foreign, ids, [0, 1, 2], [0, 1, 2], [[0], [0, 1], [0, 1, 2]])
+    tree = _feed(
+        foreign, ids, [3, 4, 5, 6], [3, 4, 4, 5], [[0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 2, 3, 5], [0, 1, 2, 3, 5, 6]]
+    )
+    first = foreign.forward(text, cache).logits_BNV[0].float()
+    rest = foreign.forward(tree, cache).logits_BNV[0].float()
+    return {2: first[2]} | dict(zip([3, 4, 5, 6], rest, strict=True))
+
+
+def _feed(
+    foreign: Foreign, ids: Sequence[int], nodes: list[int], positions: list[int], seen: Sequence[list[int]]
+) -> Feed:
+    span = nodes[-1] + 1
+    visible = [[entry in row for entry in range(span)] for row in seen]
+    return Feed(
+        tokens_BN=torch.tensor([[ids[node] for node in nodes]], device=foreign.device),
+        positions_BN=torch.tensor([positions], device=foreign.device),
+        start=0,
+        at_BN=torch.tensor([nodes], device=foreign.device),
+        span=span,
+        visible_BNS=torch.tensor([visible], device=foreign.device),
+        dtype=foreign.dtype,
+        begin=nodes[0],
+    )

@@ -1,0 +1,196 @@
+"""From logits to the law that a request asked for: the one place for temperature, filters, penalties, bias, processors.
+
+The order is that of transformers: penalties and bias, then the user's processors, then temperature, top-k, top-p, min-p.
+Everything is applied at every node of a tree with that node's own prefix.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from forerun.errors import RequestError
+
+Processor = Callable[[Tensor, Tensor], Tensor]
+"""transformers' protocol: (input_ids [1, S], scores [1, V]) -> scores [1, V]."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """What a request wants. Values that mean nothing are refused with a sentence (RequestError).
+
+    max_new_tokens: at most so many; None: until the context is full.
+    temperature: 0 is greedy. top_k: 0 is off. top_p, min_p: shares of probability; 1 and 0 are off.
+    repetition_penalty: over prompt and output (1 is off). presence_penalty, frequency_penalty: over the output (0 is off).
+    logit_bias: token id -> what is added to its logit; -inf forbids it.
+    processors: transformers `LogitsProcessor`s or any callable like them, called with each node's own prefix.
+    seed: None draws one. n: samples per prompt. stop: strings that end the text (not part of it). stop_token_ids: tokens
+    that end it. ignore_eos: go on after end-of-sequence. logprobs: how many alternatives to report beside each token
+    (0: the token alone; None: none); natural logarithms of the model's own law, before any of the above.
+    """
+
+    max_new_tokens: int | None = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    processors: Sequence[Processor] = ()
+    seed: int | None = None
+    n: int = 1
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        for wrong in self._complaints():
+            raise RequestError(wrong)
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        if not all(self.stop):
+            raise RequestError("a stop string is empty: it would end every text at once; leave it out")
+
+    def _complaints(self) -> list[str]:
+        def check(good: bool, name: str, wants: str) -> list[str]:
+            return [] if good else [f"{name}={getattr(self, name)!r} makes no sense: {wants}"]
+
+        found = check(
+            self.max_new_tokens is None or self.max_new_tokens > 0, "max_new_tokens", "give 1 or more, or None"
+        )
+        found += check(
+            math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "give 0 (greedy) or more"
+        )
+        found += check(self.top_k >= 0, "top_k", "give 0 (off) or more")
+        found += check(0 < self.top_p <= 1, "top_p", "give a share above 0 and up to 1 (off)")
+        found += check(0 <= self.min_p <= 1, "min_p", "give a share from 0 (off) to 1")
+        found += check(self.repetition_penalty > 0, "repetition_penalty", "give a factor above 0; 1 is off")
+        found += check(math.isfinite(self.presence_penalty), "presence_penalty", "give a finite number; 0 is off")
+        found += check(math.isfinite(self.frequency_penalty), "frequency_penalty", "give a finite number; 0 is off")
+        found += check(self.n >= 1, "n", "give 1 or more samples")
+        found += check(self.logprobs is None or self.logprobs >= 0, "logprobs", "give 0 or more alternatives, or None")
+        filters = {"top_k": self.top_k > 0, "top_p": self.top_p < 1, "min_p": self.min_p > 0}
+        wanted = [name for name, on in filters.items() if on]
+        if self.temperature == 0 and wanted:
+            found.append(
+                f"{wanted[0]} has no effect at temperature 0 (greedy): set a temperature, or leave {wanted[0]} out"
+            )
+        if self.temperature == 0 and self.n > 1:
+            found.append(f"n={self.n} greedy samples would all be the same: set a temperature, or n=1")
+        return found
+
+    @staticmethod
+    def of(values: Mapping[str, Any]) -> SamplingParams:
+        """From a mapping, e.g. a JSON object; an unknown name is refused with the nearest one that exists."""
+        names = [item.name for item in fields(SamplingParams)]
+        for name in values:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, 1)
+                hint = f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(names)}"
+                raise RequestError(f"unknown sampling parameter {name!r}{hint}")
+        return SamplingParams(**values)
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def edits_scores(self) -> bool:
+        """The scores depend on the prefix or on a bias, not on the logits alone."""
+        return bool(
+            self.repetition_penalty != 1
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.logit_bias
+            or self.processors
+        )
+
+    @property
+    def filters(self) -> tuple[int, float, float]:
+        return (self.top_k, self.top_p, self.min_p)
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The tokens before a prediction: prompt and output so far, and how many of them are the prompt."""
+
+    tokens: Sequence[int]
+    prompt_length: int
+
+
+def edited(scores_NV: Tensor, params: SamplingParams, prefixes: Sequence[Prefix]) -> Tensor:
+    """Penalties, bias and processors for the nodes of one row; `prefixes[n]` is node n's own prefix (itself included)."""
+    scores_NV = scores_NV.clone()
+    for node, prefix in enumerate(prefixes):
+        scores = scores_NV[node]
+        _penalise(scores, params, prefix)
+        for token, bias in params.logit_bias.items():
+            scores[token] += bias
+        if params.processors:
+            ids = torch.tensor([prefix.tokens], dtype=torch.int64, device=scores.device)
+            batch = scores[None]
+            for processor in params.processors:
+                batch = processor(ids, batch)
+            scores_NV[node] = batch[0]
+    return scores_NV
+
+
+def _penalise(scores_V: Tensor, params: SamplingParams, prefix: Prefix) -> None:
+    if params.repetition_penalty != 1:
+        seen = torch.tensor(sorted(set(prefix.tokens)), device=scores_V.device)
+        values = scores_V[seen]
+        factor = params.repetition_penalty
+        scores_V[seen] = torch.where(values < 0, values * factor, values / factor)
+    if params.presence_penalty or params.frequency_penalty:
+        output = torch.tensor(prefix.tokens[prefix.prompt_length :], dtype=torch.int64, device=scores_V.device)
+        counts = torch.bincount(output, minlength=scores_V.shape[0]).to(scores_V.dtype)
+        scores_V -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
+
+
+def laws(scores_BNV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """The law of every node, [B, N, V]: fp32, or fp64 if the scores are; `scores` are already edited.
+
+    Greedy rows get the one-hot law of their best token, so that one rule can serve a mixed batch.
+    """
+    scores_BNV = scores_BNV if scores_BNV.dtype == torch.float64 else scores_BNV.float()
+    if all(p.is_greedy for p in params):
+        return one_hot(scores_BNV)
+    heat = torch.tensor([p.temperature or 1.0 for p in params], device=scores_BNV.device, dtype=scores_BNV.dtype)
+    scores_BNV = scores_BNV / heat[:, None, None]
+    for wanted in {p.filters for p in params if not p.is_greedy} - {(0, 1.0, 0.0)}:
+        rows = [row for row, p in enumerate(params) if p.filters == wanted and not p.is_greedy]
+        scores_BNV[rows] = _filtered(scores_BNV[rows], *wanted)
+    result = scores_BNV.softmax(-1)
+    greedy = [row for row, p in enumerate(params) if p.is_greedy]
+    if greedy:
+        result[greedy] = one_hot(scores_BNV[greedy])
+    return result
+
+
+def one_hot(scores: Tensor) -> Tensor:
+    """All probability on the best token (the first of equals)."""
+    return torch.zeros_like(scores).scatter_(-1, scores.argmax(-1, keepdim=True), 1.0)
+
+
+def _filtered(scores: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
+    if 0 < top_k < scores.shape[-1]:
+        least = scores.topk(top_k, -1).values[..., -1:]
+        scores = scores.masked_fill(scores < least, float("-inf"))
+    if top_p < 1:
+        ascending, order = scores.sort(-1)
+        surplus = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+        surplus[..., -1] = False
+        scores = scores.masked_fill(surplus.scatter(-1, order, surplus), float("-inf"))
+    if min_p > 0:
+        probs = scores.softmax(-1)
+        scores = scores.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), float("-inf"))
+    return scores

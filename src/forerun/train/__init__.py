@@ -1,0 +1,1 @@
+"""Training on a small machine: the corpus, the tokenizer, the loop and its objectives."""

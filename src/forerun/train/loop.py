@@ -1,0 +1,213 @@
+"""One training loop for everything that is trained here: language models now, draft heads and draft models too.
+
+A recipe hands over an objective and batches; the loop does the rest: gradient accumulation, mixed precision, warm-up and
+decay, checkpoints that resume to the same step, a guard against NaN, a progress bar, a log of figures.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from forerun.errors import TrainingError
+
+
+class Objective(Protocol):
+    """One loss and the parameters it moves."""
+
+    module: nn.Module
+
+    def loss(self, step: int, part: int) -> Tensor:
+        """The loss in nats of one part of a step's batch (fp32 scalar). The same step and part give the same batch."""
+
+    def validate(self) -> dict[str, float]:
+        """Figures on held-out text; `loss` in nats per token is among them."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps and learning rates. `muon_rate` moves matrices, `adam_rate` embeddings and vectors.
+
+    The rate rises linearly over `warmup` steps, stays, and falls linearly to zero over the last `decay` share of the steps
+    (warm-up, stable, decay).
+    """
+
+    steps: int
+    parts: int = 1
+    warmup: int = 20
+    decay: float = 0.4
+    muon_rate: float = 4e-3
+    adam_rate: float = 2e-3
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    validate_every: int = 250
+    save_every: int = 100
+
+    def rate(self, step: int) -> float:
+        """The share of the full learning rate at a step."""
+        rising = min(1.0, (step + 1) / max(1, self.warmup))
+        falling = (self.steps - step) / max(1.0, self.steps * self.decay)
+        return max(0.0, min(rising, falling, 1.0))
+
+
+def optimisers(module: nn.Module, schedule: Schedule) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW for embeddings, heads and vectors (Jordan et al. 2024)."""
+    matrices = [p for n, p in module.named_parameters() if p.requires_grad and p.dim() == 2 and _inner(n)]
+    known = {id(p) for p in matrices}
+    others = [p for p in module.parameters() if p.requires_grad and id(p) not in known]
+    made: list[torch.optim.Optimizer] = []
+    if matrices:
+        made.append(
+            torch.optim.Muon(
+                matrices,
+                lr=schedule.muon_rate,
+                weight_decay=schedule.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    made.append(torch.optim.AdamW(others, lr=schedule.adam_rate, betas=(0.9, 0.95), weight_decay=0.0))
+    return made
+
+
+def _inner(name: str) -> bool:
+    return not name.startswith(("embedding.", "head."))
+
+
+def fit(objective: Objective, schedule: Schedule, folder: Path, title: str) -> dict[str, float]:
+    """Train to the schedule's end, resuming from `folder` if a run was interrupted there. Returns the last validation.
+
+    Raises TrainingError when the loss is not finite twice in a row (one bad batch is skipped), or when `folder` holds a
+    run with another schedule.
+    """
+    return _Run(objective, schedule, folder).finish(title)
+
+
+class _Run:
+    def __init__(self, objective: Objective, schedule: Schedule, folder: Path):
+        self.objective, self.schedule, self.folder = objective, schedule, folder
+        self.optimisers = optimisers(objective.module, schedule)
+        self.step, self.bad, self.seconds = 0, 0, 0.0
+        folder.mkdir(parents=True, exist_ok=True)
+        self._resume()
+
+    def finish(self, title: str) -> dict[str, float]:
+        figures: dict[str, float] = {}
+        columns = (TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
+        with Progress(*columns, TimeRemainingColumn()) as progress:
+            task = progress.add_task(title, total=self.schedule.steps, completed=self.step, note="")
+            while self.step < self.schedule.steps:
+                started = time.perf_counter()
+                loss = self._update()
+                self.seconds += time.perf_counter() - started
+                self.step += 1
+                progress.update(task, completed=self.step, note=f"step {self.step}  loss {loss:.3f}")
+                figures = self._report(loss, figures)
+        return figures
+
+    def _update(self) -> float:
+        for optimiser in self.optimisers:
+            optimiser.zero_grad(set_to_none=True)
+        total = 0.0
+        for part in range(self.schedule.parts):
+            loss = self.objective.loss(self.step, part) / self.schedule.parts
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+        if not self._sound(total):
+            return total
+        moved = [p for group in self._groups() for p in group["params"] if p.grad is not None]
+        nn.utils.clip_grad_norm_(moved, self.schedule.clip)
+        rate = self.schedule.rate(self.step)
+        for optimiser in self.optimisers:
+            full = self.schedule.muon_rate if isinstance(optimiser, torch.optim.Muon) else self.schedule.adam_rate
+            for group in optimiser.param_groups:
+                group["lr"] = full * rate
+            optimiser.step()
+        return total
+
+    def _sound(self, loss: float) -> bool:
+        if math.isfinite(loss):
+            self.bad = 0
+            return True
+        self.bad += 1
+        if self.bad > 1:
+            raise TrainingError(
+                f"the loss was {loss} at steps {self.step - 1} and {self.step}: lower the learning rate, or look at the data there"
+            )
+        return False
+
+    def _groups(self) -> Iterable[dict[str, list[Tensor]]]:
+        return (group for optimiser in self.optimisers for group in optimiser.param_groups)
+
+    def _report(self, loss: float, figures: dict[str, float]) -> dict[str, float]:
+        last = self.step == self.schedule.steps
+        if last or self.step % self.schedule.validate_every == 0:
+            figures = self.objective.validate()
+            self._log({"step": self.step, "train_loss": loss, "seconds": self.seconds, **figures})
+        elif self.step % 20 == 0:
+            self._log({"step": self.step, "train_loss": loss, "seconds": self.seconds})
+        if last or self.step % self.schedule.save_every == 0:
+            self._save()
+        return figures
+
+    def _log(self, row: dict[str, float]) -> None:
+        with (self.folder / "log.jsonl").open("a") as file:
+            file.write(json.dumps({key: round(value, 5) for key, value in row.items()}) + "\n")
+
+    def _save(self) -> None:
+        state = {name: p.detach() for name, p in self.objective.module.named_parameters()}
+        for number, optimiser in enumerate(self.optimisers):
+            for index, values in optimiser.state_dict()["state"].items():
+                state |= {f"optimiser.{number}.{index}.{k}": torch.as_tensor(v) for k, v in values.items()}
+        note = {"step": self.step, "seconds": self.seconds, "schedule": asdict(self.schedule)}
+        beside = self.folder / "state.tmp"
+        save_file({k: v.contiguous() for k, v in state.items()}, beside, {"run": json.dumps(note)})
+        beside.rename(self.folder / "state.safetensors")
+
+    def _resume(self) -> None:
+        path = self.folder / "state.safetensors"
+        if not path.exists():
+            return
+        note, state = read_run(path)
+        if note["schedule"] != asdict(self.schedule):
+            raise TrainingError(
+                f"{path} belongs to a run with another schedule: remove it, or train into another folder"
+            )
+        self.step, self.seconds = int(note["step"]), float(note["seconds"])
+        own = dict(self.objective.module.named_parameters())
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])
+        for number, optimiser in enumerate(self.optimisers):
+            saved = optimiser.state_dict()
+            prefix = f"optimiser.{number}."
+            for key in (key for key in state if key.startswith(prefix)):
+                index, field = key[len(prefix) :].split(".", 1)
+                saved["state"].setdefault(int(index), {})[field] = state[key]
+            optimiser.load_state_dict(saved)
+
+
+def read_run(path: Path) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """The notes and tensors of a training checkpoint; TrainingError if it cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            note = json.loads(file.metadata()["run"])
+        return note, load_file(path)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise TrainingError(f"{path} is not a training checkpoint that can be resumed ({error}): remove it") from None
+
+
+def compiled(function: Callable[..., Tensor], wanted: bool) -> Callable[..., Tensor]:
+    """`torch.compile` when asked for: on CPUs it needs a C++ compiler and a minute, and trains faster afterwards."""
+    return torch.compile(function) if wanted else function

@@ -1,0 +1,84 @@
+"""Networks that are tables: any law, exactly known, behind the same seam as a transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from forerun.cache import Cache, CacheShape
+from forerun.drafters import Workshop, build
+from forerun.engine import Engine
+from forerun.model import Model
+from forerun.nn.feed import Feed, Read
+
+
+class TableNetwork:
+    """Logits are a function of the prefix, looked up by hash. The cache holds token ids as keys and positions as values, so a
+    wrong mask, a wrong position or a wrongly kept path is an assertion error or another law, never luck."""
+
+    device = torch.device("cpu")
+    dtype = torch.float64
+    windows: frozenset[int] = frozenset()
+    cache_shape = CacheShape(1, 1, 1)
+
+    def __init__(
+        self, vocab_size: int = 4, seed: int = 0, order: int = 3, sharpness: float = 1.5, max_length: int = 4096
+    ):
+        self.vocab_size, self.max_length = vocab_size, max_length
+        self._seed, self._order, self._sharpness = seed, order, sharpness
+        self.forwards = 0
+
+    def logits(self, prefix: Sequence[int]) -> Tensor:
+        return self._logits(tuple(prefix[-self._order :]))
+
+    @lru_cache(maxsize=100_000)  # noqa: B019
+    def _logits(self, context: tuple[int, ...]) -> Tensor:
+        rng = np.random.default_rng([self._seed, *[token + 1 for token in context]])
+        return torch.from_numpy(rng.normal(size=self.vocab_size) * self._sharpness)
+
+    def forward(self, feed: Feed, cache: Cache, hidden_layers: Collection[int] = ()) -> Read:
+        self.forwards += 1
+        tokens = feed.tokens_BN.double()[:, :, None, None]
+        keys, values = cache.append(0, feed, tokens, feed.positions_BN.double()[:, :, None, None])
+        rows, count = feed.tokens_BN.shape
+        logits = torch.full((rows, count, self.vocab_size), float("nan"), dtype=torch.float64)
+        for row in range(rows):
+            for node in range(count):
+                seen = slice(None) if feed.visible_BNS is None else feed.visible_BNS[row, node]
+                held = sorted(zip(values[row, seen, 0, 0].tolist(), keys[row, seen, 0, 0].tolist(), strict=True))
+                if [place for place, _ in held] == list(range(len(held))) and held[-1][0] == feed.positions_BN[
+                    row, node
+                ]:
+                    logits[row, node] = self.logits([int(token) for _, token in held])
+        return Read(feed.wanted(logits), dict.fromkeys(hidden_layers, logits))
+
+
+class Near(TableNetwork):
+    """A drafter's table: the target's logits plus noise."""
+
+    def __init__(self, target: TableNetwork, noise: float, seed: int = 99):
+        super().__init__(target.vocab_size, seed, target._order, noise, target.max_length)
+        self._target = target
+
+    def logits(self, prefix: Sequence[int]) -> Tensor:
+        return self._target.logits(prefix) + super().logits(prefix)
+
+
+def engine_of(
+    target: TableNetwork, drafter: object = "none", networks: dict[str, TableNetwork] | None = None, **options: object
+) -> Engine:
+    """An engine over tables; checkpoints in the drafter's description are names in `networks`."""
+    model = Model(target, 1)
+    return Engine(model, build(drafter, Workshop(model, (networks or {}).__getitem__)), **options)
+
+
+def plain(target: TableNetwork, prompt: Sequence[int], count: int) -> list[int]:
+    """The slow obvious version: greedy decoding without engine, cache or tree."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(target.logits(tokens).argmax()))
+    return tokens[len(prompt) :]
