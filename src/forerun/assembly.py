@@ -11,7 +11,8 @@ from forerun.drafters import Description, Workshop, build
 from forerun.engine import Engine, check_fit
 from forerun.errors import CheckpointError, ForerunError
 from forerun.model import Model
-from forerun.nn.load import dtype_of, load_network
+from forerun.nn.dtype import dtype_of
+from forerun.nn.load import load_network
 from forerun.text import HuggingFaceTokenizer
 
 

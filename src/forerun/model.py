@@ -41,6 +41,7 @@ class Model:
         self.scratch = scratch
         self.cache = Cache(network.cache_shape, network.dtype, network.device)
         self._held = 0  # scratch entries in use; the same for all rows, which are padded to it
+        self._offsets: list[Ints] = []  # their offsets behind the committed text, for sliding windows
 
     @property
     def device(self) -> torch.device:
@@ -147,9 +148,20 @@ class Model:
     def _grow(
         self, tokens_BN: Tensor, offsets_BN: Ints, visible_BNM: np.ndarray | None, layers: Collection[int]
     ) -> Read:
-        read = self.network.forward(self._feed(tokens_BN, offsets_BN, visible_BNM), self.cache, layers)
+        self._offsets = [*self._offsets, offsets_BN] if self._held else [offsets_BN]
+        feed = self._feed(tokens_BN, offsets_BN, visible_BNM)
+        if self.network.windows:
+            feed.scratch = self._scratch()
+        read = self.network.forward(feed, self.cache, layers)
         self._held += tokens_BN.shape[1]
         return read
+
+    def _scratch(self) -> tuple[Tensor, Tensor]:
+        """Cache entries and positions [B, M] of everything uncommitted."""
+        offsets = np.concatenate(self._offsets, 1)
+        lengths = np.asarray(self.cache.lengths[: len(offsets)])[:, None]
+        entries, positions = lengths + np.arange(offsets.shape[1]), lengths + offsets
+        return torch.from_numpy(entries).to(self.device), torch.from_numpy(positions).to(self.device)
 
     @staticmethod
     def _visibility(tree: TokenTree) -> np.ndarray | None:

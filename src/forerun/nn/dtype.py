@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from forerun.errors import ForerunError
@@ -24,8 +26,13 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether this processor has bf16 products of its own; emulated ones are slower than fp32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return False
-    abilities = torch.cpu.get_capabilities()
-    return any(abilities.get(flag, False) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and not _cpu_flags().isdisjoint(("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def _cpu_flags() -> set[str]:
+    """What the processor can do; nothing where neither torch nor the system tells."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return {flag for flag, present in torch.cpu.get_capabilities().items() if present}
+    cpuinfo = Path("/proc/cpuinfo")
+    return set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()

@@ -19,7 +19,8 @@ class Feed:
 
     tokens_BN, positions_BN: int64. at_BN: the cache entry every token writes to (int64); `begin`: the first of them where
     all rows write to the same entries, so that a slice will do. span: entries [0, span) of the slots are read. visible_BNS: which of them a token sees (bool), or None when every
-    token sees all of them. last_B: if given, only the token at this index of each row is scored ([B, 1, V] logits).
+    token sees all of them. scratch: entries and positions [B, M] of all uncommitted tokens, these and earlier ones (for
+    sliding windows; None: these alone). last_B: if given, only the token at this index of each row is scored ([B, 1, V] logits).
     """
 
     tokens_BN: Tensor
@@ -30,6 +31,7 @@ class Feed:
     visible_BNS: Tensor | None
     dtype: torch.dtype
     last_B: Tensor | None = None
+    scratch: tuple[Tensor, Tensor] | None = None
     begin: int | None = None
     _biases: dict[int | None, Tensor | None] = field(default_factory=dict)
 
@@ -44,7 +46,7 @@ class Feed:
         return x_BND[torch.arange(x_BND.shape[0], device=x_BND.device), self.last_B].unsqueeze(1)
 
     def bias(self, window: int | None = None) -> Tensor | None:
-        """Additive attention bias [B, 1, N, S]: 0 where a token may look, -inf elsewhere; None if it may look anywhere.
+        """Additive attention bias [B, N, S]: 0 where a token may look, -inf elsewhere; None if it may look anywhere.
 
         With a window w, a token at position p sees positions p - w + 1 .. p (the Mistral convention).
         """
@@ -59,13 +61,13 @@ class Feed:
         if visible is None:
             return None
         zero = torch.zeros((), dtype=self.dtype, device=visible.device)
-        return torch.where(visible, zero, float("-inf")).unsqueeze(1)
+        return torch.where(visible, zero, float("-inf"))
 
     def _within(self, window: int) -> Tensor:
-        """Committed entry s stands at position s; an uncommitted one is an ancestor, so its position is at most s."""
-        entries = torch.arange(self.span, device=self.positions_BN.device)
-        places = entries.expand(self.tokens_BN.shape[0], -1).clone()
-        places.scatter_(1, self.at_BN.to(places.device), self.positions_BN)
+        """Committed entry s stands at position s; scratch entries stand where the model says."""
+        places = torch.arange(self.span, device=self.positions_BN.device).repeat(self.tokens_BN.shape[0], 1)
+        entries, positions = self.scratch or (self.at_BN, self.positions_BN)
+        places.scatter_(1, entries, positions)
         return places[:, None, :] > self.positions_BN[:, :, None] - window
 
 
@@ -80,7 +82,8 @@ class Read:
 class Network(Protocol):
     """Anything that reads a `Feed` and scores it: our `Transformer`, or a `Foreign` model.
 
-    max_length: the most tokens a row may have. windows: the sliding-window sizes for which `forward` needs a mask of its own.
+    max_length: the most tokens a row may have. windows: the sliding-window sizes for which `forward` needs a mask of its
+    own.
     """
 
     @property
@@ -105,6 +108,7 @@ class Network(Protocol):
         """Write the keys and values of `feed` into `cache` and score its tokens.
 
         hidden_layers: which hidden states to return, numbered as transformers does: i is the residual stream entering
-        layer i, and the number of layers stands for the output of the final norm. Every token must see at least one entry.
+        layer i, and the number of layers stands for the output of the final norm. Every token must see at least one
+        entry.
         """
         ...

@@ -1,13 +1,14 @@
 """Any other Hugging Face causal LM behind the same seam: its own forward, our cache, our masks, our positions.
 
-Nothing is patched. transformers lets a caller bring a cache, a 4-D mask (or one per layer type) and explicit positions, and
-that is all a tree needs. Whether a model really honours the three is not taken on trust: before it is handed out it
-rehearses a small tree, and must say about every path what it says in a plain forward.
+Nothing is patched. transformers lets a caller bring a cache, a 4-D mask (or one per layer type) and explicit positions,
+and that is all a tree needs. Whether a model really honours the three is not taken on trust: before it is handed out it
+rehearses a small tree, and must say about every node what it says at the end of that node's path in a plain forward.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,17 +17,30 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from forerun.cache import Cache, CacheShape
 from forerun.errors import CheckpointError
 from forerun.nn.feed import Feed, Read
 from forerun.nn.load import brief, difference, weight_files
 
-TOLERANCE = {torch.float32: 1e-3}
-HALF_TOLERANCE = 0.2
-"""How far the rehearsal may be off, as a part of the spread of the logits: rounding, and in half precision the odd expert
-that a mixture routes elsewhere. A mask or position that is ignored is off by about as much as the logits spread."""
+TOLERANCE, HALF_TOLERANCE = 1e-3, 0.2
+"""How far the rehearsal may be off in fp32 and in half precision, as a part of the spread of the logits: rounding, and
+the odd expert that a mixture routes elsewhere. An ignored mask or position is off by about as much as the logits spread."""
+BUFFERS = re.compile(r"(\.|^)((attn|attention|self_attn)\.(masked_)?bias|rotary_emb\.inv_freq|position_ids)$")
+"""Constants that old exports carry beside the weights; transformers makes them anew."""
+ALIBI = (
+    "derives positions from the order of its cache (ALiBi and the like), so tree nodes cannot be placed: "
+    "choose a model that takes explicit positions"
+)
+RECURRENT = "has recurrent layers, whose state cannot be rolled back: choose a model with attention in every layer"
+CACHELESS = "keeps no keys and values that could be rolled back: choose a model with attention in every layer"
 
 
 def load_foreign(
@@ -55,17 +69,11 @@ def _refuse_by_config(name: str, config: transformers.PreTrainedConfig) -> None:
         raise CheckpointError(f"{name} {ALIBI}")
 
 
-ALIBI = (
-    "derives positions from the order of its cache (ALiBi and the like), so tree nodes cannot be placed: "
-    "choose a model that takes explicit positions"
-)
-RECURRENT = "has recurrent layers, whose state cannot be rolled back: choose a model with attention in every layer"
-
-
 def _refuse_by_signature(name: str, model: transformers.PreTrainedModel) -> None:
     accepted = inspect.signature(model.forward).parameters
     if "past_key_values" not in accepted:
-        raise CheckpointError(f"{name} {RECURRENT}")
+        recurrent = "cache_params" in accepted or "state" in accepted
+        raise CheckpointError(f"{name} {RECURRENT if recurrent else CACHELESS}")
     if "position_ids" not in accepted:
         raise CheckpointError(f"{name} {ALIBI}")
 
@@ -89,8 +97,7 @@ def _read(
             "fetch it again or choose another model"
         ) from error
     lines = [f"missing     {key}" for key in info["missing_keys"]]
-    lines += [f"unexpected  {key}" for key in info["unexpected_keys"]]
-    lines += [f"wrong shape {key}" for key in info["mismatched_keys"]]
+    lines += [f"unexpected  {key}" for key in info["unexpected_keys"] if not BUFFERS.search(key)]
     if lines:
         raise CheckpointError(difference(folder, lines))
     loaded: transformers.PreTrainedModel = model
@@ -98,33 +105,34 @@ def _read(
 
 
 class Foreign:
-    """A transformers model as a `Network`. See the module's text."""
+    """A transformers model as a `Network`. See the module's text. `name` is what errors call it."""
 
     def __init__(self, model: transformers.PreTrainedModel, name: str):
         self.model = model
-        self._config = model.config.get_text_config(decoder=True)
-        self._trims = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self.max_length = _max_length(name, self._config)
+        config = model.config.get_text_config(decoder=True)
+        self.max_length = _max_length(name, config)
         layers, self.vocab_size = _first_forward(name, model)
         self.cache_shape = _cache_shape(name, layers)
-        self._windows = tuple(getattr(layer, "sliding_window", None) for layer in layers)
-        self._masks = _mask_kinds(name, self._config, self._windows)
+        self._masks = _mask_kinds(name, config, [getattr(layer, "sliding_window", None) for layer in layers])
+        self._trims = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.dtype
+        dtype: torch.dtype = self.model.dtype
+        return dtype
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        device: torch.device = self.model.device
+        return device
 
     @property
     def windows(self) -> frozenset[int]:
-        return frozenset(window for window in self._windows if window is not None)
+        return frozenset(window for window in self._masks.values() if window is not None)
 
     def forward(self, feed: Feed, cache: Cache, hidden_layers: Collection[int] = ()) -> Read:
         """See `Network.forward`. Logits come in the dtype in which the model gives them."""
-        steps = feed.last_B.unique() if feed.last_B is not None and self._trims else None
+        steps = torch.unique(feed.last_B) if feed.last_B is not None and self._trims else None
         out = self.model(
             input_ids=feed.tokens_BN,
             position_ids=feed.positions_BN,
@@ -156,17 +164,17 @@ def _additive(feed: Feed, window: int | None) -> Tensor:
     if bias is None:
         rows, count = feed.tokens_BN.shape
         return torch.zeros((rows, 1, count, feed.span), dtype=feed.dtype, device=feed.tokens_BN.device)
-    return bias
+    return bias.unsqueeze(1)
 
 
-class Bridge(transformers.Cache):
+class Bridge(transformers.Cache):  # type: ignore[misc]
     """Our cache in the shape in which transformers wants one: for one forward over one feed."""
 
     def __init__(self, feed: Feed, cache: Cache):
         super().__init__(layers=[BridgeLayer(index, feed, cache) for index in range(cache.shape.layers)])
 
 
-class BridgeLayer(CacheLayerMixin):
+class BridgeLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer of a `Bridge`: writes where the feed says and hands back views of what may be read, [B, H, S, E]."""
 
     is_sliding = False
@@ -198,15 +206,13 @@ class BridgeLayer(CacheLayerMixin):
 
 
 def _max_length(name: str, config: transformers.PreTrainedConfig) -> int:
-    """Tokens up to which positions mean the same for every row.
+    """Tokens up to which a position means the same whatever else is in the batch.
 
-    LongRoPE changes its frequencies for the whole batch beyond the original length; rows would depend on their neighbours.
+    Beyond its original length, LongRoPE changes the frequencies of all rows as soon as one row gets there.
     """
     longest = getattr(config, "max_position_embeddings", None)
     if not isinstance(longest, int):
-        raise CheckpointError(
-            f"{name} does not say how long a text may be: add max_position_embeddings to its config.json"
-        )
+        raise CheckpointError(f"{name} does not say how long a text may be: add max_position_embeddings to its config")
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         return min(longest, int(rope["original_max_position_embeddings"]))
@@ -215,12 +221,23 @@ def _max_length(name: str, config: transformers.PreTrainedConfig) -> int:
 
 @torch.inference_mode()
 def _first_forward(name: str, model: transformers.PreTrainedModel) -> tuple[list[Any], int]:
-    """One token through the model with the cache that transformers would use: its layers, and the size of the vocabulary."""
+    """One token through the model with the cache that transformers would use: its layers, and the vocabulary's size."""
     token = torch.ones((1, 1), dtype=torch.int64, device=model.device)
     with _refusing(name, "cannot run with a cache"):
         cache = transformers.DynamicCache(config=model.config)
+        for layer in cache.layers:
+            _demand_plain(name, layer)
         out = model(input_ids=token, past_key_values=cache, use_cache=True, return_dict=True)
     return list(cache.layers), int(out.logits.shape[-1])
+
+
+def _demand_plain(name: str, layer: object) -> None:
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        raise CheckpointError(f"{name} {RECURRENT}")
+    if isinstance(layer, DummyLayer):
+        raise CheckpointError(f"{name} shares keys and values between layers: choose a model that does not")
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        raise CheckpointError(f"{name} keeps more than keys and values ({type(layer).__name__}): choose another model")
 
 
 @contextmanager
@@ -234,27 +251,28 @@ def _refusing(name: str, what: str) -> Iterator[None]:
 
 
 def _cache_shape(name: str, layers: Sequence[Any]) -> CacheShape:
-    """The one shape that all layers share."""
-    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
-        raise CheckpointError(f"{name} {RECURRENT}")
-    if any(layer.keys is None for layer in layers):
-        raise CheckpointError(f"{name} shares keys and values between layers, or keeps none: choose another model")
+    """The one shape that all keys and values share."""
+    if not layers or any(layer.keys is None for layer in layers):
+        raise CheckpointError(f"{name} {CACHELESS}")
     shapes = {(tensor.shape[1], tensor.shape[3]) for layer in layers for tensor in (layer.keys, layer.values)}
     if len(shapes) != 1:
-        raise CheckpointError(f"{name} has keys and values of different shapes {sorted(shapes)}: choose another model")
-    (heads, width) = shapes.pop()
+        listed = ", ".join(f"{heads} heads of {width}" for heads, width in sorted(shapes))
+        raise CheckpointError(f"{name} keeps keys and values of different shapes ({listed}): choose another model")
+    heads, width = shapes.pop()
     return CacheShape(len(layers), heads, width)
 
 
 def _mask_kinds(
     name: str, config: transformers.PreTrainedConfig, windows: Sequence[int | None]
 ) -> dict[str, int | None]:
-    """The window of each kind of layer; a model with several kinds takes one mask per kind, by these names."""
+    """The window of each kind of layer; a model whose layers differ takes one mask per kind, by these names."""
     kinds = getattr(config, "layer_types", None) or ["every"] * len(windows)
+    pairs = set(zip(kinds, windows, strict=True))
     if "chunked_attention" in kinds:
         raise CheckpointError(f"{name} attends in chunks, for which there is no tree mask: choose another model")
-    table = dict(zip(kinds, windows, strict=True))
-    return table if len(set(table.values())) > 1 else {"every": windows[0]}
+    if len(pairs) != len(set(kinds)):
+        raise CheckpointError(f"{name} has several window sizes for one kind of layer: choose another model")
+    return dict(pairs) if len(set(windows)) > 1 else {"every": windows[0]}
 
 
 # ---- the rehearsal
@@ -264,47 +282,43 @@ def _mask_kinds(
 def _rehearse(foreign: Foreign, name: str) -> None:
     """A short text and a tree behind it, against plain forwards of both branches.
 
-    text 0 1 2 -- 3 -- 4
-                   \\-- 5 -- 6
+    text 0 1 2, then 3, which has the children 4 and 5; 6 is a child of 5.
     """
     ids = [(7 * step + 3) % foreign.vocab_size for step in range(7)]
-    paths = [[0, 1, 2, 3, 4], [0, 1, 2, 3, 5, 6]]
-    with _refusing(name, "cannot read a tree through a cache of ours"):
+    with _refusing(name, "cannot read a tree"):
         ours = _read_tree(foreign, ids)
-        plain = {}
-        for path in paths:
-            tokens = torch.tensor([[ids[node] for node in path]], device=foreign.device)
-            logits = foreign.model(input_ids=tokens, use_cache=False, return_dict=True).logits[0].float()
-            plain.update(zip(path, logits, strict=True))
+        plain = _read_path(foreign, ids, [0, 1, 2, 3, 4]) | _read_path(foreign, ids, [0, 1, 2, 3, 5, 6])
+    share = TOLERANCE if foreign.dtype == torch.float32 else HALF_TOLERANCE
     for node, logits in ours.items():
-        spread = plain[node].max() - plain[node].min()
-        allowed = TOLERANCE.get(foreign.dtype, HALF_TOLERANCE) * spread
-        if not (logits - plain[node]).abs().max() <= allowed:
+        allowed = share * (plain[node].max() - plain[node].min())
+        if not (logits - plain[node]).abs().max() <= allowed:  # also true for NaN
             raise CheckpointError(f"{name} does not honour given masks and positions: choose another model")
 
 
+def _read_path(foreign: Foreign, ids: Sequence[int], path: list[int]) -> dict[int, Tensor]:
+    """What the model by itself says after each node of a path."""
+    tokens = torch.tensor([[ids[node] for node in path]], device=foreign.device)
+    logits = foreign.model(input_ids=tokens, use_cache=False, return_dict=True).logits[0].float()
+    return dict(zip(path, logits, strict=True))
+
+
 def _read_tree(foreign: Foreign, ids: Sequence[int]) -> dict[int, Tensor]:
-    """Logits of nodes 2 .. 6 of the rehearsal: text first, then the tree at once."""
+    """What it says through our cache and masks: the text first, then the tree at once."""
     cache = Cache(foreign.cache_shape, foreign.dtype, foreign.device)
     cache.reserve(1, len(ids))
     cache.admit()
-    text = _feed(foreign, ids, [0, 1, 2], [0, 1, 2], [[0], [0, 1], [0, 1, 2]])
-    tree = _feed(
-        foreign, ids, [3, 4, 5, 6], [3, 4, 4, 5], [[0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 2, 3, 5], [0, 1, 2, 3, 5, 6]]
-    )
-    first = foreign.forward(text, cache).logits_BNV[0].float()
-    rest = foreign.forward(tree, cache).logits_BNV[0].float()
-    return {2: first[2]} | dict(zip([3, 4, 5, 6], rest, strict=True))
+    text = _feed(foreign, ids, {0: [], 1: [0], 2: [0, 1]})
+    tree = _feed(foreign, ids, {3: [0, 1, 2], 4: [0, 1, 2, 3], 5: [0, 1, 2, 3], 6: [0, 1, 2, 3, 5]})
+    logits = [row for feed in (text, tree) for row in foreign.forward(feed, cache).logits_BNV[0].float()]
+    return dict(enumerate(logits))
 
 
-def _feed(
-    foreign: Foreign, ids: Sequence[int], nodes: list[int], positions: list[int], seen: Sequence[list[int]]
-) -> Feed:
-    span = nodes[-1] + 1
-    visible = [[entry in row for entry in range(span)] for row in seen]
+def _feed(foreign: Foreign, ids: Sequence[int], ancestors: dict[int, list[int]]) -> Feed:
+    nodes, span = list(ancestors), max(ancestors) + 1
+    visible = [[entry == node or entry in ancestors[node] for entry in range(span)] for node in nodes]
     return Feed(
         tokens_BN=torch.tensor([[ids[node] for node in nodes]], device=foreign.device),
-        positions_BN=torch.tensor([positions], device=foreign.device),
+        positions_BN=torch.tensor([[len(ancestors[node]) for node in nodes]], device=foreign.device),
         start=0,
         at_BN=torch.tensor([nodes], device=foreign.device),
         span=span,

@@ -3,9 +3,9 @@
     path or hub id -> folder -> config.json -> our Transformer, if it is a Llama, Mistral, Qwen2 or Qwen3
                                             -> nn/foreign.py, if it is any other Hugging Face causal LM
 
-Weights are read from safetensors only (a pickle can run code), tensor by tensor into parameters that exist already: loading
-needs the memory of the model and of one tensor more. Nothing is skipped silently: a tensor too many, too few or of another
-shape is an error that lists it.
+Weights are read from safetensors only (a pickle can run code), tensor by tensor into parameters that exist already:
+loading needs the memory of the model and of one tensor more. Nothing is skipped silently: a tensor too many, too few or
+of another shape is an error that lists it.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def load_network(path_or_hub_id: str | Path, dtype: torch.dtype, device: torch.d
 
 
 def checkpoint_folder(path_or_hub_id: str | Path) -> Path:
-    """The folder itself, or the local copy of the hub's model of that name: weights, config and tokenizer, no pickles."""
+    """The folder itself, or a local copy of the hub's model of that name: weights, config and tokenizer, no pickles."""
     name, path = str(path_or_hub_id), Path(path_or_hub_id).expanduser()
     if path.is_dir():
         return path
@@ -245,7 +245,7 @@ def load_transformer(folder: Path, config: TransformerConfig, dtype: torch.dtype
     model = _allocate(config, dtype, device)
     for path in files:
         with _opened(path) as file:
-            for name in file.keys():
+            for name in file.keys():  # noqa: SIM118 (not a dict)
                 if name in table:
                     table[name].within(model).copy_(file.get_tensor(name))
     if twice and torch.equal(model.head.weight, model.embedding.weight):
@@ -300,7 +300,7 @@ def _stored(files: Sequence[Path]) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for path in files:
         with _opened(path) as file:
-            for name in file.keys():
+            for name in file.keys():  # noqa: SIM118
                 part = file.get_slice(name)
                 found[name] = Stored(tuple(part.get_shape()), part.get_dtype())
     # Old exports carry the rotary frequencies, which follow from the config.
@@ -364,8 +364,8 @@ def save_pretrained(
 ) -> None:
     """Write config.json and model.safetensors as transformers, llama.cpp and vLLM read them.
 
-    extra_config: entries of config.json to add or to override (token ids, for instance). The folder is made if need be; other
-    files in it stay. Either both files are new and whole afterwards, or, with a CheckpointError, nothing has changed.
+    extra_config: entries of config.json to add or to override (token ids, for instance). The folder is made if need be;
+    other files in it stay. Raises CheckpointError where it cannot be written; then nothing half-written is left.
     """
     folder = Path(folder)
     fields = published_config(model.config, dtype) | dict(extra_config or {})

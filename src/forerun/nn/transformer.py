@@ -178,13 +178,25 @@ class Transformer(nn.Module):
         tables = self._rope_tables()
         cos, sin = tables[0][: tokens_BN.shape[1], None], tables[1][: tokens_BN.shape[1], None]
         x = self.embedding(tokens_BN)
-        for block in self.blocks:
+        for index, block in enumerate(self.blocks):
             assert isinstance(block, Layer)
             q, k, v = self._project(block, ops.rms_norm(x, block.attention_norm, self.config.norm_eps), cos, sin)
-            mixed = ops.causal_attention(q.to(v.dtype), k.to(v.dtype), v, self.config.head_dim**-0.5)
+            mixed = self._mix_whole(index, q.to(v.dtype), k.to(v.dtype), v)
             x = self._mlp(block, x + ops.linear(mixed, block.out.weight, block.out.bias))
         return ops.rms_norm(x, self.final_norm, self.config.norm_eps)
 
+    def _mix_whole(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention over whole sequences from position 0, in this layer's window if it has one."""
+        window = self.config.windows[index] if self.config.windows else None
+        scale = self.config.head_dim**-0.5
+        if window is None or window >= q.shape[1]:
+            return ops.causal_attention(q, k, v, scale)
+        entries = torch.arange(q.shape[1], device=q.device)
+        back = entries[:, None] - entries
+        bias = torch.zeros((1, *back.shape), dtype=q.dtype, device=q.device)
+        return ops.attention(q, k, v, bias.masked_fill((back < 0) | (back >= window), float("-inf")), scale)
+
+    @torch.inference_mode(False)  # made while reading, the tables must still serve training
     def _rope_tables(self) -> tuple[Tensor, Tensor]:
         """cos and signed sin [max_length, head_dim] in the weights' dtype, made once."""
         if self._rope is None or self._rope[0].device != self.device or self._rope[0].dtype != self.dtype:
