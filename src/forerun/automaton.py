@@ -83,9 +83,13 @@ class SuffixAutomaton:
         length, link, newest, target = self._length, self._link, self._newest, self._target
         run, edges = self._run, self._edges
         for token in tokens:
-            last, current = self._last, len(edges)
-            self._open(length[last] + 1, 0, -1, -1, 0, None)
-            state, found = last, -1
+            state, found, current = self._last, -1, len(edges)
+            length.append(length[state] + 1)
+            link.append(0)
+            newest.append(-1)
+            target.append(-1)
+            run.append(0)
+            edges.append(None)
             while state >= 0:  # every suffix that was never followed by this token is now
                 if newest[state] == token:
                     found = target[state]
@@ -100,7 +104,110 @@ class SuffixAutomaton:
                     edges[state] = {newest[state]: target[state], token: current}
                 newest[state], target[state], run[state] = token, current, 1
                 state = link[state]
-            if found >= 0:
-                link[current] = found if length[found] == length[state] + 1 else self._split(found, state, token)
-                self._refresh(state, token)
             self._last = current
+            if found >= 0:
+                if length[found] != length[state] + 1:
+                    found = self._split(found, state, token)
+                link[current] = found
+                self._note(state, token)
+
+    def _split(self, whole: int, state: int, token: int) -> int:
+        """The shorter substrings of `whole`, which just ended at one more place than the longer ones, as a state of their own.
+
+        They are reached from `state` and its suffixes by `token`.
+        """
+        part, branches = len(self._edges), self._edges[whole]
+        self._length.append(self._length[state] + 1)
+        self._link.append(self._link[whole])
+        self._newest.append(self._newest[whole])
+        self._target.append(self._target[whole])
+        self._run.append(self._run[whole])
+        self._edges.append(None if branches is None else branches.copy())
+        self._link[whole] = part
+        while state >= 0 and self._step(state, token) == whole:
+            branches = self._edges[state]
+            if branches is not None:
+                branches[token] = part
+            if self._newest[state] == token:
+                self._target[state] = part
+            state = self._link[state]
+        return part
+
+    def _note(self, state: int, token: int) -> None:
+        """`token` came once more after `state` and its suffixes."""
+        newest, run, link = self._newest, self._run, self._link
+        for _ in range(self._reach):
+            if state <= 0:
+                return
+            if newest[state] != token:
+                branches = self._edges[state]
+                assert branches is not None
+                newest[state], run[state] = token, 1
+                branches[token] = self._target[state] = branches.pop(token)
+            elif run[state] < 255:
+                run[state] += 1
+            state = link[state]
+
+    def _step(self, state: int, token: int) -> int:
+        """Where the edge `token` of a state leads, -1 if there is none."""
+        if self._newest[state] == token:
+            return self._target[state]
+        branches = self._edges[state]
+        return -1 if branches is None else branches.get(token, -1)
+
+    # ---- looking up
+
+    @property
+    def match(self) -> Cursor:
+        """The longest end of the text that has occurred before."""
+        state = self._link[self._last]
+        return Cursor(state, self._length[state]) if state > 0 else ROOT
+
+    def advance(self, cursor: Cursor, token: int) -> Cursor:
+        """The longest end of what the cursor has read, and `token` behind it, that occurs in the text before its last token.
+
+        So there is always a token to follow, unless the length is 0. Reads only: for drafts, and for tokens that may be
+        taken back.
+        """
+        state, length = cursor
+        found = self._step(state, token)
+        while found < 0:
+            state = self._link[state]
+            if state < 0:
+                return ROOT
+            length = self._length[state]
+            found = self._step(state, token)
+        if found == self._last:  # only the whole text has nothing behind it
+            found = self._link[found]
+            return Cursor(found, self._length[found])
+        return Cursor(found, length + 1)
+
+    def outlook(self, cursor: Cursor) -> Outlook:
+        """What came after this place."""
+        state = cursor.state
+        return Outlook(self._newest[state], self._run[state], self._edges[state] is not None)
+
+    def continuations(self, cursor: Cursor, count: int) -> list[int]:
+        """At most `count` different tokens that came after this place: the newest first, and after those of the whole match
+        those of its shorter and shorter suffixes."""
+        found: list[int] = []
+        for token in self._followers(cursor.state):
+            if token not in found:
+                found.append(token)
+                if len(found) >= count:
+                    break
+        return found
+
+    def _followers(self, state: int) -> Iterator[int]:
+        for _ in range(self._reach):
+            if state <= 0:
+                return
+            branches = self._edges[state]
+            if branches is not None:
+                yield from reversed(branches)
+            elif self._newest[state] >= 0:
+                yield self._newest[state]
+            state = self._link[state]
+
+
+ROOT = Cursor(0, 0)

@@ -344,12 +344,10 @@ class Engine:
         self._finished[request.number] = request
 
     def _read(self) -> None:
-        """Read prompts: one chunk if others are waiting for their next token, else until a row is ready."""
+        """Read prompts: one chunk if rows are waiting for their next token, else until no more rows can join."""
+        busy = bool(self._running)
         while self._reading or (self._waiting and len(self._running) < self.max_rows):
-            if self._reading is None:
-                self._reading = self._waiting.popleft()
-                self._reading.started = time.perf_counter()
-                self.target.admit(self._reading.row.limit)
+            self._reading = self._reading or self._start(self._waiting.popleft())
             begun = time.perf_counter()
             ready = self._read_chunk(self._reading)
             spent = time.perf_counter() - begun
@@ -358,8 +356,13 @@ class Engine:
             if ready:
                 self._join(self._reading)
                 self._reading = None
-            elif self._running:
+            if busy:
                 return
+
+    def _start(self, request: _Request) -> _Request:
+        request.started = time.perf_counter()
+        self.target.admit(request.row.limit)
+        return request
 
     def _read_chunk(self, request: _Request) -> bool:
         """One chunk of a prompt into the slot behind the ready rows; True when all but the newest token is read."""
@@ -379,8 +382,10 @@ class Engine:
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Iterator[Piece]:
         """Generate and yield pieces as they are accepted. Closing the iterator drops what is still running."""
-        for _ in self._queue(prompts, params):
-            pass
+        self._queue(prompts, params)
+        return self._pieces()
+
+    def _pieces(self) -> Iterator[Piece]:
         try:
             while not self.is_idle:
                 yield from self.step()

@@ -161,7 +161,7 @@ class Transformer(nn.Module):
         rows, count, _ = x.shape
         fused = ops.linear(x, block.qkv.weight, block.qkv.bias).view(rows, count, -1, config.head_dim)
         if block.q_norm is not None and block.k_norm is not None:
-            q, k, v = fused.split((config.heads, config.kv_heads, config.kv_heads), 2)
+            q, k, v = torch.split(fused, [config.heads, config.kv_heads, config.kv_heads], 2)
             q = ops.rms_norm(q, block.q_norm, config.norm_eps)
             k = ops.rms_norm(k, block.k_norm, config.norm_eps)
             return ops.rotary(q, cos, sin), ops.rotary(k, cos, sin), v

@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -141,7 +142,8 @@ class _Run:
         self.bad += 1
         if self.bad > 1:
             raise TrainingError(
-                f"the loss was {loss} at steps {self.step - 1} and {self.step}: lower the learning rate, or look at the data there"
+                f"the loss was {loss} at steps {self.step - 1} and {self.step}:"
+                " lower the learning rate, or look at the data there"
             )
         return False
 
@@ -196,10 +198,8 @@ class _Run:
             optimiser.load_state_dict(saved)
 
 
-def read_run(path: Path) -> tuple[dict[str, object], dict[str, Tensor]]:
+def read_run(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The notes and tensors of a training checkpoint; TrainingError if it cannot be read."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, "pt") as file:
             note = json.loads(file.metadata()["run"])
