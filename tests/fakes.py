@@ -15,6 +15,8 @@ from forerun.engine import Engine
 from forerun.model import Model
 from forerun.nn.feed import Feed, Read
 
+torch.set_num_threads(1)  # tables are tiny: threads would only wait for one another
+
 
 class TableNetwork:
     """Logits are a function of the prefix, looked up by hash. The cache holds token ids as keys and positions as values, so a
@@ -44,16 +46,16 @@ class TableNetwork:
         self.forwards += 1
         tokens = feed.tokens_BN.double()[:, :, None, None]
         keys, values = cache.append(0, feed, tokens, feed.positions_BN.double()[:, :, None, None])
+        held, places = keys[..., 0, 0].long().numpy(), values[..., 0, 0].long().numpy()
+        visible = None if feed.visible_BNS is None else feed.visible_BNS.numpy()
         rows, count = feed.tokens_BN.shape
         logits = torch.full((rows, count, self.vocab_size), float("nan"), dtype=torch.float64)
-        for row in range(rows):
-            for node in range(count):
-                seen = slice(None) if feed.visible_BNS is None else feed.visible_BNS[row, node]
-                held = sorted(zip(values[row, seen, 0, 0].tolist(), keys[row, seen, 0, 0].tolist(), strict=True))
-                if [place for place, _ in held] == list(range(len(held))) and held[-1][0] == feed.positions_BN[
-                    row, node
-                ]:
-                    logits[row, node] = self.logits([int(token) for _, token in held])
+        for row, node in np.ndindex(rows, count):
+            seen = slice(None) if visible is None else visible[row, node]
+            order = places[row, seen].argsort()
+            last = int(feed.positions_BN[row, node])
+            if len(order) == last + 1 and (places[row, seen][order] == np.arange(last + 1)).all():
+                logits[row, node] = self.logits(held[row, seen][order][-self._order :].tolist())
         return Read(feed.wanted(logits), dict.fromkeys(hidden_layers, logits))
 
 

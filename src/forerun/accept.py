@@ -75,7 +75,7 @@ def speculative_sampling(tree: TokenTree, laws_BNV: Tensor, chance: Chance) -> V
     target_probs = laws_BNV[:, :-1].gather(-1, drafted).squeeze(-1)
     draft_probs = tree.laws_BNV[:, :-1].gather(-1, drafted).squeeze(-1)
     places = np.arange(tree.nodes - 1)[None].repeat(tree.rows, 0)
-    coins = chance.coin(_ratio(target_probs, draft_probs), places)
+    coins = chance.coin(_ratio(target_probs, draft_probs), places, np.zeros_like(places))
     inside = torch.as_tensor(places < np.asarray(tree.sizes)[:, None] - 1, device=coins.device)
     accepted = (coins & inside).long().cumprod(-1).sum(-1)
     bonus = accepted == torch.as_tensor(tree.sizes, device=coins.device) - 1
@@ -91,22 +91,26 @@ def recursive_rejection(tree: TokenTree, laws_BNV: Tensor, chance: Chance) -> Ve
     """Any tree: siblings are tried in drawing order, each against what its predecessors left of the target's law.
 
     SpecInfer's multi-step speculative sampling (Miao et al. 2024, algorithm 2), with the proposal law of each sibling as it
-    really was: the group's law (with replacement), the same without the earlier siblings, renormalised (without
-    replacement), or one-hot (deterministic). Rows advance side by side.
+    really was: the group's law (with replacement), or the same without the earlier siblings, renormalised (without
+    replacement). Deterministic siblings wait for the target's own choice, as in `match`: equally probable to survive, and
+    the luck of a row is the same whichever rule its batch needs. Rows advance side by side.
     """
-    walks = [_Walk(children) for children in tree.topology.children]
+    walks = [_Walk(tree, row) for row in range(tree.rows)]
     every = torch.arange(tree.rows, device=laws_BNV.device)
+    choices_BN = sample_choices(laws_BNV, tree, chance) if any(walk.may_match for walk in walks) else tree.tokens_BN
     law = laws_BNV[:, 0]
     while any(walk.trying for walk in walks):
         nodes = torch.tensor([walk.candidate for walk in walks], device=law.device)
+        parents = torch.tensor([walk.path[-1] for walk in walks], device=law.device)
+        matching = torch.tensor([[walk.matching] for walk in walks], device=law.device)
+        trying = torch.tensor([[walk.trying] for walk in walks], device=law.device)
         proposal = torch.stack([_proposal(tree, row, walk, law[row]) for row, walk in enumerate(walks)])
         tokens = tree.tokens_BN[every, nodes, None]
-        prob = _ratio(law.gather(-1, tokens), proposal.gather(-1, tokens))
-        trying = torch.tensor([[walk.trying] for walk in walks], device=law.device)
-        attempts = np.asarray([[walk.tried] for walk in walks])
-        coins = chance.coin(prob * trying, _depths(walks), attempts)
-        tested = torch.where(coins, laws_BNV[every, nodes], residual(law, proposal))
-        law = torch.where(trying, tested, law)
+        matched = tokens == choices_BN[every, parents, None]
+        prob = torch.where(matching, matched, _ratio(law.gather(-1, tokens), proposal.gather(-1, tokens)))
+        coins = chance.coin(prob * trying, _depths(walks), np.asarray([[walk.tried] for walk in walks]))
+        rejected = torch.where(trying & ~matching, residual(law, proposal), law)
+        law = torch.where(coins, laws_BNV[every, nodes], rejected)
         for walk, survived in zip(walks, coins[:, 0].tolist(), strict=True):
             walk.settle(survived)
     following = chance.token(law[:, None], _depths(walks))[:, 0].tolist()
@@ -116,14 +120,29 @@ def recursive_rejection(tree: TokenTree, laws_BNV: Tensor, chance: Chance) -> Ve
 class _Walk:
     """Where one row stands: the path kept so far and how many of the siblings below it were tried and rejected."""
 
-    def __init__(self, children: dict[int, list[int]]):
-        self._children = children
+    def __init__(self, tree: TokenTree, row: int):
+        self._children = tree.topology.children[row]
+        self._drawn = None if tree.drawn_BN is None else tree.drawn_BN[row]
         self.path = [0]
         self.tried = 0
 
     @property
     def siblings(self) -> list[int]:
         return self._children.get(self.path[-1], [])
+
+    @property
+    def drawn(self) -> Drawn:
+        """How the siblings came about."""
+        return Drawn.DETERMINISTIC if self._drawn is None else Drawn(int(self._drawn[self.path[-1]]))
+
+    @property
+    def matching(self) -> bool:
+        return self.drawn is Drawn.DETERMINISTIC
+
+    @property
+    def may_match(self) -> bool:
+        """Some group of siblings is deterministic."""
+        return any(self._drawn is None or self._drawn[parent] == Drawn.DETERMINISTIC for parent in self._children)
 
     @property
     def trying(self) -> bool:
@@ -149,14 +168,12 @@ def _depths(walks: Sequence[_Walk]) -> Ints:
 
 
 def _proposal(tree: TokenTree, row: int, walk: _Walk, like_V: Tensor) -> Tensor:
-    """The law that a row's candidate was really drawn from, [V]."""
-    parent = walk.path[-1]
-    drawn = Drawn.DETERMINISTIC if tree.drawn_BN is None else Drawn(int(tree.drawn_BN[row, parent]))
-    if drawn is Drawn.DETERMINISTIC or not walk.trying:
-        return torch.zeros_like(like_V).scatter_(0, tree.tokens_BN[row, walk.candidate, None], 1.0)
+    """The law that a row's candidate was really drawn from, [V] (nothing where none was)."""
+    if walk.matching or not walk.trying:
+        return torch.zeros_like(like_V)
     assert tree.laws_BNV is not None
-    law = tree.laws_BNV[row, parent]
-    if drawn is Drawn.WITHOUT_REPLACEMENT and walk.tried:
+    law = tree.laws_BNV[row, walk.path[-1]]
+    if walk.drawn is Drawn.WITHOUT_REPLACEMENT and walk.tried:
         law = law.clone()
         law[tree.tokens_BN[row, walk.siblings[: walk.tried]]] = 0
         law = law / law.sum()

@@ -5,9 +5,9 @@ times in a row. A *state* stands for all substrings that end at the same places 
 that follow there. The *suffix link* of a state leads to its longest suffix that also occurs elsewhere, so a walk along the
 links meets every suffix, from long to short.
 
-Appending costs O(1) amortised: about a microsecond on one core for text of any kind, in plain Python. A text of n tokens has
-at most 2 n - 1 states. A state takes 25 bytes, and those with several edges a dict: 80 to 120 bytes per token for source
-code, under 250 for random digits of two to five kinds (`benchmarks/lookup.py` measures both).
+Appending costs O(1) amortised: one to two microseconds in plain Python, for text of any kind. A text of n tokens has at most
+2 n - 1 states. A state takes 25 bytes, and a dict if it has several edges: together about 130 bytes per token of source code,
+90 to 150 of random tokens, 280 of random bits, the worst text known (`benchmarks/lookup.py` measures both).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 REACH = 16
-"""Suffixes per token whose statistics are kept up to date, from the longest on. Bounds the work of one token where the text
-repeats itself without end; source code needs two on average."""
+"""How many suffixes, from the longest on, have their statistics brought up to date by a token, and are asked for continuations.
+Bounds the work where the text repeats itself without end; source code needs two on average."""
 
 
 class Cursor(NamedTuple):
@@ -30,6 +30,9 @@ class Cursor(NamedTuple):
 
     state: int
     length: int
+
+
+ROOT = Cursor(0, 0)
 
 
 class Outlook(NamedTuple):
@@ -187,20 +190,20 @@ class SuffixAutomaton:
         state = cursor.state
         return Outlook(self._newest[state], self._run[state], self._edges[state] is not None)
 
-    def continuations(self, cursor: Cursor, count: int) -> list[int]:
+    def continuations(self, cursor: Cursor, count: int, shortest: int = 1) -> list[int]:
         """At most `count` different tokens that came after this place: the newest first, and after those of the whole match
-        those of its shorter and shorter suffixes."""
+        those of its shorter and shorter suffixes, of `shortest` (at least 1) tokens or more."""
         found: list[int] = []
-        for token in self._followers(cursor.state):
+        for token in self._followers(cursor.state, shortest):
             if token not in found:
                 found.append(token)
                 if len(found) >= count:
                     break
         return found
 
-    def _followers(self, state: int) -> Iterator[int]:
+    def _followers(self, state: int, shortest: int) -> Iterator[int]:
         for _ in range(self._reach):
-            if state <= 0:
+            if self._length[state] < shortest:
                 return
             branches = self._edges[state]
             if branches is not None:
@@ -208,6 +211,3 @@ class SuffixAutomaton:
             elif self._newest[state] >= 0:
                 yield self._newest[state]
             state = self._link[state]
-
-
-ROOT = Cursor(0, 0)

@@ -15,6 +15,8 @@ from torch import Tensor
 from forerun.cache import Cache
 from forerun.nn.feed import Feed, Network, Read
 
+torch.set_num_threads(1)  # operations this small only lose time to threads, most of all beside other work
+
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {
     "vocab_size": 61,
@@ -106,13 +108,19 @@ class Reader:
         return Feed(
             tokens_BN=torch.tensor([tree.tokens for tree in padded]),
             positions_BN=torch.tensor(
-                [[length + len(tree.path(n)) - 1 for n in range(count)] for length, tree in zip(lengths, padded)]
+                [
+                    [length + len(tree.path(n)) - 1 for n in range(count)]
+                    for length, tree in zip(lengths, padded, strict=True)
+                ]
             ),
             start=0,
             at_BN=torch.tensor([[length + n for n in range(count)] for length in lengths]),
             span=span,
             visible_BNS=torch.tensor(
-                [[_sees(length, tree, n, span) for n in range(count)] for length, tree in zip(lengths, padded)]
+                [
+                    [_sees(length, tree, n, span) for n in range(count)]
+                    for length, tree in zip(lengths, padded, strict=True)
+                ]
             ),
             dtype=self.network.dtype,
             last_B=last_B,

@@ -17,13 +17,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers.cache_utils import (
-    CacheLayerMixin,
-    DummyLayer,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionCacheLayerMixin,
-)
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from forerun.cache import Cache, CacheShape
 from forerun.errors import CheckpointError
@@ -40,7 +34,7 @@ ALIBI = (
     "choose a model that takes explicit positions"
 )
 RECURRENT = "has recurrent layers, whose state cannot be rolled back: choose a model with attention in every layer"
-CACHELESS = "keeps no keys and values that could be rolled back: choose a model with attention in every layer"
+CACHELESS = "keeps no keys and values that could be rolled back: choose a model that transformers runs with a cache"
 
 
 def load_foreign(
@@ -201,6 +195,8 @@ class BridgeLayer(CacheLayerMixin):  # type: ignore[misc]
     def get_max_length(self) -> int:
         return -1
 
+    get_max_cache_shape = get_max_length  # as older versions of transformers call it
+
 
 # ---- what a model is like, found out by asking it
 
@@ -232,12 +228,11 @@ def _first_forward(name: str, model: transformers.PreTrainedModel) -> tuple[list
 
 
 def _demand_plain(name: str, layer: object) -> None:
-    if isinstance(layer, LinearAttentionCacheLayerMixin):
+    if hasattr(layer, "recurrent_states"):
         raise CheckpointError(f"{name} {RECURRENT}")
-    if isinstance(layer, DummyLayer):
-        raise CheckpointError(f"{name} shares keys and values between layers: choose a model that does not")
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-        raise CheckpointError(f"{name} keeps more than keys and values ({type(layer).__name__}): choose another model")
+        kind = type(layer).__name__
+        raise CheckpointError(f"{name} has a layer without keys and values of its own ({kind}): choose another model")
 
 
 @contextmanager
@@ -256,7 +251,7 @@ def _cache_shape(name: str, layers: Sequence[Any]) -> CacheShape:
         raise CheckpointError(f"{name} {CACHELESS}")
     shapes = {(tensor.shape[1], tensor.shape[3]) for layer in layers for tensor in (layer.keys, layer.values)}
     if len(shapes) != 1:
-        listed = ", ".join(f"{heads} heads of {width}" for heads, width in sorted(shapes))
+        listed = ", ".join(f"{heads} x {width}" for heads, width in sorted(shapes))
         raise CheckpointError(f"{name} keeps keys and values of different shapes ({listed}): choose another model")
     heads, width = shapes.pop()
     return CacheShape(len(layers), heads, width)

@@ -1,0 +1,236 @@
+"""What the lookup drafter costs, and what it finds: python benchmarks/lookup.py [--json FILE] [--tokenizer FILE] [--fit]
+
+For texts of 1,024 to 131,072 tokens, Python source and random tokens: microseconds per token to read a prompt, to append
+one by one, and to study one by one (append, and learn how well it was foretold); microseconds of one lookup (longest match
+and tree) and of the whole proposal (study, look up, make tensors, as the engine asks for it); bytes per token; and what a
+target that says the following 2,000 tokens would have accepted. Times are wall-clock; the machine should be idle.
+
+--fit prints the logistic regression behind `forerun.drafters.lookup.prior`, fitted to source code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import re
+import sysconfig
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from statistics import quantiles
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
+
+from forerun.automaton import SuffixAutomaton
+from forerun.drafter import Context
+from forerun.drafters import lookup
+from forerun.row import Row
+from forerun.sampling import SamplingParams
+from forerun.tree import TokenTree
+
+LENGTHS = (1024, 8192, 32_768, 131_072)
+FOLLOWING = 2000
+"""Tokens that are decoded behind each text."""
+VOCABULARY = 4096
+"""Of the random text."""
+DEVICE = torch.device("cpu")
+LIMITS = lookup.Limits(nodes=16, depth=16, min_match=1, cost=0.05)
+
+IdsOf = Callable[[str], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One text. Times in microseconds; accepted tokens without, tokens_per_step with the target's own token."""
+
+    text: str
+    tokens: int
+    prompt_us_per_token: float
+    append_us_per_token: float
+    study_us_per_token: float
+    lookup_us_p50: float
+    lookup_us_p99: float
+    propose_us_p50: float
+    propose_us_p99: float
+    bytes_per_token: float
+    tokens_per_step: float
+    nodes_per_step: float
+
+
+def words() -> IdsOf:
+    """A tokenizer that needs no file: a number for every new word, sign or run of blanks."""
+    known: dict[str, int] = {}
+    return lambda text: [known.setdefault(word, len(known)) for word in re.findall(r"\w+|\s+|[^\w\s]", text)]
+
+
+def tokenizer(file: Path | None) -> IdsOf:
+    if file is None:
+        return words()
+    from tokenizers import Tokenizer
+
+    encoder = Tokenizer.from_file(str(file))
+    return lambda text: encoder.encode(text, add_special_tokens=False).ids
+
+
+def files(ids: IdsOf) -> Iterator[Sequence[int]]:
+    """The modules of the standard library and its packages, in a fixed random order."""
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = sorted(path for pattern in ("*.py", "[a-z]*/*.py") for path in root.glob(pattern))
+    random.Random(0).shuffle(paths)
+    for path in paths:
+        if path.parent.name != "site-packages":
+            yield ids(path.read_text(encoding="utf-8", errors="replace"))
+
+
+def source(ids: IdsOf, count: int) -> list[int]:
+    return list(islice((token for file in files(ids) for token in file), count))
+
+
+def noise(count: int) -> list[int]:
+    luck = random.Random(0)
+    return [luck.randrange(VOCABULARY) for _ in range(count)]
+
+
+def microseconds(work: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    work()
+    return 1e6 * (time.perf_counter() - begun)
+
+
+def append_each(automaton: SuffixAutomaton, tokens: Sequence[int]) -> None:
+    for token in tokens:
+        automaton.append(token)
+
+
+def percentiles(values: Sequence[float]) -> tuple[float, float]:
+    cuts = quantiles(values, n=100)
+    return cuts[49], cuts[98]
+
+
+def accepted(tree: TokenTree, ahead: Sequence[int]) -> int:
+    """How many of the tokens ahead the tree foretells."""
+    children, tokens, node = tree.topology.children[0], tree.tokens_BN[0].tolist(), 0
+    for place, token in enumerate(ahead):
+        node = next((child for child in children.get(node, []) if tokens[child] == token), 0)
+        if node == 0:
+            return place
+    return len(ahead)
+
+
+def measure(name: str, text: list[int], count: int) -> Figures:
+    prompt, following = text[:count], text[count : count + FOLLOWING]
+    reading = min(microseconds(lambda: SuffixAutomaton(prompt)) for _ in range(3)) / count
+    row = Row(list(prompt), count, SamplingParams(), key=0, limit=len(text))
+    automaton = SuffixAutomaton(prompt)
+    appending = microseconds(lambda: append_each(automaton, following)) / len(following)
+    drafter, memory = lookup.Lookup(LIMITS), lookup.Memory()
+    drafter.admit(row, {})
+    memory.read(row.tokens, count)
+    context = Context([row], LIMITS.nodes, [LIMITS.depth], DEVICE)
+    studies, lookups, proposals, nodes, said = [], [], [], 0, 0
+    while said < len(following):
+        studies.append(microseconds(lambda: memory.read(row.tokens, len(row.tokens))))
+        lookups.append(microseconds(lambda: memory.draft(row.tokens, len(row.tokens), LIMITS)))
+        begun = time.perf_counter()
+        tree = drafter.propose(context)
+        proposals.append(1e6 * (time.perf_counter() - begun))
+        step = following[said : said + 1 + accepted(tree, following[said:])]
+        row.tokens += step
+        said, nodes = said + len(step), nodes + tree.nodes - 1
+    return Figures(
+        name,
+        count,
+        reading,
+        appending,
+        sum(studies) / said,
+        *percentiles(lookups),
+        *percentiles(proposals),
+        memory.automaton.nbytes / len(memory.automaton),
+        said / len(lookups),
+        nodes / len(lookups),
+    )
+
+
+def table(figures: Sequence[Figures]) -> Table:
+    shown = Table(title="lookup: microseconds, bytes, tokens")
+    for heading in ("text", "tokens", "prompt us/token", "append", "study", "lookup us p50", "p99"):
+        shown.add_column(heading, justify="right")
+    for heading in ("propose us p50", "p99", "bytes/token", "tokens/step", "nodes/step"):
+        shown.add_column(heading, justify="right")
+    for one in figures:
+        name, count, *values = asdict(one).values()
+        shown.add_row(name, f"{count:,}", *(f"{value:.{0 if value >= 100 else 2}f}" for value in values))
+    return shown
+
+
+# ---- the prior
+
+
+def evidence(text: Sequence[int], known: int) -> Iterator[tuple[int, int, bool, int, int]]:
+    """Match length, run, branches, number of continuations, and the rank of the token that came (RANKS: none of them)."""
+    automaton = SuffixAutomaton(text[:known])
+    for token in text[known:]:
+        match = automaton.match
+        if match.length:
+            found = automaton.continuations(match, lookup.RANKS)
+            rank = found.index(token) if token in found else lookup.RANKS
+            _, run, branches = automaton.outlook(match)
+            yield min(match.length, 64), min(run, 8), branches, len(found), rank
+        automaton.append(token)
+
+
+def fitted(ids: IdsOf) -> list[list[float]]:
+    """Weights of (1, log2 length, log2 run, branches) per rank, in log-odds; from 1,000 tokens of each of 200 files."""
+    texts = islice((text for text in files(ids) if len(text) >= 1400), 200)
+    rows = torch.tensor([row for text in texts for row in evidence(text[:1400], 400)])
+    length, run, branches, found, came = rows.double().unbind(1)
+    features = torch.stack((torch.ones_like(length), length.log2(), run.log2(), branches), 1)
+    return [_regression(features[found > rank], (came == rank)[found > rank].double()) for rank in range(lookup.RANKS)]
+
+
+def _regression(features: torch.Tensor, hits: torch.Tensor) -> list[float]:
+    weights = torch.zeros(features.shape[1], dtype=torch.double, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=200)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = cross_entropy(features @ weights, hits)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    return [round(value, 2) for value in weights.tolist()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json for the source code; else words"
+    )
+    parser.add_argument("--fit", action="store_true", help="print the weights of the prior instead")
+    options = parser.parse_args()
+    ids, console = tokenizer(options.tokenizer), Console()
+    if options.fit:
+        for rank, weights in enumerate(fitted(ids)):
+            console.print(f"rank {rank}: {weights}")
+        return
+    texts = {"source": source(ids, LENGTHS[-1] + FOLLOWING), "random": noise(LENGTHS[-1] + FOLLOWING)}
+    figures = [measure(name, text, count) for name, text in texts.items() for count in LENGTHS]
+    console.print(table(figures))
+    if options.json:
+        machine = {"python": platform.python_version(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
+        record = {"machine": machine, "limits": asdict(LIMITS), "figures": [asdict(one) for one in figures]}
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

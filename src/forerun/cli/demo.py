@@ -1,0 +1,245 @@
+"""`forerun demo`: plain decoding and every drafter at hand on held-out source files, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from forerun.cli import options
+
+if TYPE_CHECKING:
+    from forerun.bench.run import Measurement, Row
+    from forerun.engine import Engine
+    from forerun.sampling import SamplingParams
+
+REFERENCE = Path("models/target")
+SHOWN_TOKENS = 96
+"""New tokens of the text that is streamed for every drafter; the measurement generates more."""
+
+Model = Annotated[
+    str, typer.Option("--model", help="The target; the reference family's without it.", show_default=False)
+]
+Drafters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--drafter",
+        "--drafters",
+        metavar="SPEC",
+        help="A drafter to compare with plain decoding; may be repeated, or list several with commas. Without it:"
+        " lookup, and what lies beside the target (small:..., *.yaml).",
+    ),
+]
+Prompts = Annotated[int, typer.Option(min=1, help="Prompts of the built-in suite to measure on.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Rounds; figures are medians over them.")]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write the table there; - is stdout.", rich_help_panel=options.OUTPUT),
+]
+PlotFile = Annotated[
+    Path | None,
+    typer.Option("--plot", metavar="FILE", help="Draw it (.png, .svg, .pdf).", rich_help_panel=options.OUTPUT),
+]
+
+
+def demo(
+    model: Model = "",
+    drafters: Drafters = None,
+    prompts: Prompts = 4,
+    rounds: Rounds = 3,
+    max_new_tokens: options.MaxNewTokens = 128,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    min_p: options.MinP = 0.0,
+    seed: options.Seed = 0,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    json_file: JsonFile = None,
+    plot: PlotFile = None,
+) -> None:
+    """Generate with plain decoding and with each drafter: the text, then a table of what it cost.
+
+    `identical` compares token ids with plain decoding. In bf16 a near-tie can flip, because a forward of several tokens
+    rounds differently from one of a single token; then the table says how many tokens were equal before. In fp32
+    (--dtype fp32) every drafter is identical; `forerun check` tells a tie from a mistake.
+    """
+    from forerun.cli.files import demand_place
+    from forerun.sampling import SamplingParams
+
+    params = SamplingParams(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        ignore_eos=True,
+    )
+    demand_place(json_file)
+    demand_place(plot)
+    if plot:
+        from forerun.bench.picture import demand_matplotlib
+
+        demand_matplotlib()
+    folder = model or str(reference())
+    engines = _engines(folder, list(_specs(drafters, Path(folder))), dtype, device)
+    _compare(engines, params, prompts, rounds, json_file, plot)
+
+
+def reference() -> Path:
+    """The reference target: below the working directory, or in the source tree that this package runs from."""
+    beside_source = Path(__file__).parents[3] / REFERENCE
+    return beside_source if beside_source.is_dir() and not REFERENCE.is_dir() else REFERENCE
+
+
+def _specs(given: list[str] | None, target: Path) -> Iterable[str]:
+    """Which drafters to run; plain decoding first, whatever is asked for."""
+    yield "none"
+    if given:
+        parts = chain.from_iterable([one] if one.lstrip().startswith("{") else one.split(",") for one in given)
+        yield from (part.strip() for part in parts if part.strip() not in ("none", ""))
+        return
+    family = target.parent
+    yield "lookup"
+    yield from (f"small:{family / name}" for name in ("small", "wide") if (family / name).is_dir())
+    yield from map(str, sorted(family.glob("*.yaml")))
+
+
+def _engines(model: str, specs: Sequence[str], dtype: str, device: str) -> dict[str, Engine]:
+    from forerun.assembly import load
+    from forerun.cli.engines import beside
+    from forerun.drafters import describe
+
+    for spec in specs:
+        describe(spec)  # a wrong name is cheaper to find before the model is read
+    plain = load(model, dtype=dtype, device=device)
+    return {spec: plain if spec == "none" else beside(plain, spec) for spec in specs}
+
+
+def _compare(
+    engines: dict[str, Engine],
+    params: SamplingParams,
+    prompts: int,
+    rounds: int,
+    json_file: Path | None,
+    plot: Path | None,
+) -> None:
+    from rich.console import Console
+
+    from forerun.bench import suites
+    from forerun.cli.narration import on_stdout
+
+    console = Console(stderr=True) if str(json_file) == "-" else on_stdout()
+    plain = engines["none"]
+    network = plain.target.network
+    machine = f"{str(network.dtype).removeprefix('torch.')} on {network.device.type}"
+    chosen = spread(suites.load())[:prompts]
+    texts = [fitted(plain, prompt.prompt, params) for prompt in chosen]
+    _stream(console, engines, chosen[0].source, chosen[0].prompt, texts[0], params)
+    result = _measure(console, engines, texts, params, rounds)
+    title = f"{len(texts)} prompts, {params.max_new_tokens} new tokens each, {rounds} rounds, {machine}"
+    _print_table(console, result.rows, title)
+    if json_file:
+        _write_json(json_file, result, {"dtype": str(network.dtype).removeprefix("torch."), "title": title})
+    if plot:
+        _write_plot(plot, result.rows, title)
+
+
+def spread(prompts: Sequence[Any]) -> list[Any]:
+    """One of every category, then the second of every category, and so on: any beginning of it is a fair selection."""
+    groups: dict[str, list[Any]] = {}
+    for prompt in prompts:
+        groups.setdefault(prompt.category, []).append(prompt)
+    return [prompt for layer in zip_longest(*groups.values()) for prompt in layer if prompt is not None]
+
+
+def fitted(engine: Engine, text: str, params: SamplingParams) -> list[int]:
+    """The prompt's token ids, cut so that the new tokens have room in the context."""
+    room = engine.target.max_length - (params.max_new_tokens or 0)
+    return engine.encode(text)[: max(1, room)]
+
+
+def _stream(
+    console: Any,
+    engines: dict[str, Engine],
+    source: str,
+    prompt: str,
+    tokens: list[int],
+    params: SamplingParams,
+) -> None:
+    """The first prompt's continuation by every drafter, as it comes."""
+    from dataclasses import replace
+
+    from forerun.cli.narration import DRAFTED, Narrator, Scribe, summary
+
+    short = replace(params, max_new_tokens=min(SHOWN_TOKENS, params.max_new_tokens or SHOWN_TOKENS))
+    console.print(f"The model continues {source}, which it has never seen. Its last lines:\n", highlight=False)
+    console.print("\n".join(prompt.splitlines()[-6:]), style="dim", highlight=False, markup=False, soft_wrap=True)
+    marked = f"[{DRAFTED}]marked tokens[/] come from the drafter" if console.is_terminal else "on a terminal, tokens"
+    console.print(
+        f"\n{marked}{'' if console.is_terminal else ' of the drafter are marked'}; the target agreed to each.\n"
+    )
+    for name, engine in engines.items():
+        console.print(f"── {name}", style="bold", highlight=False)
+        scribe = Scribe(console, as_ids=engine.tokenizer is None)
+        outputs = Narrator(engine, scribe.show).generate([tokens], short)
+        scribe.close()
+        if any(output.finish_reason == "interrupted" for output in outputs):
+            raise KeyboardInterrupt
+        console.print(summary(outputs, outputs[0].stats.seconds) + "\n", style="dim", highlight=False)
+
+
+def _measure(
+    console: Any, engines: dict[str, Engine], texts: Sequence[list[int]], params: SamplingParams, rounds: int
+) -> Measurement:
+    from rich.progress import Progress
+
+    from forerun.bench.run import measure
+
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("measuring", total=rounds * len(texts) * len(engines))
+        return measure(engines, texts, params, rounds, lambda run: progress.advance(task))
+
+
+def _print_table(console: Any, rows: Sequence[Row], title: str) -> None:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("drafter", no_wrap=True)
+    for heading in ("tokens/s", "speedup", "tokens per step", "draft s", "verify s", "other s", "identical"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        seconds = (f"{value:.2f}" for value in (row.draft_seconds, row.verify_seconds, row.other_seconds))
+        speed = f"{row.tokens_per_second:.0f}"
+        table.add_row(row.drafter, speed, f"{row.speedup:.2f}x", f"{row.tokens_per_step:.2f}", *seconds, same(row))
+    console.print(table)
+
+
+def same(row: Row) -> str:
+    """The last column: yes, no with the tokens that were equal before the first difference, or a dash for sampling."""
+    if row.identical is None:
+        return "-"
+    return "yes" if row.identical else f"no ({row.equal_tokens} of {row.new_tokens})"
+
+
+def _write_json(path: Path, result: Measurement, about: dict[str, Any]) -> None:
+    import json
+
+    from forerun.cli.files import print_json, write_whole
+
+    value = about | {"rows": [row.as_dict() for row in result.rows], "runs": [run.as_dict() for run in result.runs]}
+    if str(path) == "-":
+        print_json(value)
+    else:
+        write_whole(path, json.dumps(value, indent=1).encode() + b"\n")
+
+
+def _write_plot(path: Path, rows: Sequence[Row], title: str) -> None:
+    from forerun.bench.picture import draw
+    from forerun.cli.files import write_whole
+
+    write_whole(path, draw(rows, title, path.suffix.removeprefix(".") or "png"))

@@ -1,0 +1,129 @@
+"""`forerun inspect`: what this machine is, and what a model needs on it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from forerun.cli import options
+
+if TYPE_CHECKING:
+    import torch
+
+Model = Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A folder in Hugging Face format, or a hub id.")]
+
+
+def inspect(
+    model: Model = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Versions, device, number format and drafters; for a model also its shape, and its memory in that number format."""
+    from forerun.assembly import device_of
+    from forerun.cli.files import print_json
+    from forerun.nn.dtype import dtype_of
+
+    place = device_of(device)
+    kind = dtype_of(dtype, place)
+    found: dict[str, Any] = {"machine": machine(place, kind, dtype)}
+    if model is not None:
+        found["model"] = describe(model, kind, place)
+    if as_json:
+        print_json(found)
+    else:
+        _print(found)
+
+
+def machine(device: torch.device, dtype: torch.dtype, asked: str) -> dict[str, Any]:
+    """Versions and abilities, as plain values."""
+    import platform
+
+    import torch
+    import transformers
+
+    import forerun
+    from forerun.drafters import names
+
+    return {
+        "forerun": forerun.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}",
+        "threads": torch.get_num_threads(),
+        "processor": _abilities(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "dtype_reason": _reason(device, asked),
+        "drafters": names(),
+    }
+
+
+def _abilities() -> list[str]:
+    """What matters of a processor's vocabulary: wide and half-precision arithmetic."""
+    import torch
+
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return []
+    wanted = ("avx", "amx", "bf16", "f16", "fp16", "fma", "neon", "sve")
+    return sorted(name for name, here in torch.cpu.get_capabilities().items() if here is True and name.startswith(wanted))
+
+
+def _reason(device: torch.device, asked: str) -> str:
+    from forerun.nn.dtype import multiplies_bf16
+
+    if asked != "auto":
+        return "asked for"
+    return f"this {device.type} {'multiplies' if multiplies_bf16(device) else 'does not multiply'} bf16 itself"
+
+
+def describe(path: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """A model's shape and needs. Reads the weights, so a damaged checkpoint is found here."""
+    from forerun.assembly import end_tokens, tokenizer_of
+    from forerun.nn.load import checkpoint_folder, load_network, read_config
+    from forerun.nn.transformer import Transformer
+
+    config = read_config(checkpoint_folder(path))
+    network = load_network(path, dtype, device)
+    module: Any = network if isinstance(network, Transformer) else getattr(network, "model", network)
+    weights = list(module.parameters())
+    shape = network.cache_shape
+    return {
+        "path": path,
+        "architecture": (config.architectures or [config.model_type])[0],
+        "runs_on": "forerun's own transformer" if isinstance(network, Transformer) else "transformers' model",
+        "parameters": sum(weight.numel() for weight in weights),
+        "weight_bytes": sum(weight.nbytes for weight in weights),
+        "cache_bytes_per_token": 2 * shape.layers * shape.kv_heads * shape.head_dim * network.dtype.itemsize,
+        "layers": shape.layers,
+        "kv_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "context": network.max_length,
+        "vocabulary": network.vocab_size,
+        "eos": end_tokens(path),
+        "tokenizer": tokenizer_of(path) is not None,
+    }
+
+
+def _print(found: dict[str, dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    from forerun.cli.narration import on_stdout
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for values in found.values():
+        for name, value in values.items():
+            table.add_row(name.replace("_", " "), _readable(name, value), style=None)
+        table.add_row("", "")
+    on_stdout().print(table)
+
+
+def _readable(name: str, value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if name == "weight_bytes":
+        return f"{value / 2**20:,.1f} MiB"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,105 @@
+"""Text on the screen while it is generated, with the tokens that a drafter proposed marked."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+from rich.text import Text
+
+from forerun.engine import Engine, Output, Piece
+
+DRAFTED = "black on light_green"
+"""A background, because half of what is drafted is blanks and line ends."""
+
+Show = Callable[[Piece], None]
+
+
+class Narrator(Engine):
+    """An engine that shows every piece in the moment it is accepted, whoever drives it."""
+
+    def __init__(self, engine: Engine, show: Show):
+        super().__init__(engine.target, engine.drafter, engine.tokenizer, engine.eos, engine.max_rows)
+        self._show = show
+
+    def step(self) -> list[Piece]:
+        pieces = super().step()
+        for piece in pieces:
+            self._show(piece)
+        return pieces
+
+
+class Scribe:
+    """Writes the pieces of several requests as if they came one after the other: those of a later request wait.
+
+    titles: what to write above each request; none: nothing. as_ids: write token ids, for want of a tokenizer. On a
+    terminal drafted tokens are marked; elsewhere the text goes out as it is.
+    """
+
+    def __init__(self, console: Console, titles: Sequence[str] = (), as_ids: bool = False):
+        self._console, self._titles, self._as_ids = console, titles, as_ids
+        self._waiting: defaultdict[int, list[Piece]] = defaultdict(list)
+        self._turn = 0
+        self._begun = -1
+
+    def show(self, piece: Piece) -> None:
+        self._waiting[piece.request].append(piece)
+        while pieces := self._waiting.pop(self._turn, []):
+            self._write(pieces)
+            if pieces[-1].finish_reason is None:
+                return
+            self._end()
+
+    def close(self) -> None:
+        """Nothing more will come: write what still waits, finished or not."""
+        for turn in sorted({self._turn, *self._waiting}):
+            self._turn = turn
+            self._write(self._waiting.pop(turn, []))
+            if self._begun == turn:
+                self._end()
+
+    def _write(self, pieces: Sequence[Piece]) -> None:
+        if not pieces:
+            return
+        if self._begun != self._turn:
+            self._begun = self._turn
+            if self._titles:
+                self._console.print(f"── {self._titles[self._turn]}", style="bold", highlight=False)
+        for piece in pieces:
+            self._write_piece(piece)
+
+    def _write_piece(self, piece: Piece) -> None:
+        texts = [f"{token} " for token in piece.token_ids] if self._as_ids else piece.texts
+        if not self._console.is_terminal:
+            self._console.file.write("".join(texts))
+        else:
+            parts = [(text, DRAFTED if drafted else "") for text, drafted in zip(texts, piece.drafted, strict=True)]
+            self._console.print(Text.assemble(*parts), end="", soft_wrap=True, highlight=False)
+        self._console.file.flush()
+
+    def _end(self) -> None:
+        self._console.print()
+        self._turn += 1
+
+
+def summary(outputs: Sequence[Output], seconds: float) -> str:
+    """One line about what a run cost. `seconds`: what the user waited, prompts included."""
+    stats = [output.stats for output in outputs]
+    tokens, steps = sum(one.new_tokens for one in stats), sum(one.steps for one in stats)
+    parts = [f"{tokens} tokens in {seconds:.2f} s"]
+    if len(stats) == 1:
+        parts.append(f"{stats[0].tokens_per_second:.0f} tokens/s after the prompt")
+    else:
+        parts.append(f"{tokens / max(seconds, 1e-9):.0f} tokens/s, prompts included")
+    parts.append(f"{tokens / max(steps, 1):.2f} tokens per step")
+    rules = sorted({one.rule for one in stats if one.rule})
+    exact = "exact" if all(one.exact for one in stats) else "lossy"
+    parts.append(f"drafter {stats[0].drafter}, {' and '.join(rules) or 'nothing to accept'}, {exact}")
+    return " · ".join(parts)
+
+
+def on_stdout() -> Console:
+    """Where generated text goes."""
+    return Console(file=sys.stdout, highlight=False)

@@ -1,0 +1,132 @@
+"""`forerun train lm`: a language model from a corpus, from a shallower model, or from a teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from forerun.cli import options
+
+app = typer.Typer(help="Train models and drafters.", no_args_is_help=True)
+
+SHAPE, START, SCHEDULE = "Shape", "Where to start from", "Schedule"
+
+Corpus = Annotated[Path, typer.Option(metavar="DIR", help="Folder with train.bin, heldout.bin and tokenizer/.")]
+Build = Annotated[
+    bool,
+    typer.Option("--build-corpus", help="First build the corpus and its tokenizer there, from the Python source on this machine."),
+]
+Vocabulary = Annotated[int, typer.Option(help="With --build-corpus: tokens of the vocabulary.")]
+Run = Annotated[
+    Path | None, typer.Option("--run", metavar="DIR", help="Folder for checkpoints; an interrupted run in it goes on.")
+]
+Out = Annotated[Path | None, typer.Option(metavar="MODEL", help="Folder for the finished model (Hugging Face format).")]
+Size = Annotated[int | None, typer.Option(rich_help_panel=SHAPE, show_default=False)]
+HeadDim = Annotated[int | None, typer.Option(help="Width of one head; without it, width / heads.", rich_help_panel=SHAPE)]
+Source = Annotated[
+    str | None,
+    typer.Option(metavar="RUN|MODEL", help="Stack this shallower model's layers.", rich_help_panel=START),
+]
+InitFrom = Annotated[
+    str | None, typer.Option(metavar="RUN|MODEL", help="Take some layers of this model.", rich_help_panel=START)
+]
+InitLayers = Annotated[
+    str | None, typer.Option(metavar="0,7", help="With --init-from: which.", rich_help_panel=START)
+]
+Teacher = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="Learn this model's law instead of the text's.", rich_help_panel=START)
+]
+Count = Annotated[int, typer.Option(rich_help_panel=SCHEDULE)]
+Rate = Annotated[float, typer.Option(rich_help_panel=SCHEDULE)]
+Decay = Annotated[float, typer.Option(help="Share of the steps in which the rates fall to 0.", rich_help_panel=SCHEDULE)]
+First = Annotated[int, typer.Option(help="Batches to skip: those that an earlier run has seen.", rich_help_panel=SCHEDULE)]
+Seed = Annotated[int, typer.Option(help="Of the first weights and of the order of the text.", rich_help_panel=SCHEDULE)]
+Compile = Annotated[bool, typer.Option("--compile", help="torch.compile: a slow start, then faster steps.")]
+
+
+@app.callback()
+def _train() -> None: ...
+
+
+@app.command("lm")
+def lm(
+    corpus: Corpus,
+    run: Run = None,
+    out: Out = None,
+    build_corpus: Build = False,
+    vocabulary: Vocabulary = 4096,
+    width: Size = None,
+    layers: Size = None,
+    heads: Size = None,
+    kv_heads: Size = None,
+    head_dim: HeadDim = None,
+    mlp_width: Size = None,
+    max_length: Size = None,
+    grow_from: Source = None,
+    init_from: InitFrom = None,
+    init_layers: InitLayers = None,
+    teacher: Teacher = None,
+    steps: Count = 1500,
+    rows: Count = 8,
+    length: Count = 512,
+    first: First = 0,
+    warmup: Count = 40,
+    decay: Decay = 0.4,
+    muon_rate: Rate = 4e-3,
+    adam_rate: Rate = 2e-3,
+    validate_every: Count = 250,
+    save_every: Count = 50,
+    seed: Seed = 0,
+    device: options.Device = "auto",
+    compile_: Compile = False,
+) -> None:
+    """Train a language model on a corpus, or prepare the corpus, or both.
+
+    Checkpoints go to --run, and the same command goes on from the last one. The finished model and its tokenizer go to
+    --out, all at once at the end. Sizes that are not given are those of the model to start from, else those of the
+    reference target. The validation loss is in nats per token of held-out text.
+    """
+    from forerun.errors import TrainingError
+
+    if not build_corpus and run is None:
+        raise TrainingError("there is nothing to do: give --run DIR to train, or --build-corpus")
+    if out is not None and run is None:
+        raise TrainingError("--out needs --run DIR, where the checkpoints of its training go")
+    if init_layers is not None and init_from is None:
+        raise TrainingError("--init-layers needs --init-from: the model whose layers they are")
+    if init_from is not None and grow_from is not None:
+        raise TrainingError("--grow-from and --init-from exclude each other: a model has one start")
+
+    from forerun.train.recipe import Recipe, Shape, Start, build_corpus as build, train
+
+    if build_corpus:
+        print(build(corpus, vocabulary))
+    if run is None:
+        return
+    sizes = Shape(width, layers, heads, kv_heads, head_dim, mlp_width, max_length)
+    start = Start(init_from or grow_from, _numbers(init_layers))
+    from forerun.assembly import device_of
+    from forerun.train.loop import Schedule
+
+    schedule = Schedule(
+        steps=steps,
+        warmup=warmup,
+        decay=decay,
+        muon_rate=muon_rate,
+        adam_rate=adam_rate,
+        validate_every=validate_every,
+        save_every=save_every,
+    )
+    recipe = Recipe(corpus, sizes, start, teacher, schedule, rows, length, first, seed, compile_)
+    print(train(recipe, run, out, device_of(device)))
+
+
+def _numbers(text: str | None) -> tuple[int, ...]:
+    from forerun.errors import TrainingError
+
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise TrainingError(f"--init-layers {text!r} is not a list of layers: write 0,7") from None

@@ -1,0 +1,195 @@
+"""Luck in every possible way: what a program that throws dice can do, and how probable each of its results is.
+
+Every uniform number of a run has a name and is known only as an interval. A question (does it fall below this probability?
+which token does it pick?) cuts the interval; where several pieces are left the run goes on in one of them, and another run
+later in each of the others. Asking twice under one name is asking about the same number, as it is with real dice: a stream
+that is shared by mistake gives a wrong law here too, and so does a number that was seen before.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import TypeVar
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from forerun.chance import Dice, Ints, Words, draft_dice, final_dice
+from forerun.sampling import SamplingParams, laws
+
+Item = TypeVar("Item")
+Result = TypeVar("Result", bound=Hashable)
+Law = dict[Hashable, float]
+
+NOTHING = 1e-14
+"""Pieces of an interval that are smaller are rounding errors."""
+
+
+class Luck:
+    """One way in which all the numbers of a run can fall. `script`: which piece to take at each fork, then always the first."""
+
+    def __init__(self, script: Sequence[int] = ()):
+        self.taken: list[int] = []
+        self.others: list[list[int]] = []  # the scripts of the runs that leave this one at a fork of its own
+        self.probability = 1.0
+        self._script = script
+        self._known: dict[Hashable, tuple[float, float]] = {}
+
+    def place(self, name: Hashable, marks: Sequence[float]) -> float:
+        """A number inside the piece (between two ascending marks) where this name's uniform number lies."""
+        low, high = self._known.get(name, (0.0, 1.0))
+        ends = [low, *(mark for mark in marks if low < mark < high), high]
+        pieces = [(a, b) for a, b in pairwise(ends) if b - a > NOTHING] or [(low, high)]
+        choice = 0
+        if len(pieces) > 1:
+            fork = len(self.taken)
+            if fork < len(self._script):
+                choice = self._script[fork]
+            else:
+                self.others += [[*self.taken, other] for other in range(1, len(pieces))]
+            self.taken.append(choice)
+        a, b = pieces[choice]
+        self._known[name] = (a, b)
+        self.probability *= (b - a) / (high - low)
+        return (a + b) / 2
+
+    def coin(self, name: Hashable, probability: float) -> bool:
+        return self.place(name, [probability]) < probability
+
+    def token(self, name: Hashable, law: Tensor) -> int:
+        return self.tokens(name, [law])[0]
+
+    def tokens(self, name: Hashable, group: Sequence[Tensor]) -> list[int]:
+        """One token from each (unnormalised) law, all with the same number."""
+        sums = [np.cumsum(law.double().numpy()) for law in group]
+        shares = [s / s[-1] for s in sums]
+        number = self.place(name, sorted({float(mark) for share in shares for mark in share}))
+        return [int(np.searchsorted(share, number, side="right")) for share in shares]
+
+
+class Ways:
+    """A `Chance` over one luck per row of a batch. stream: part of every number's name."""
+
+    def __init__(self, lucks: Sequence[Luck], stream: Hashable = ""):
+        self.lucks, self.stream = lucks, stream
+
+    def row(self, index: int) -> Ways:
+        return Ways([self.lucks[index]], self.stream)
+
+    def coin(self, prob_BX: Tensor, place_BX: Ints, attempt_BX: Ints | None = None) -> Tensor:
+        answers = torch.zeros(prob_BX.shape, dtype=torch.bool)
+        for (row, column), prob in np.ndenumerate(prob_BX.double().numpy()):
+            attempt = -1 if attempt_BX is None else int(attempt_BX[row, column])
+            name = self._name("coin", row, int(place_BX[row, column]), attempt)
+            answers[row, column] = self.lucks[row].coin(name, float(prob))
+        return answers
+
+    def token(self, law_BXV: Tensor, place_BX: Ints) -> Tensor:
+        answers = torch.zeros(law_BXV.shape[:2], dtype=torch.int64)
+        for row, luck in enumerate(self.lucks):
+            columns: dict[int, list[int]] = defaultdict(list)
+            for column, place in enumerate(place_BX[row].tolist()):
+                columns[place].append(column)
+            for place, group in columns.items():
+                tokens = luck.tokens(self._name("token", row, place, -1), list(law_BXV[row, group]))
+                answers[row, group] = torch.tensor(tokens)
+        return answers
+
+    def _name(self, kind: str, row: int, place: int, attempt: int) -> Hashable:
+        return (self.stream, kind, place, attempt)
+
+
+class IdealDice(Ways):
+    """The library's own dice, perfect: a number's name is the number that they would have thrown."""
+
+    def __init__(self, dice: Dice, lucks: Sequence[Luck]):
+        super().__init__(lucks)
+        self.dice = dice
+
+    def row(self, index: int) -> IdealDice:
+        return IdealDice(self.dice.row(index), [self.lucks[index]])
+
+    def _name(self, kind: str, row: int, place: int, attempt: int) -> Hashable:
+        dice = self.dice.row(row)
+        purpose = dice._coin if kind == "coin" else dice._token
+        attempts = None if attempt < 0 else np.array([[attempt]])
+        return float(dice._uniform(purpose, np.array([[place]]), attempts))
+
+
+@contextmanager
+def ideal_dice(lucks: Mapping[int, Luck]) -> Iterator[None]:
+    """While this holds, rows with these keys throw ideal dice."""
+
+    def final(keys: Words, positions: Sequence[int]) -> IdealDice:
+        return IdealDice(final_dice(keys, positions), [lucks[int(key)] for key in keys])
+
+    def draft(keys: Words, path: Sequence[Ints | int]) -> IdealDice:
+        return IdealDice(draft_dice(keys, path), [lucks[int(key)] for key in keys])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("forerun.row.final_dice", final)
+        patch.setattr("forerun.row.draft_dice", draft)
+        yield
+
+
+def ways(
+    program: Callable[[list[Item], list[Luck]], Sequence[Result]], items: Sequence[Item], at_once: int = 256
+) -> Iterator[tuple[Item, Result, float]]:
+    """Everything that the program can do to each item: (item, result, probability). It is run on batches of items."""
+    waiting: list[tuple[Item, list[int]]] = [(item, []) for item in items]
+    while waiting:
+        batch, waiting = waiting[-at_once:], waiting[:-at_once]
+        lucks = [Luck(script) for _, script in batch]
+        results = program([item for item, _ in batch], lucks)
+        for (item, _), luck, result in zip(batch, lucks, results, strict=True):
+            waiting += [(item, script) for script in luck.others]
+            yield item, result, luck.probability
+
+
+def law_of(program: Callable[[list[None], list[Luck]], Sequence[Result]], at_once: int = 256) -> Law:
+    """The law of a program's result."""
+    law: Law = defaultdict(float)
+    for _, result, probability in ways(program, [None], at_once):
+        law[result] += probability
+    return dict(law)
+
+
+def distance(one: Mapping[Hashable, float], other: Mapping[Hashable, float]) -> float:
+    """Total variation."""
+    return sum(abs(one.get(key, 0.0) - other.get(key, 0.0)) for key in {*one, *other}) / 2
+
+
+Target = Callable[[tuple[int, ...]], Tensor]
+"""The law of the next token [V] after a prefix."""
+
+
+def continued(law: Mapping[tuple[int, ...], float], target: Target, count: int) -> Law:
+    """The law of the first `count` tokens when texts that are shorter go on with plain sampling."""
+    full: Law = defaultdict(float)
+    texts = dict(law)
+    while texts:
+        longer: dict[tuple[int, ...], float] = defaultdict(float)
+        for text, probability in texts.items():
+            if len(text) >= count:
+                full[text[:count]] += probability
+            else:
+                for token, share in enumerate(target(text).tolist()):
+                    if share > 0:
+                        longer[(*text, token)] += probability * share
+        texts = longer
+    return dict(full)
+
+
+def plain_law(target: Target, count: int) -> Law:
+    """The law of `count` tokens of plain sampling."""
+    return continued({(): 1.0}, target, count)
+
+
+def one_law(logits_V: Tensor, params: SamplingParams) -> Tensor:
+    """The law of one node, [V]."""
+    return laws(logits_V[None, None], [params])[0, 0]
