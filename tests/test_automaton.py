@@ -13,7 +13,17 @@ from forerun.automaton import ROOT, Cursor, SuffixAutomaton
 
 ENDLESS = 10**9
 relaxed = settings(deadline=None)
-TEXTS = st.integers(2, 5).flatmap(lambda kinds: st.lists(st.integers(0, kinds - 1), max_size=60))
+
+
+def long_text(seed: int) -> list[int]:
+    """Up to 200 tokens of 2 to 9 kinds: long enough that every place has been met several times."""
+    luck = random.Random(seed)
+    kinds = luck.randint(2, 9)
+    return [luck.randrange(kinds) for _ in range(luck.randint(1, 200))]
+
+
+SHORT = st.integers(2, 5).flatmap(lambda kinds: st.lists(st.integers(0, kinds - 1), max_size=60))
+TEXTS = SHORT | st.integers(0, 2**32).map(long_text)
 
 
 def string(tokens: list[int]) -> str:
@@ -55,7 +65,7 @@ def test_a_cursor_follows_tokens_that_were_not_appended(text: list[int], tail: l
     for count in range(len(tail) + 1):
         assert cursor.length == longest(text, tail[:count])
         pattern = (text + tail[:count])[len(text) + count - cursor.length :]
-        assert automaton.continuations(cursor, 6) == continuations(text, pattern)
+        assert automaton.continuations(cursor, 9) == continuations(text, pattern)
         if count < len(tail):
             cursor = automaton.advance(cursor, tail[count])
     assert len(automaton) == len(text)
@@ -103,6 +113,26 @@ def test_there_are_at_most_two_states_per_token(text: list[int]) -> None:
 
 def test_the_worst_text_reaches_the_bound() -> None:
     assert SuffixAutomaton([0, *[1] * 49]).states == 2 * 50 - 1
+
+
+def test_a_follower_that_comes_again_is_the_newest_again() -> None:
+    automaton = SuffixAutomaton([1, 2, 90, 1, 3, 91, 1, 2, 92, 1])
+    assert automaton.continuations(automaton.match, 3) == [2, 3]
+    automaton.extend([3, 93, 1, 4, 94, 1])
+    assert automaton.continuations(automaton.match, 3) == [4, 3, 2]
+    assert automaton.outlook(automaton.match) == (4, 1, True)
+
+
+def test_a_part_of_a_state_inherits_its_run() -> None:
+    automaton = SuffixAutomaton([1, 2, 3, 90, 1, 2, 3, 91, 1, 2, 3, 92, 2])
+    assert automaton.match.length == 1, "2 without 1 before it: a part of what was one state"
+    assert automaton.outlook(automaton.match) == (3, 3, False)
+
+
+def test_continuations_of_short_suffixes_can_be_left_out() -> None:
+    automaton = SuffixAutomaton([7, 2, 5, 90, 1, 2, 3, 91, 1, 2])
+    assert automaton.continuations(automaton.match, 4) == [3, 5]
+    assert automaton.continuations(automaton.match, 4, shortest=2) == [3]
 
 
 def test_an_empty_text_matches_nothing() -> None:

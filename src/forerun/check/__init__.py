@@ -40,7 +40,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        return not self.lossy and all(part.passed for part in (*self.greedy, *self.sampled))
+        return not self.lossy and all(one.passed for one in self.greedy) and all(one.passed for one in self.sampled)
 
     def verdicts(self) -> list[str]:
         """One line per question, and a last one that says it all."""

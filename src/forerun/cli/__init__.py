@@ -14,8 +14,12 @@ from typing import Annotated
 import typer
 
 import forerun
-from forerun.cli import check, demo, generate, inspect, train
+from forerun.cli.check import check
 from forerun.cli.complaint import sentence_of
+from forerun.cli.demo import demo
+from forerun.cli.generate import generate
+from forerun.cli.inspect import inspect
+from forerun.cli.train import app as train
 
 WRONG_INPUT, INTERRUPTED = 2, 130
 
@@ -26,11 +30,9 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.command("demo")(demo.demo)
-app.command("generate")(generate.generate)
-app.command("check")(check.check)
-app.command("inspect")(inspect.inspect)
-app.add_typer(train.app, name="train")
+for command in (demo, generate, check, inspect):
+    app.command()(command)
+app.add_typer(train, name="train")
 
 
 def _version(wanted: bool) -> None:

@@ -51,7 +51,9 @@ def machine(device: torch.device, dtype: torch.dtype, asked: str) -> dict[str, A
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{platform.machine()} {device.type}",
         "threads": torch.get_num_threads(),
         "processor": _abilities(),
         "dtype": str(dtype).removeprefix("torch."),
@@ -67,7 +69,9 @@ def _abilities() -> list[str]:
     if not hasattr(torch.cpu, "get_capabilities"):
         return []
     wanted = ("avx", "amx", "bf16", "f16", "fp16", "fma", "neon", "sve")
-    return sorted(name for name, here in torch.cpu.get_capabilities().items() if here is True and name.startswith(wanted))
+    return sorted(
+        name for name, here in torch.cpu.get_capabilities().items() if here is True and name.startswith(wanted)
+    )
 
 
 def _reason(device: torch.device, asked: str) -> str:

@@ -16,7 +16,9 @@ SHAPE, START, SCHEDULE = "Shape", "Where to start from", "Schedule"
 Corpus = Annotated[Path, typer.Option(metavar="DIR", help="Folder with train.bin, heldout.bin and tokenizer/.")]
 Build = Annotated[
     bool,
-    typer.Option("--build-corpus", help="First build the corpus and its tokenizer there, from the Python source on this machine."),
+    typer.Option(
+        "--build-corpus", help="First build the corpus and its tokenizer there, from the Python source on this machine."
+    ),
 ]
 Vocabulary = Annotated[int, typer.Option(help="With --build-corpus: tokens of the vocabulary.")]
 Run = Annotated[
@@ -24,7 +26,9 @@ Run = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option(metavar="MODEL", help="Folder for the finished model (Hugging Face format).")]
 Size = Annotated[int | None, typer.Option(rich_help_panel=SHAPE, show_default=False)]
-HeadDim = Annotated[int | None, typer.Option(help="Width of one head; without it, width / heads.", rich_help_panel=SHAPE)]
+HeadDim = Annotated[
+    int | None, typer.Option(help="Width of one head; without it, width / heads.", rich_help_panel=SHAPE)
+]
 Source = Annotated[
     str | None,
     typer.Option(metavar="RUN|MODEL", help="Stack this shallower model's layers.", rich_help_panel=START),
@@ -32,16 +36,19 @@ Source = Annotated[
 InitFrom = Annotated[
     str | None, typer.Option(metavar="RUN|MODEL", help="Take some layers of this model.", rich_help_panel=START)
 ]
-InitLayers = Annotated[
-    str | None, typer.Option(metavar="0,7", help="With --init-from: which.", rich_help_panel=START)
-]
+InitLayers = Annotated[str | None, typer.Option(metavar="0,7", help="With --init-from: which.", rich_help_panel=START)]
 Teacher = Annotated[
-    str | None, typer.Option(metavar="MODEL", help="Learn this model's law instead of the text's.", rich_help_panel=START)
+    str | None,
+    typer.Option(metavar="MODEL", help="Learn this model's law instead of the text's.", rich_help_panel=START),
 ]
 Count = Annotated[int, typer.Option(rich_help_panel=SCHEDULE)]
 Rate = Annotated[float, typer.Option(rich_help_panel=SCHEDULE)]
-Decay = Annotated[float, typer.Option(help="Share of the steps in which the rates fall to 0.", rich_help_panel=SCHEDULE)]
-First = Annotated[int, typer.Option(help="Batches to skip: those that an earlier run has seen.", rich_help_panel=SCHEDULE)]
+Decay = Annotated[
+    float, typer.Option(help="Share of the steps in which the rates fall to 0.", rich_help_panel=SCHEDULE)
+]
+First = Annotated[
+    int, typer.Option(help="Batches to skip: those that an earlier run has seen.", rich_help_panel=SCHEDULE)
+]
 Seed = Annotated[int, typer.Option(help="Of the first weights and of the order of the text.", rich_help_panel=SCHEDULE)]
 Compile = Annotated[bool, typer.Option("--compile", help="torch.compile: a slow start, then faster steps.")]
 
@@ -99,7 +106,8 @@ def lm(
     if init_from is not None and grow_from is not None:
         raise TrainingError("--grow-from and --init-from exclude each other: a model has one start")
 
-    from forerun.train.recipe import Recipe, Shape, Start, build_corpus as build, train
+    from forerun.train.recipe import Recipe, Shape, Start, train
+    from forerun.train.recipe import build_corpus as build
 
     if build_corpus:
         print(build(corpus, vocabulary))

@@ -92,5 +92,7 @@ class NextToken:
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """`loss`: nats per token against held-out text, whatever the training signal."""
-        losses = [self._loss(part, None).item() * len(part) for part in torch.split(self.text.validation(), self.text.rows)]
+        losses = [
+            self._loss(part, None).item() * len(part) for part in torch.split(self.text.validation(), self.text.rows)
+        ]
         return {"loss": sum(losses) / len(self.text.validation())}

@@ -22,11 +22,15 @@ from torch import Tensor, nn
 
 from forerun.errors import TrainingError
 
+STATE = "state.safetensors"
+"""The checkpoint in a run's folder: parameters, optimiser state, and how far the run has come."""
+
 
 class Objective(Protocol):
     """One loss and the parameters it moves."""
 
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module: ...
 
     def loss(self, step: int, part: int) -> Tensor:
         """The loss in nats of one part of a step's batch (fp32 scalar). The same step and part give the same batch."""
@@ -103,6 +107,7 @@ class _Run:
 
     def finish(self, title: str) -> dict[str, float]:
         figures: dict[str, float] = {}
+        said = ""
         columns = (TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
         with Progress(*columns, TimeRemainingColumn()) as progress:
             task = progress.add_task(title, total=self.schedule.steps, completed=self.step, note="")
@@ -111,8 +116,9 @@ class _Run:
                 loss = self._update()
                 self.seconds += time.perf_counter() - started
                 self.step += 1
-                progress.update(task, completed=self.step, note=f"step {self.step}  loss {loss:.3f}")
                 figures = self._report(loss, figures)
+                said = f"  validation {figures['loss']:.3f}" if figures else said
+                progress.update(task, completed=self.step, note=f"step {self.step}  loss {loss:.3f}{said}")
         return figures
 
     def _update(self) -> float:
@@ -172,11 +178,18 @@ class _Run:
                 state |= {f"optimiser.{number}.{index}.{k}": torch.as_tensor(v) for k, v in values.items()}
         note = {"step": self.step, "seconds": self.seconds, "schedule": asdict(self.schedule)}
         beside = self.folder / "state.tmp"
-        save_file({k: v.contiguous() for k, v in state.items()}, beside, {"run": json.dumps(note)})
-        beside.rename(self.folder / "state.safetensors")
+        try:
+            save_file({k: v.contiguous() for k, v in state.items()}, beside, {"run": json.dumps(note)})
+            beside.rename(self.folder / STATE)
+        except (OSError, SafetensorError) as error:
+            beside.unlink(missing_ok=True)
+            raise TrainingError(
+                f"the checkpoint of step {self.step} cannot be written to {self.folder} ({error}): make room there; the run"
+                " goes on from the one before"
+            ) from None
 
     def _resume(self) -> None:
-        path = self.folder / "state.safetensors"
+        path = self.folder / STATE
         if not path.exists():
             return
         note, state = read_run(path)
@@ -186,6 +199,8 @@ class _Run:
             )
         self.step, self.seconds = int(note["step"]), float(note["seconds"])
         own = dict(self.objective.module.named_parameters())
+        if any(name not in state or state[name].shape != parameter.shape for name, parameter in own.items()):
+            raise TrainingError(f"{path} belongs to a model of another shape: remove it, or train into another folder")
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state[name])
