@@ -27,6 +27,7 @@ import forerun
 from forerun.bench.suites import load as load_suite
 from forerun.nn.dtype import dtype_of
 
+LONGEST_DRAFT = 64  # tokens; a forward over more is reading a prompt
 Tokens = list[int]
 Arm = Callable[[Sequence[Tokens], int], list[Tokens]]
 
@@ -51,12 +52,38 @@ class Row:
         return sorted(a / b for a, b in zip(self.tokens_per_second, other.tokens_per_second, strict=True))
 
 
+class Clocked:
+    """A network that adds up the seconds of its forwards (without those that read prompts)."""
+
+    def __init__(self, network: Any):
+        self._network = network
+        self.seconds = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._network, name)
+
+    def forward(self, feed: Any, *rest: Any) -> Any:
+        begun = time.perf_counter()
+        read = self._network.forward(feed, *rest)
+        self.seconds += (time.perf_counter() - begun) * (feed.tokens_BN.shape[1] <= LONGEST_DRAFT)
+        return read
+
+
 class Ours:
-    """A forerun engine as an arm; it keeps the statistics of its last call."""
+    """A forerun engine as an arm; it keeps the statistics of its calls and clocks every network in it."""
 
     def __init__(self, path: Path, drafter: str, dtype: str):
         self.engine = forerun.load(path, drafter=drafter, dtype=dtype)
         self.stats: list[forerun.Stats] = []
+        self.clocks: list[Clocked] = []
+        part: Any = self.engine.drafter
+        models = [self.engine.target]
+        while part is not None:
+            models += [part.model] if hasattr(part, "model") else []
+            part = getattr(part, "inner", None)
+        for model in models:
+            model.network = Clocked(model.network)  # type: ignore[assignment]
+            self.clocks.append(model.network)  # type: ignore[arg-type]
 
     def __call__(self, prompts: Sequence[Tokens], count: int) -> list[Tokens]:
         params = forerun.SamplingParams(max_new_tokens=count, ignore_eos=True)
@@ -64,12 +91,22 @@ class Ours:
         self.stats += [output.stats for output in outputs]
         return [output.token_ids for output in outputs]
 
-    def shares(self) -> dict[str, float]:
-        """Where decoding time goes, as shares of it (prompt reading left out)."""
+    def shares(self, batch: int) -> dict[str, float]:
+        """Where decoding time goes, as shares of it (prompt reading left out; rows of a batch share their steps).
+
+        draft, verify, other add up to 1; outside is what no network's forward accounts for.
+        """
         total = sum(s.seconds - s.prefill_seconds for s in self.stats)
-        return {
-            name: sum(getattr(s, f"{name}_seconds") for s in self.stats) / total for name in ("draft", "verify", "other")
+        parts = {
+            name: sum(getattr(s, f"{name}_seconds") for s in self.stats) / total
+            for name in ("draft", "verify", "other")
         }
+        return {**parts, "outside": 1 - batch * sum(clock.seconds for clock in self.clocks) / total}
+
+    def forget(self) -> None:
+        self.stats.clear()
+        for clock in self.clocks:
+            clock.seconds = 0.0
 
 
 class Theirs:
@@ -118,15 +155,19 @@ def measure(arms: dict[str, Arm], batches: Sequence[Sequence[Tokens]], count: in
             seconds = time.perf_counter() - begun
             if number == 0:
                 expected = expected or [arms["forerun none"](batch, count) for batch in batches]
-                same = [a == b for have, want in zip(answers, expected, strict=True) for a, b in zip(have, want, strict=True)]
+                same = [
+                    a == b
+                    for have, want in zip(answers, expected, strict=True)
+                    for a, b in zip(have, want, strict=True)
+                ]
                 row.identical, row.answers = sum(same), len(same)
                 if isinstance(arm, Ours):
-                    arm.stats.clear()
+                    arm.forget()
                 continue
             row.tokens_per_second.append(sum(len(answer) for batch in answers for answer in batch) / seconds)
     for name, arm in arms.items():
         if isinstance(arm, Ours):
-            rows[name].shares = arm.shares()
+            rows[name].shares = arm.shares(rows[name].batch)
             rows[name].tokens_per_step = sum(s.new_tokens for s in arm.stats) / sum(s.steps for s in arm.stats)
     return list(rows.values())
 
@@ -135,7 +176,7 @@ def show(rows: Sequence[Row], console: Console) -> None:
     by_name = {row.arm: row for row in rows}
     table = Table(title=f"batch {rows[0].batch}")
     for heading in (
-        "arm tokens/s x_transformers_plain x_forerun_none tokens/step draft verify other identical"
+        "arm tokens/s x_transformers_plain x_forerun_none tokens/step draft verify other outside_forwards identical"
     ).split():
         table.add_column(heading.replace("_", " "), justify="right")
     for row in rows:
@@ -145,7 +186,7 @@ def show(rows: Sequence[Row], console: Console) -> None:
             f"{row.median:.1f}",
             *(f"{statistics.median(r):.2f} ({r[0]:.2f}-{r[-1]:.2f})" for r in ratios),
             f"{row.tokens_per_step:.2f}",
-            *(f"{row.shares[name]:.0%}" if row.shares else "" for name in ("draft", "verify", "other")),
+            *(f"{row.shares[name]:.0%}" if row.shares else "" for name in ("draft", "verify", "other", "outside")),
             f"{row.identical}/{row.answers}",
         )
     console.print(table)

@@ -108,4 +108,5 @@ def pick(law_BXV: Tensor, uniform_BX: Tensor) -> Tensor:
     mark = uniform_BX.to(sums.device).unsqueeze(-1) * total
     # Rounding may lift the mark to the total itself; the last token that still adds to the sum is the right one then.
     mark = torch.minimum(mark, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(sums, mark, right=True).squeeze(-1)
+    # A law that is no law (a row that is padded, a broken model) still must not name a token that does not exist.
+    return torch.searchsorted(sums, mark, right=True).squeeze(-1).clamp(max=law_BXV.shape[-1] - 1)

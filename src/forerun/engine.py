@@ -208,12 +208,12 @@ class Engine:
             raise RequestError(
                 f"logit_bias names token {outside[0]}, outside the vocabulary of {self.target.vocab_size}"
             )
+        if params.stop and self.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer, and this model has none: use stop_token_ids")
         return min(context, len(tokens) + params.max_new_tokens) if params.max_new_tokens else context
 
     def _text_stream(self, tokens: Sequence[int], params: SamplingParams) -> TextStream | None:
         if self.tokenizer is None:
-            if params.stop:
-                raise RequestError("stop strings need a tokenizer, and this model has none: use stop_token_ids")
             return None
         return TextStream(self.tokenizer.backend_tokenizer, tokens, tuple(params.stop))
 
@@ -321,7 +321,7 @@ class Engine:
             return
         logprobs = scores.logits_BNV[index, list(path)].float().log_softmax(-1)
         for token, law in zip(tokens, logprobs, strict=True):
-            best = law.topk(count)
+            best = law.topk(min(count, law.shape[-1]))
             alternatives = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))
             request.logprobs.append(TokenLogprob(token, float(law[token]), alternatives))
 
@@ -404,6 +404,10 @@ class Engine:
                 self.step()
         except KeyboardInterrupt:
             self.abort()
+        except BaseException:
+            self.abort()
+            self._finished.clear()
+            raise
         return [self._output(self._finished.pop(number)) for number in numbers if number in self._finished]
 
     def _queue(

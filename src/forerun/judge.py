@@ -57,12 +57,13 @@ def judge(tree: TokenTree, logits_BNV: Tensor, rows: Sequence[Row], chance: Chan
 
 
 def node_scores(tree: TokenTree, logits_BNV: Tensor, rows: Sequence[Row]) -> Tensor:
-    """The logits with each row's penalties, bias and processors applied at every node with that node's own prefix."""
+    """The logits with each row's bias, penalties and processors applied at every node with that node's own prefix."""
     if not any(row.params.edits_scores for row in rows):
         return logits_BNV
     scores = logits_BNV.float() if logits_BNV.dtype != torch.float64 else logits_BNV.clone()
     for index, row in enumerate(rows):
         if row.params.edits_scores:
             size = tree.sizes[index]
-            scores[index, :size] = edited(scores[index, :size], row.params, row.prefixes(tree, index))
+            parents = tree.topology.parents_BN[index, :size].tolist()
+            scores[index, :size] = edited(scores[index, :size], row.params, row.prefixes(tree, index), parents)
     return scores

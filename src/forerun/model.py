@@ -75,6 +75,7 @@ class Model:
 
         Returns the hidden states asked for of that chunk, [1, N, D], or None when nothing is left to read.
         """
+        self._held = 0
         start = self.cache.lengths[slot]
         part = row.tokens[start : min(start + CHUNK, len(row.tokens) - 1)]
         if not part:

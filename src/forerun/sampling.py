@@ -1,6 +1,6 @@
 """From logits to the law that a request asked for: the one place for temperature, filters, penalties, bias, processors.
 
-The order is that of transformers: penalties and bias, then the user's processors, then temperature, top-k, top-p, min-p.
+The order is that of transformers: bias, then penalties, then the user's processors, then temperature, top-k, top-p, min-p.
 Everything is applied at every node of a tree with that node's own prefix.
 """
 
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -19,6 +20,39 @@ from forerun.errors import RequestError
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 """transformers' protocol: (input_ids [1, S], scores [1, V]) -> scores [1, V]."""
+
+
+COLDEST = 1e-5
+"""The lowest temperature above 0: logits divided by less leave the range of fp32."""
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _are(values: object, fit: Callable[[Any], bool]) -> bool:
+    return isinstance(values, Iterable) and not isinstance(values, str) and all(map(fit, values))
+
+
+_KINDS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("top_k n", "a whole number", _is_whole),
+    ("max_new_tokens seed logprobs", "a whole number or None", lambda value: value is None or _is_whole(value)),
+    ("temperature top_p min_p", "a number", _is_number),
+    ("repetition_penalty presence_penalty frequency_penalty", "a number", _is_number),
+    (
+        "logit_bias",
+        "token ids, each with what to add to its logit",
+        lambda bias: isinstance(bias, Mapping) and _are(bias, _is_whole) and _are(bias.values(), _is_number),
+    ),
+    ("stop", "a string or several", lambda stop: isinstance(stop, str) or _are(stop, lambda one: isinstance(one, str))),
+    ("stop_token_ids", "token ids", lambda ids: _are(ids, _is_whole)),
+    ("processors", "functions of (input_ids, scores)", lambda processors: _are(processors, callable)),
+)
+"""Parameters, what kind of value they want, and how to tell."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +87,21 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        for wrong in self._complaints():
+        for wrong in self._misfits() or self._complaints():
             raise RequestError(wrong)
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         if not all(self.stop):
             raise RequestError("a stop string is empty: it would end every text at once; leave it out")
+
+    def _misfits(self) -> list[str]:
+        """Values of the wrong kind, as they come in from outside."""
+        return [
+            f"{name}={getattr(self, name)!r} makes no sense: give {wants}"
+            for names, wants, fits in _KINDS
+            for name in names.split()
+            if not fits(getattr(self, name))
+        ]
 
     def _complaints(self) -> list[str]:
         def check(good: bool, name: str, wants: str) -> list[str]:
@@ -68,16 +111,23 @@ class SamplingParams:
             self.max_new_tokens is None or self.max_new_tokens > 0, "max_new_tokens", "give 1 or more, or None"
         )
         found += check(
-            math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "give 0 (greedy) or more"
+            math.isfinite(self.temperature) and (self.temperature == 0 or self.temperature >= COLDEST),
+            "temperature",
+            f"give 0 (greedy), or {COLDEST} or more",
         )
         found += check(self.top_k >= 0, "top_k", "give 0 (off) or more")
         found += check(0 < self.top_p <= 1, "top_p", "give a share above 0 and up to 1 (off)")
         found += check(0 <= self.min_p <= 1, "min_p", "give a share from 0 (off) to 1")
-        found += check(self.repetition_penalty > 0, "repetition_penalty", "give a factor above 0; 1 is off")
+        found += check(
+            0 < self.repetition_penalty < math.inf, "repetition_penalty", "give a finite factor above 0; 1 is off"
+        )
         found += check(math.isfinite(self.presence_penalty), "presence_penalty", "give a finite number; 0 is off")
         found += check(math.isfinite(self.frequency_penalty), "frequency_penalty", "give a finite number; 0 is off")
         found += check(self.n >= 1, "n", "give 1 or more samples")
         found += check(self.logprobs is None or self.logprobs >= 0, "logprobs", "give 0 or more alternatives, or None")
+        found += check(
+            all(bias < math.inf for bias in self.logit_bias.values()), "logit_bias", "give finite numbers, or -inf"
+        )
         filters = {"top_k": self.top_k > 0, "top_p": self.top_p < 1, "min_p": self.min_p > 0}
         wanted = [name for name, on in filters.items() if on]
         if self.temperature == 0 and wanted:
@@ -115,6 +165,11 @@ class SamplingParams:
         )
 
     @property
+    def forbids(self) -> bool:
+        """Some tokens may be made impossible by a bias or a processor."""
+        return bool(self.processors or self.logit_bias)
+
+    @property
     def filters(self) -> tuple[int, float, float]:
         return (self.top_k, self.top_p, self.min_p)
 
@@ -127,14 +182,26 @@ class Prefix:
     prompt_length: int
 
 
-def edited(scores_NV: Tensor, params: SamplingParams, prefixes: Sequence[Prefix]) -> Tensor:
-    """Penalties, bias and processors for the nodes of one row; `prefixes[n]` is node n's own prefix (itself included)."""
+def edited(
+    scores_NV: Tensor, params: SamplingParams, prefixes: Sequence[Prefix], parents: Sequence[int] = ()
+) -> Tensor:
+    """Bias, penalties and processors for the nodes of one row; `prefixes[n]` is node n's own prefix (itself included).
+
+    parents: of the nodes, if they form a tree. What is forbidden at a node leads nowhere: everything below it stays as it is,
+    for a grammar may not know what to say there.
+    """
     scores_NV = scores_NV.clone()
+    nowhere: set[int] = set()
     for node, prefix in enumerate(prefixes):
+        if parents and parents[node] >= 0 and params.forbids:
+            parent = parents[node]
+            if parent in nowhere or bool(scores_NV[parent, prefix.tokens[-1]] == -math.inf):
+                nowhere.add(node)
+                continue
         scores = scores_NV[node]
-        _penalise(scores, params, prefix)
         for token, bias in params.logit_bias.items():
             scores[token] += bias
+        _penalise(scores, params, prefix)
         if params.processors:
             ids = torch.tensor([prefix.tokens], dtype=torch.int64, device=scores.device)
             batch = scores[None]

@@ -73,6 +73,10 @@ def stopping(rule: str = "fixed", **settings: float) -> Stopping:
         made = RULES[rule](**settings)
     except TypeError as error:
         raise DrafterError(f"stopping rule {rule!r} does not take these settings: {error}") from None
+    threshold = settings.get("threshold", 0)
+    if not isinstance(made.most, int) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+        given = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        raise DrafterError(f"stopping rule {rule!r} with {given}: most is a whole number, threshold a probability")
     if made.most < 1:
         raise DrafterError(
             f"a stopping rule with most={made.most} drafts nothing: give 1 or more, or use the drafter none"

@@ -27,7 +27,6 @@ app = typer.Typer(
     name="forerun",
     help="Language models generate faster without changing what they say.",
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 for command in (demo, generate, check, inspect):
@@ -58,7 +57,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command line; returns its exit code: 0, 1 (a check that failed), 2 (wrong input), 130 (Ctrl-C)."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is about its own generation, not about ours
     try:
-        code = app(list(arguments), prog_name="forerun", standalone_mode=False)
+        code = app(list(arguments) or ["--help"], prog_name="forerun", standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:
         _drop_output()

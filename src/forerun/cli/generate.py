@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from forerun.engine import Engine, Output
     from forerun.sampling import SamplingParams
 
-Prompts = Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Texts to continue; - is stdin.")]
+Prompts = Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Texts to continue; - is stdin.")]
 PromptFiles = Annotated[
     list[Path] | None,
     typer.Option(help='A text file, or a .jsonl file with a "prompt" per row; may be repeated.'),

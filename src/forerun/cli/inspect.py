@@ -11,7 +11,7 @@ from forerun.cli import options
 if TYPE_CHECKING:
     import torch
 
-Model = Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A folder in Hugging Face format, or a hub id.")]
+Model = Annotated[str | None, typer.Argument(metavar="MODEL", help="A folder in Hugging Face format, or a hub id.")]
 
 
 def inspect(

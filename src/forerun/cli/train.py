@@ -9,7 +9,7 @@ import typer
 
 from forerun.cli import options
 
-app = typer.Typer(help="Train models and drafters.", no_args_is_help=True)
+app = typer.Typer(help="Train models and drafters.")
 
 SHAPE, START, SCHEDULE = "Shape", "Where to start from", "Schedule"
 

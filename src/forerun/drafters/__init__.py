@@ -4,7 +4,8 @@ A drafter file offers `build(workshop, **settings) -> Drafter`; its settings are
 
     none                                      a name
     small:models/small                        a name and a checkpoint
-    mine.yaml                                 a file (JSON or YAML) with a description
+    mine.yaml                                 a file (JSON or YAML) with a description; its checkpoints may be named
+                                              as they lie beside the file
     {"drafter": "small", "checkpoint": "models/small", "stopping": {"rule": "confidence", "threshold": 0.5}}
 
 Packages outside this one register theirs under the entry point group `forerun.drafters`, as name = module.
@@ -79,7 +80,7 @@ def describe(spec: str | Description) -> dict[str, Any]:
         return {"drafter": name, **({"checkpoint": checkpoint} if checkpoint else {})}
     if spec.endswith((".json", ".yaml", ".yml")):
         try:
-            return _parsed(Path(spec).read_text(), spec)
+            return _anchored(_parsed(Path(spec).read_text(), spec), Path(spec).parent)
         except OSError as error:
             raise DrafterError(f"cannot read the drafter file {spec}: {error.strerror}") from None
     raise DrafterError(_unknown(name))
@@ -115,6 +116,17 @@ def _parsed(text: str, source: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DrafterError(f'{source} must be a mapping such as {{"drafter": "lookup"}}')
     return value
+
+
+def _anchored(description: Any, folder: Path) -> Any:
+    """Checkpoints that lie beside the file that names them, wherever the command runs."""
+    if not isinstance(description, dict):
+        return description
+    inside = {key: _anchored(value, folder) for key, value in description.items()}
+    checkpoint = inside.get("checkpoint")
+    if isinstance(checkpoint, str) and (folder / checkpoint).is_dir():
+        inside["checkpoint"] = str(folder / checkpoint)
+    return inside
 
 
 def _unknown(name: str) -> str:

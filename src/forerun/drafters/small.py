@@ -11,7 +11,7 @@ Rows at temperature 0 draft greedily, others sample from the draft model's law u
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -57,12 +57,20 @@ class DraftModel(Drafter):
             self.model.truncate(slot, length)
 
     def propose(self, context: Context) -> TokenTree:
-        """Draft, unless no row has room for it, in its own text or in the draft model's context."""
+        """Draft where a row has room for it, in its own text and in the draft model's context."""
+        self._places = []  # an interrupted step may have left some
         room = [self.model.max_length - len(row.tokens) for row in context.rows]
         depths = [max(0, min(pair)) for pair in zip(context.depths, room, strict=True)]
-        if context.budget < 1 or not any(depths) or min(room) < 1:
+        if context.budget < 1 or not any(depths):
             return TokenTree.root([row.tokens[-1] for row in context.rows], context.device)
         return self.draft(context, depths)
+
+    def begin(self, rows: Sequence[Row]) -> Tensor:
+        """What the draft model says next, [B, V]. Texts that have outgrown its context it reads as far as they fit: they are
+        carried along, and nothing is drafted for them."""
+        most = self.model.max_length
+        fitting = [row if len(row.tokens) <= most else replace(row, tokens=row.tokens[:most]) for row in rows]
+        return self.model.next_logits(fitting)
 
     def draft(self, context: Context, depths: Sequence[int]) -> TokenTree:
         raise NotImplementedError
@@ -82,7 +90,7 @@ class Chain(DraftModel):
         chance = context.chance()
         chains: list[list[int]] = [[] for _ in rows]
         sizes = [1 + min(depth, longest) for depth in depths]
-        logits, probs, steps = self.model.next_logits(rows), [], []
+        logits, probs, steps = self.begin(rows), [], []
         for depth in range(1, longest + 1):
             law = draft_law(logits, rows, chains)
             token = draw(law, rows, chance, depth)
@@ -174,7 +182,7 @@ class TopTree(_Growing):
         rows = context.rows
         grown = [Grown([row.tokens[-1]]) for row in rows]
         frontiers: list[list[int]] = [[0] for _ in rows]
-        logits, held = self.model.next_logits(rows)[:, None], 0
+        logits, held = self.begin(rows)[:, None], 0
         deepest = min(self.depth, max(depths))
         for level in range(1, deepest + 1):
             best = logits.float().log_softmax(-1).topk(min(self.width, logits.shape[-1]), -1)
@@ -222,7 +230,7 @@ class SampledTree(_Growing):
         grown = [Grown([row.tokens[-1]]) for row in rows]
         groups: list[dict[int, Tensor]] = [{} for _ in rows]
         frontiers: list[list[int]] = [[0] for _ in rows]
-        logits, held = self.model.next_logits(rows)[:, None], 0
+        logits, held = self.begin(rows)[:, None], 0
         deepest = min(len(self.widths), max(depths))
         for level in range(1, deepest + 1):
             for index, row in enumerate(grown):

@@ -58,13 +58,15 @@ class Verified(Drafter):
         depths = [max(0, min(d, most, self.model.max_length - s)) for d, s in zip(context.depths, starts, strict=True)]
         spoken: list[list[Tensor]] = [[] for _ in rows]
         number = 0
-        while any(room := self._room(rows, starts, depths)):
-            self._round(replace(context, path=(*context.path, number)), room, spoken)
-            number += 1
-        tokens = [row.tokens[start - 1 :] for row, start in zip(rows, starts, strict=True)]
-        for row, start in zip(rows, starts, strict=True):
-            row.tentative -= len(row.tokens) - start
-            del row.tokens[start:]
+        try:
+            while any(room := self._room(rows, starts, depths)):
+                self._round(replace(context, path=(*context.path, number)), room, spoken)
+                number += 1
+            tokens = [row.tokens[start - 1 :] for row, start in zip(rows, starts, strict=True)]
+        finally:  # an interrupted request must not end with tokens that its target never saw
+            for row, start in zip(rows, starts, strict=True):
+                row.tentative -= len(row.tokens) - start
+                del row.tokens[start:]
         return _tree(tokens, spoken, context.device)
 
     def _room(self, rows: Sequence[Row], starts: Sequence[int], depths: Sequence[int]) -> list[int]:
