@@ -1,9 +1,10 @@
 """Luck in every possible way: what a program that throws dice can do, and how probable each of its results is.
 
-Every uniform number of a run has a name and is known only as an interval. A question (does it fall below this probability?
-which token does it pick?) cuts the interval; where several pieces are left the run goes on in one of them, and another run
-later in each of the others. Asking twice under one name is asking about the same number, as it is with real dice: a stream
-that is shared by mistake gives a wrong law here too, and so does a number that was seen before.
+Every uniform number of a run has a name and is known only as an interval: the run takes place in a box, a part of the cube of
+all numbers. A question (does the number fall below this probability? which token does it pick?) cuts the box; where several
+pieces are left the run goes on in the first, and other runs later in the others. Asking twice under one name is asking about
+the same number, as it is with real dice: a stream that is shared by mistake gives a wrong law here too, and so does a number
+that was seen before. What a run asks without need cuts its box without need, and no more.
 """
 
 from __future__ import annotations
@@ -30,33 +31,25 @@ NOTHING = 1e-14
 """Pieces of an interval that are smaller are rounding errors."""
 
 
-class Luck:
-    """One way in which all the numbers of a run can fall. `script`: which piece to take at each fork, then always the first."""
+Box = dict[Hashable, tuple[float, float]]
 
-    def __init__(self, script: Sequence[int] = ()):
-        self.taken: list[int] = []
-        self.others: list[list[int]] = []  # the scripts of the runs that leave this one at a fork of its own
-        self.probability = 1.0
-        self._script = script
-        self._known: dict[Hashable, tuple[float, float]] = {}
+
+class Luck:
+    """One box, and its probability. `others`: the boxes that were cut off it."""
+
+    def __init__(self, box: Box | None = None, probability: float = 1.0):
+        self.box, self.probability = dict(box or {}), probability
+        self.others: list[tuple[Box, float]] = []
 
     def place(self, name: Hashable, marks: Sequence[float]) -> float:
         """A number inside the piece (between two ascending marks) where this name's uniform number lies."""
-        low, high = self._known.get(name, (0.0, 1.0))
+        low, high = self.box.get(name, (0.0, 1.0))
         ends = [low, *(mark for mark in marks if low < mark < high), high]
-        pieces = [(a, b) for a, b in pairwise(ends) if b - a > NOTHING] or [(low, high)]
-        choice = 0
-        if len(pieces) > 1:
-            fork = len(self.taken)
-            if fork < len(self._script):
-                choice = self._script[fork]
-            else:
-                self.others += [[*self.taken, other] for other in range(1, len(pieces))]
-            self.taken.append(choice)
-        a, b = pieces[choice]
-        self._known[name] = (a, b)
-        self.probability *= (b - a) / (high - low)
-        return (a + b) / 2
+        first, *others = [(a, b) for a, b in pairwise(ends) if b - a > NOTHING] or [(low, high)]
+        per_length = self.probability / (high - low)
+        self.others += [({**self.box, name: (a, b)}, (b - a) * per_length) for a, b in others]
+        self.box[name], self.probability = first, (first[1] - first[0]) * per_length
+        return sum(first) / 2
 
     def coin(self, name: Hashable, probability: float) -> bool:
         return self.place(name, [probability]) < probability
@@ -141,13 +134,13 @@ def ways(
     program: Callable[[list[Item], list[Luck]], Sequence[Result]], items: Sequence[Item], at_once: int = 256
 ) -> Iterator[tuple[Item, Result, float]]:
     """Everything that the program can do to each item: (item, result, probability). It is run on batches of items."""
-    waiting: list[tuple[Item, list[int]]] = [(item, []) for item in items]
+    waiting: list[tuple[Item, Box, float]] = [(item, {}, 1.0) for item in items]
     while waiting:
         batch, waiting = waiting[-at_once:], waiting[:-at_once]
-        lucks = [Luck(script) for _, script in batch]
-        results = program([item for item, _ in batch], lucks)
-        for (item, _), luck, result in zip(batch, lucks, results, strict=True):
-            waiting += [(item, script) for script in luck.others]
+        lucks = [Luck(box, probability) for _, box, probability in batch]
+        results = program([item for item, *_ in batch], lucks)
+        for (item, *_), luck, result in zip(batch, lucks, results, strict=True):
+            waiting += [(item, *other) for other in luck.others]
             yield item, result, luck.probability
 
 

@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 from forerun.cache import Cache, CacheShape
+from forerun.chance import Chance
+from forerun.drafter import Context, Drafter
 from forerun.drafters import Workshop, build
 from forerun.engine import Engine
 from forerun.model import Model
 from forerun.nn.feed import Feed, Read
+from forerun.row import Row
+from forerun.tree import Drawn, TokenTree
 
 torch.set_num_threads(1)  # tables are tiny: threads would only wait for one another
 
@@ -62,12 +66,64 @@ class TableNetwork:
 class Near(TableNetwork):
     """A drafter's table: the target's logits plus noise."""
 
-    def __init__(self, target: TableNetwork, noise: float, seed: int = 99):
-        super().__init__(target.vocab_size, seed, target._order, noise, target.max_length)
+    def __init__(self, target: TableNetwork, noise: float, seed: int = 99, max_length: int | None = None):
+        super().__init__(target.vocab_size, seed, target._order, noise, max_length or target.max_length)
         self._target = target
 
     def logits(self, prefix: Sequence[int]) -> Tensor:
         return self._target.logits(prefix) + super().logits(prefix)
+
+
+class Wild(Drafter):
+    """Any tree: shapes, tokens and kinds of drawing are random but known from the row's length and step alone, so some rows
+    have nothing, some chains, some bushes, some deterministic groups below drawn ones."""
+
+    name = "wild"
+
+    def __init__(self, vocab_size: int, max_nodes: int = 6, seed: int = 0, kinds: Sequence[Drawn] = tuple(Drawn)):
+        self.max_nodes = max_nodes
+        self._vocab, self._seed, self._kinds = vocab_size, seed, kinds
+
+    def propose(self, context: Context) -> TokenTree:
+        chance = context.chance()
+        rows = [
+            self._draft(row, depth, chance.row(index))
+            for index, (row, depth) in enumerate(zip(context.rows, context.depths, strict=True))
+        ]
+        plain = TokenTree.of([row[0] for row in rows], [row[1] for row in rows], context.device)
+        drawn = np.zeros((plain.rows, plain.nodes), dtype=np.uint8)
+        laws = torch.zeros(plain.rows, plain.nodes, self._vocab, dtype=torch.float64)
+        for index, (_, _, groups) in enumerate(rows):
+            for node, (kind, law) in groups.items():
+                drawn[index, node], laws[index, node] = kind, law
+        return TokenTree(plain.tokens_BN, plain.topology, drawn, laws) if drawn.any() else plain
+
+    def _draft(
+        self, row: Row, most: int, chance: Chance
+    ) -> tuple[list[int], list[int], dict[int, tuple[Drawn, Tensor]]]:
+        rng = np.random.default_rng([self._seed, len(row.tokens), row.step])
+        tokens, parents, depths = [row.tokens[-1]], [-1], [0]
+        groups: dict[int, tuple[Drawn, Tensor]] = {}
+        size = int(rng.integers(0, self.max_nodes + 1))
+        for node in range(self.max_nodes):  # nodes that do not exist yet are skipped, but their numbers are drawn
+            kind, count = self._kinds[rng.integers(len(self._kinds))], int(rng.integers(0, 4))
+            law = torch.from_numpy(rng.dirichlet(np.ones(self._vocab)))
+            rest, choices = law.clone(), rng.integers(self._vocab, size=4).tolist()
+            if node >= len(tokens) or depths[node] >= most:
+                continue
+            for attempt in range(min(count, size + 1 - len(tokens))):
+                token = choices[attempt]
+                if kind != Drawn.DETERMINISTIC:
+                    if not rest.sum() > 0:
+                        break
+                    token = int(chance.token(rest[None, None], np.array([[node * 10 + attempt]])))
+                    groups[node] = kind, law
+                if kind == Drawn.WITHOUT_REPLACEMENT:
+                    rest[token] = 0
+                tokens.append(token)
+                parents.append(node)
+                depths.append(depths[node] + 1)
+        return tokens, parents, groups
 
 
 def engine_of(
@@ -75,7 +131,9 @@ def engine_of(
 ) -> Engine:
     """An engine over tables; checkpoints in the drafter's description are names in `networks`."""
     model = Model(target, 1)
-    return Engine(model, build(drafter, Workshop(model, (networks or {}).__getitem__)), **options)
+    if not isinstance(drafter, Drafter):
+        drafter = build(drafter, Workshop(model, (networks or {}).__getitem__))
+    return Engine(model, drafter, **options)
 
 
 def plain(target: TableNetwork, prompt: Sequence[int], count: int) -> list[int]:

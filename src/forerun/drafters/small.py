@@ -260,7 +260,8 @@ class SampledTree(_Growing):
         for attempt in range(count):
             if not float(rest.sum()) > 0:
                 break
-            token = int(chance.row(index).token(rest[None, None], np.asarray([[node * 64 + attempt]])))
+            place = node * len(law_V) + attempt
+            token = int(chance.row(index).token(rest[None, None], np.asarray([[place]])))
             drawn.append(token)
             rest[token] = 0
         return drawn
