@@ -15,7 +15,8 @@ from torch import Tensor
 
 from forerun.cache import Cache
 from forerun.chance import Ints
-from forerun.nn.feed import Feed, Network, Read
+from forerun.nn.feed import Feed, Read
+from forerun.nn.network import Network
 from forerun.row import Row
 from forerun.tree import TokenTree
 

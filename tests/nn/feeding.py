@@ -13,7 +13,8 @@ import transformers
 from torch import Tensor
 
 from forerun.cache import Cache
-from forerun.nn.feed import Feed, Network, Read
+from forerun.nn.feed import Feed, Read
+from forerun.nn.network import Network
 
 torch.set_num_threads(1)  # operations this small only lose time to threads, most of all beside other work
 

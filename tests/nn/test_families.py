@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from forerun.nn.feed import Network
 from forerun.nn.foreign import Foreign
 from forerun.nn.load import load_network
+from forerun.nn.network import Network
 from forerun.nn.transformer import Transformer
 from nn.feeding import CPU, Reader, Tree, plain, saved, small_model, some_tokens, some_tree
 

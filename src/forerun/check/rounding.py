@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forerun.check.texts import PlainText
+from forerun.check.texts import ALTERNATIVES, PlainText
 from forerun.model import Model
 from forerun.row import Row
 from forerun.sampling import SamplingParams
@@ -16,17 +16,17 @@ from forerun.tree import TokenTree
 
 LENGTH = 64
 """New tokens of each text that are read again."""
-TEXTS = 4
+TEXTS = 2
 WIDTHS = (2, 8, 16)
 """Tokens per forward to try, beside the drafter's own; kernels differ by size."""
 
 
 def rounding_bound(model: Model, texts: Sequence[PlainText], width: int, rows: int) -> float:
-    """The largest logit gap that rounding can turn around, on these texts.
+    """The largest gap between two likely tokens' logits that rounding can turn around, on these texts.
 
     The same texts are read token by token, as plain decoding does, and in blocks as verification does, alone and side by
-    side, each on the cache that it wrote itself. The bound is twice the largest difference of any logit, because the two
-    tokens of a tie can be off in opposite directions. `width`: the drafter's largest tree, node 0 included.
+    side, each on the cache that it wrote itself. The bound is the most by which the distance of any likely token from the
+    best one changed. `width`: the drafter's largest tree, node 0 included.
     """
     chosen = [text for text in texts[:TEXTS] if len(text.new) > 1]
     if not chosen:
@@ -34,15 +34,21 @@ def rounding_bound(model: Model, texts: Sequence[PlainText], width: int, rows: i
     length = min(LENGTH, *(len(text.new) for text in chosen))
     plain = [_read(model, [text], length, 1)[0] for text in chosen]
     groups = [[index] for index in range(len(chosen))]
-    if rows > 1:
+    if rows > 1 and len(chosen) > 1:
         groups.append(list(range(len(chosen))))
     worst = 0.0
     for block in sorted({*WIDTHS, min(width, length)} - {0, 1}):
         for group in groups:
             read = _read(model, [chosen[index] for index in group], length, block)
-            off = [(read[row] - plain[index]).abs().max() for row, index in enumerate(group)]
-            worst = max(worst, float(torch.stack(off).max()))
-    return 2 * worst
+            worst = max(worst, *(moved(plain[index], read[row]) for row, index in enumerate(group)))
+    return worst
+
+
+def moved(plain_NV: Tensor, other_NV: Tensor) -> float:
+    """By how much the gap between the best token and another likely one changed at most."""
+    likely = plain_NV.topk(min(ALTERNATIVES, plain_NV.shape[-1]), -1).indices
+    left, right = plain_NV.gather(-1, likely), other_NV.gather(-1, likely)
+    return float(((left[:, :1] - left) - (right[:, :1] - right)).abs().max())
 
 
 def _read(model: Model, texts: Sequence[PlainText], length: int, width: int) -> Tensor:

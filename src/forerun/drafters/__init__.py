@@ -28,7 +28,7 @@ import yaml
 from forerun.drafter import Drafter
 from forerun.errors import DrafterError
 from forerun.model import Model
-from forerun.nn.feed import Network
+from forerun.nn.network import Network
 
 REGISTRY = {
     "none": "forerun.drafters.none",
@@ -118,11 +118,11 @@ def _parsed(text: str, source: str) -> dict[str, Any]:
     return value
 
 
-def _anchored(description: Any, folder: Path) -> Any:
+def _anchored(description: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Checkpoints that lie beside the file that names them, wherever the command runs."""
-    if not isinstance(description, dict):
-        return description
-    inside = {key: _anchored(value, folder) for key, value in description.items()}
+    inside = {
+        key: _anchored(value, folder) if isinstance(value, dict) else value for key, value in description.items()
+    }
     checkpoint = inside.get("checkpoint")
     if isinstance(checkpoint, str) and (folder / checkpoint).is_dir():
         inside["checkpoint"] = str(folder / checkpoint)

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from forerun.cache import Cache, CacheShape
 
 
 @dataclass(slots=True)
@@ -18,9 +13,10 @@ class Feed:
     """Tokens for slots `start .. start + B`, N each, and where they stand.
 
     tokens_BN, positions_BN: int64. at_BN: the cache entry every token writes to (int64); `begin`: the first of them where
-    all rows write to the same entries, so that a slice will do. span: entries [0, span) of the slots are read. visible_BNS: which of them a token sees (bool), or None when every
-    token sees all of them. scratch: entries and positions [B, M] of all uncommitted tokens, these and earlier ones (for
-    sliding windows; None: these alone). last_B: if given, only the token at this index of each row is scored ([B, 1, V] logits).
+    all rows write to the same entries, so that a slice will do. span: entries [0, span) of the slots are read.
+    visible_BNS: which of them a token sees (bool), or None when every token sees all of them. dtype: of the bias that is
+    made from it. last_B: if given, only the token at this index of each row is scored ([B, 1, V] logits). scratch: entries
+    and positions [B, M] of all uncommitted tokens, these and earlier ones (for sliding windows; None: these alone).
     """
 
     tokens_BN: Tensor
@@ -77,38 +73,3 @@ class Read:
 
     logits_BNV: Tensor
     hidden: dict[int, Tensor]
-
-
-class Network(Protocol):
-    """Anything that reads a `Feed` and scores it: our `Transformer`, or a `Foreign` model.
-
-    max_length: the most tokens a row may have. windows: the sliding-window sizes for which `forward` needs a mask of its
-    own.
-    """
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def max_length(self) -> int: ...
-
-    @property
-    def cache_shape(self) -> CacheShape: ...
-
-    @property
-    def windows(self) -> frozenset[int]: ...
-
-    def forward(self, feed: Feed, cache: Cache, hidden_layers: Collection[int] = ()) -> Read:
-        """Write the keys and values of `feed` into `cache` and score its tokens.
-
-        hidden_layers: which hidden states to return, numbered as transformers does: i is the residual stream entering
-        layer i, and the number of layers stands for the output of the final norm. Every token must see at least one
-        entry.
-        """
-        ...

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from forerun.errors import ForerunError, TrainingError
 from forerun.nn.dtype import dtype_of
-from forerun.nn.load import load_network, save_pretrained
+from forerun.nn.load import load_network
+from forerun.nn.save import save_pretrained
 from forerun.nn.transformer import Transformer, TransformerConfig, stack
 from forerun.train import corpus as corpora
 from forerun.train import tokenizer
