@@ -58,9 +58,9 @@ class Luck:
         return self.tokens(name, [law])[0]
 
     def tokens(self, name: Hashable, group: Sequence[Tensor]) -> list[int]:
-        """One token from each (unnormalised) law, all with the same number."""
+        """One token from each (unnormalised) law, all with the same number. Padding may have no law at all (NaN)."""
         sums = [np.cumsum(law.double().numpy()) for law in group]
-        shares = [s / s[-1] for s in sums]
+        shares = [s / s[-1] if s[-1] > 0 else np.zeros_like(s) for s in sums]
         number = self.place(name, sorted({float(mark) for share in shares for mark in share}))
         return [int(np.searchsorted(share, number, side="right")) for share in shares]
 
@@ -116,13 +116,13 @@ class IdealDice(Ways):
 
 @contextmanager
 def ideal_dice(lucks: Mapping[int, Luck]) -> Iterator[None]:
-    """While this holds, rows with these keys throw ideal dice."""
+    """While this holds, rows with these keys throw ideal dice (and all of them as if they had one and the same key)."""
 
     def final(keys: Words, positions: Sequence[int]) -> IdealDice:
-        return IdealDice(final_dice(keys, positions), [lucks[int(key)] for key in keys])
+        return IdealDice(final_dice(np.full_like(keys, 7), positions), [lucks[int(key)] for key in keys])
 
     def draft(keys: Words, path: Sequence[Ints | int]) -> IdealDice:
-        return IdealDice(draft_dice(keys, path), [lucks[int(key)] for key in keys])
+        return IdealDice(draft_dice(np.full_like(keys, 7), path), [lucks[int(key)] for key in keys])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("forerun.row.final_dice", final)

@@ -42,7 +42,7 @@ def _draw_speed(axes: Any, rows: Sequence[Row]) -> None:
     axes.bar_label(bars, [f"{row.speedup:.2f}x" for row in rows], padding=4)
     axes.set_xlim(right=1.2 * max(row.spread[1] for row in rows))
     axes.invert_yaxis()
-    axes.set_xlabel("tokens per second (median; bars reach from the slowest to the fastest round)", fontsize=8)
+    axes.set_xlabel("tokens per second: median, slowest and fastest round", fontsize=8)
 
 
 def _draw_cost(axes: Any, rows: Sequence[Row]) -> None:
@@ -55,7 +55,7 @@ def _draw_cost(axes: Any, rows: Sequence[Row]) -> None:
         axes.annotate(f" {row.tokens_per_step:.2f} tokens per step", (end, place), va="center", fontsize=8)
     axes.set_xlim(right=1.45 * max(starts))
     axes.set_xlabel("milliseconds per token", fontsize=8)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(PARTS), frameon=False)
 
 
 def _figure_class() -> Any:

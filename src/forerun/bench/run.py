@@ -7,6 +7,8 @@ slows down for a while slow all of them alike.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -67,6 +69,10 @@ class Measurement:
     rows: tuple[Row, ...]
     runs: tuple[Run, ...]
 
+    @property
+    def rounds(self) -> int:
+        return 1 + max(run.round for run in self.runs)
+
 
 def measure(
     engines: Mapping[str, Engine],
@@ -74,15 +80,17 @@ def measure(
     params: SamplingParams,
     rounds: int = 3,
     watch: Callable[[Run], None] | None = None,
+    seconds: float = math.inf,
 ) -> Measurement:
     """Run every engine over every prompt, `rounds` times. The first engine is the baseline.
 
-    watch: called after every run. Raises RequestError when there is nothing to measure.
+    watch: called after every run. seconds: no round is begun that would end later than that. Raises RequestError when
+    there is nothing to measure.
     """
     if not engines or not prompts or rounds < 1:
         raise RequestError("there is nothing to measure: give at least one drafter, one prompt and one round")
     runs = []
-    for run in _runs(engines, prompts, params, rounds):
+    for run in _runs(engines, prompts, params, rounds, seconds):
         runs.append(run)
         if watch:
             watch(run)
@@ -90,9 +98,13 @@ def measure(
 
 
 def _runs(
-    engines: Mapping[str, Engine], prompts: Sequence[Prompt], params: SamplingParams, rounds: int
+    engines: Mapping[str, Engine], prompts: Sequence[Prompt], params: SamplingParams, rounds: int, seconds: float
 ) -> Iterator[Run]:
+    started = time.perf_counter()
     for number in range(rounds):
+        spent = time.perf_counter() - started
+        if number and spent * (number + 1) / number > seconds:
+            return
         for index, prompt in enumerate(prompts):
             for name, engine in engines.items():
                 (output,) = engine.generate([prompt], params)

@@ -55,7 +55,6 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line; returns its exit code: 0, 1 (a check that failed), 2 (wrong input), 130 (Ctrl-C)."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is about its own generation, not about ours
     try:
         code = app(list(arguments) or ["--help"], prog_name="forerun", standalone_mode=False)
         sys.stdout.flush()

@@ -42,6 +42,7 @@ def check(
     """
     from forerun.check import Plan
     from forerun.check import check as examine
+    from forerun.cli import engines
     from forerun.cli.files import print_json
     from forerun.drafters import describe
     from forerun.sampling import SamplingParams
@@ -50,12 +51,8 @@ def check(
     plan = Plan(tokens=tokens, rows=_sizes(rows), length=max_new_tokens, samples=samples, params=law, seed=seed or 0)
     describe(drafter)  # a wrong name is cheaper to find before the model is read
     prompts = _prompts(prompt_file)
-
-    from forerun.assembly import load
-    from forerun.cli.engines import beside
-
-    plain = load(model, dtype=dtype, device=device, max_rows=max(plan.rows))
-    report = examine(plain, beside(plain, drafter), prompts, plan)
+    plain = engines.load(model, "none", dtype, device)
+    report = examine(plain, engines.beside(plain, drafter), prompts, plan)
     if as_json:
         print_json(report.as_dict())
     else:

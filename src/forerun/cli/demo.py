@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from forerun.sampling import SamplingParams
 
 REFERENCE = Path("models/target")
+ROUNDS, PATIENCE_SECONDS = 3, 120.0
 SHOWN_TOKENS = 96
 """New tokens of the text that is streamed for every drafter; the measurement generates more."""
 
@@ -34,7 +36,14 @@ Drafters = Annotated[
     ),
 ]
 Prompts = Annotated[int, typer.Option(min=1, help="Prompts of the built-in suite to measure on.")]
-Rounds = Annotated[int, typer.Option(min=1, help="Rounds; figures are medians over them.")]
+Rounds = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        show_default=False,
+        help="Rounds; figures are medians over them. Without it: 3, or fewer where they would take longer than two minutes.",
+    ),
+]
 JsonFile = Annotated[
     Path | None,
     typer.Option("--json", metavar="FILE", help="Write the table there; - is stdout.", rich_help_panel=options.OUTPUT),
@@ -49,7 +58,7 @@ def demo(
     model: Model = "",
     drafters: Drafters = None,
     prompts: Prompts = 4,
-    rounds: Rounds = 3,
+    rounds: Rounds = None,
     max_new_tokens: options.MaxNewTokens = 128,
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = 0,
@@ -110,13 +119,12 @@ def _specs(given: list[str] | None, target: Path) -> Iterable[str]:
 
 
 def _engines(model: str, specs: Sequence[str], dtype: str, device: str) -> dict[str, Engine]:
-    from forerun.assembly import load
-    from forerun.cli.engines import beside
+    from forerun.cli.engines import beside, load
     from forerun.drafters import describe
 
     for spec in specs:
         describe(spec)  # a wrong name is cheaper to find before the model is read
-    plain = load(model, dtype=dtype, device=device)
+    plain = load(model, "none", dtype, device)
     return {spec: plain if spec == "none" else beside(plain, spec) for spec in specs}
 
 
@@ -124,7 +132,7 @@ def _compare(
     engines: dict[str, Engine],
     params: SamplingParams,
     prompts: int,
-    rounds: int,
+    rounds: int | None,
     json_file: Path | None,
     plot: Path | None,
 ) -> None:
@@ -141,7 +149,8 @@ def _compare(
     texts = [fitted(plain, prompt.prompt, params) for prompt in chosen]
     _stream(console, engines, chosen[0].source, chosen[0].prompt, texts[0], params)
     result = _measure(console, engines, texts, params, rounds)
-    title = f"{len(texts)} prompts, {params.max_new_tokens} new tokens each, {rounds} rounds, {machine}"
+    amount = f"prompts: {len(texts)}, new tokens each: {params.max_new_tokens}, rounds: {result.rounds}"
+    title = f"{amount}; {machine}"
     _print_table(console, result.rows, title)
     if json_file:
         _write_json(json_file, result, {"dtype": str(network.dtype).removeprefix("torch."), "title": title})
@@ -194,24 +203,34 @@ def _stream(
 
 
 def _measure(
-    console: Any, engines: dict[str, Engine], texts: Sequence[list[int]], params: SamplingParams, rounds: int
+    console: Any, engines: dict[str, Engine], texts: Sequence[list[int]], params: SamplingParams, rounds: int | None
 ) -> Measurement:
     from rich.progress import Progress
 
     from forerun.bench.run import measure
 
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("measuring", total=rounds * len(texts) * len(engines))
-        return measure(engines, texts, params, rounds, lambda run: progress.advance(task))
+        task = progress.add_task("measuring", total=(rounds or ROUNDS) * len(texts) * len(engines))
+        patience = math.inf if rounds else PATIENCE_SECONDS
+        return measure(engines, texts, params, rounds or ROUNDS, lambda run: progress.advance(task), patience)
 
 
 def _print_table(console: Any, rows: Sequence[Row], title: str) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("drafter", no_wrap=True)
-    for heading in ("tokens/s", "speedup", "tokens per step", "draft s", "verify s", "other s", "identical"):
-        table.add_column(heading, justify="right")
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("\ndrafter", overflow="fold", min_width=12)
+    for heading in (
+        "tokens\nper s",
+        "\nspeedup",
+        "tokens\nper step",
+        "draft\ns",
+        "verify\ns",
+        "other\ns",
+        "\nidentical",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         seconds = (f"{value:.2f}" for value in (row.draft_seconds, row.verify_seconds, row.other_seconds))
         speed = f"{row.tokens_per_second:.0f}"

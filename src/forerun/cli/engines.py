@@ -1,10 +1,28 @@
-"""Several drafters on one target: the target's weights are read once."""
+"""Engines for commands: quietly loaded, and several drafters on one target whose weights are read once."""
 
 from __future__ import annotations
 
-from forerun.drafters import Workshop, build
+import transformers
+from huggingface_hub.utils.tqdm import enable_progress_bars
+
+from forerun import assembly
+from forerun.drafters import Workshop, build, describe
 from forerun.engine import Engine, check_fit
 from forerun.nn.load import load_network
+
+
+def load(model: str, drafter: str, dtype: str, device: str, max_rows: int = 16) -> Engine:
+    """As `forerun.load`; a wrong drafter is found before the model is read."""
+    describe(drafter)
+    quiet()
+    return assembly.load(model, drafter=drafter, dtype=dtype, device=device, max_rows=max_rows)
+
+
+def quiet() -> None:
+    """No bars and no advice from transformers, which belong to its own ways. Downloads keep their bar."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    enable_progress_bars()
 
 
 def beside(engine: Engine, spec: str) -> Engine:

@@ -66,7 +66,7 @@ def generate(
 
     Ctrl-C ends the generation, not the command: what was generated so far is printed, and the exit code is 130.
     """
-    from forerun.drafters import describe
+    from forerun.cli import engines
     from forerun.errors import RequestError
     from forerun.sampling import SamplingParams
 
@@ -88,17 +88,10 @@ def generate(
     if logprobs is not None and not as_json:
         raise RequestError("--logprobs has no place in streamed text: add --json")
     texts = _texts(prompts or [], prompt_file or [])
-    describe(drafter)  # a wrong name is cheaper to find before the model is read
-    engine = _load(model, drafter, dtype, device, max_rows)
+    engine = engines.load(model, drafter, dtype, device, max_rows)
     outputs = _as_json(engine, texts, params) if as_json else _as_text(engine, texts, params)
     if len(outputs) < len(texts) * n or any(output.finish_reason == "interrupted" for output in outputs):
         raise typer.Exit(130)
-
-
-def _load(model: str, drafter: str, dtype: str, device: str, max_rows: int) -> Engine:
-    from forerun.assembly import load
-
-    return load(model, drafter=drafter, dtype=dtype, device=device, max_rows=max_rows)
 
 
 def _texts(prompts: list[str], files: list[Path]) -> list[str]:

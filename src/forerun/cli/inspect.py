@@ -85,10 +85,12 @@ def _reason(device: torch.device, asked: str) -> str:
 def describe(path: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """A model's shape and needs. Reads the weights, so a damaged checkpoint is found here."""
     from forerun.assembly import end_tokens, tokenizer_of
+    from forerun.cli.engines import quiet
     from forerun.nn.folder import checkpoint_folder, read_config
     from forerun.nn.load import load_network
     from forerun.nn.transformer import Transformer
 
+    quiet()
     config = read_config(checkpoint_folder(path))
     network = load_network(path, dtype, device)
     module: Any = network if isinstance(network, Transformer) else getattr(network, "model", network)

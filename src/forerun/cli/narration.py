@@ -13,6 +13,8 @@ from forerun.engine import Engine, Output, Piece
 
 DRAFTED = "black on light_green"
 """A background, because half of what is drafted is blanks and line ends."""
+WIDTH = 100
+"""Columns where no terminal says how wide it is."""
 
 Show = Callable[[Piece], None]
 
@@ -102,4 +104,4 @@ def summary(outputs: Sequence[Output], seconds: float) -> str:
 
 def on_stdout() -> Console:
     """Where generated text goes."""
-    return Console(file=sys.stdout, highlight=False)
+    return Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else WIDTH)

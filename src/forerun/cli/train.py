@@ -49,7 +49,7 @@ Decay = Annotated[
 First = Annotated[
     int, typer.Option(help="Batches to skip: those that an earlier run has seen.", rich_help_panel=SCHEDULE)
 ]
-Seed = Annotated[int, typer.Option(help="Of the first weights and of the order of the text.", rich_help_panel=SCHEDULE)]
+Seed = Annotated[int, typer.Option(help="Of random first weights.", rich_help_panel=SCHEDULE)]
 Compile = Annotated[bool, typer.Option("--compile", help="torch.compile: a slow start, then faster steps.")]
 
 
@@ -95,6 +95,48 @@ def lm(
     --out, all at once at the end. Sizes that are not given are those of the model to start from, else those of the
     reference target. The validation loss is in nats per token of held-out text.
     """
+    _demand_sense(build_corpus, run, out, init_from, init_layers, grow_from)
+
+    from forerun.assembly import device_of
+    from forerun.train import recipe
+    from forerun.train.loop import Schedule
+
+    if build_corpus:
+        print(recipe.build_corpus(corpus, vocabulary))
+    if run is None:
+        return
+    wish = recipe.Recipe(
+        corpus=corpus,
+        shape=recipe.Shape(width, layers, heads, kv_heads, head_dim, mlp_width, max_length),
+        start=recipe.Start(init_from or grow_from, _numbers(init_layers)),
+        teacher=teacher,
+        schedule=Schedule(
+            steps=steps,
+            warmup=warmup,
+            decay=decay,
+            muon_rate=muon_rate,
+            adam_rate=adam_rate,
+            validate_every=validate_every,
+            save_every=save_every,
+        ),
+        rows=rows,
+        length=length,
+        first=first,
+        seed=seed,
+        compile=compile_,
+    )
+    print(recipe.train(wish, run, out, device_of(device)))
+
+
+def _demand_sense(
+    build_corpus: bool,
+    run: Path | None,
+    out: Path | None,
+    init_from: str | None,
+    init_layers: str | None,
+    grow_from: str | None,
+) -> None:
+    """Refuse options that contradict one another."""
     from forerun.errors import TrainingError
 
     if not build_corpus and run is None:
@@ -105,30 +147,6 @@ def lm(
         raise TrainingError("--init-layers needs --init-from: the model whose layers they are")
     if init_from is not None and grow_from is not None:
         raise TrainingError("--grow-from and --init-from exclude each other: a model has one start")
-
-    from forerun.train.recipe import Recipe, Shape, Start, train
-    from forerun.train.recipe import build_corpus as build
-
-    if build_corpus:
-        print(build(corpus, vocabulary))
-    if run is None:
-        return
-    sizes = Shape(width, layers, heads, kv_heads, head_dim, mlp_width, max_length)
-    start = Start(init_from or grow_from, _numbers(init_layers))
-    from forerun.assembly import device_of
-    from forerun.train.loop import Schedule
-
-    schedule = Schedule(
-        steps=steps,
-        warmup=warmup,
-        decay=decay,
-        muon_rate=muon_rate,
-        adam_rate=adam_rate,
-        validate_every=validate_every,
-        save_every=save_every,
-    )
-    recipe = Recipe(corpus, sizes, start, teacher, schedule, rows, length, first, seed, compile_)
-    print(train(recipe, run, out, device_of(device)))
 
 
 def _numbers(text: str | None) -> tuple[int, ...]:

@@ -10,8 +10,8 @@ Rows at temperature 0 draft greedily, others sample from the draft model's law u
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -65,13 +65,6 @@ class DraftModel(Drafter):
             return TokenTree.root([row.tokens[-1] for row in context.rows], context.device)
         return self.draft(context, depths)
 
-    def begin(self, rows: Sequence[Row]) -> Tensor:
-        """What the draft model says next, [B, V]. Texts that have outgrown its context it reads as far as they fit: they are
-        carried along, and nothing is drafted for them."""
-        most = self.model.max_length
-        fitting = [row if len(row.tokens) <= most else replace(row, tokens=row.tokens[:most]) for row in rows]
-        return self.model.next_logits(fitting)
-
     def draft(self, context: Context, depths: Sequence[int]) -> TokenTree:
         raise NotImplementedError
 
@@ -90,7 +83,7 @@ class Chain(DraftModel):
         chance = context.chance()
         chains: list[list[int]] = [[] for _ in rows]
         sizes = [1 + min(depth, longest) for depth in depths]
-        logits, probs, steps = self.begin(rows), [], []
+        logits, probs, steps = self.model.next_logits(rows), [], []
         for depth in range(1, longest + 1):
             law = draft_law(logits, rows, chains)
             token = draw(law, rows, chance, depth)
@@ -182,7 +175,7 @@ class TopTree(_Growing):
         rows = context.rows
         grown = [Grown([row.tokens[-1]]) for row in rows]
         frontiers: list[list[int]] = [[0] for _ in rows]
-        logits, held = self.begin(rows)[:, None], 0
+        logits, held = self.model.next_logits(rows)[:, None], 0
         deepest = min(self.depth, max(depths))
         for level in range(1, deepest + 1):
             best = logits.float().log_softmax(-1).topk(min(self.width, logits.shape[-1]), -1)
@@ -230,7 +223,7 @@ class SampledTree(_Growing):
         grown = [Grown([row.tokens[-1]]) for row in rows]
         groups: list[dict[int, Tensor]] = [{} for _ in rows]
         frontiers: list[list[int]] = [[0] for _ in rows]
-        logits, held = self.begin(rows)[:, None], 0
+        logits, held = self.model.next_logits(rows)[:, None], 0
         deepest = min(len(self.widths), max(depths))
         for level in range(1, deepest + 1):
             for index, row in enumerate(grown):
@@ -317,14 +310,18 @@ def build(
     network = workshop.network(checkpoint, "small")
     if tree is not None:
         shape = {"width": 4, "depth": 5, "nodes": 16, **tree}
-        if set(shape) != {"width", "depth", "nodes"} or min(shape.values()) < 1:
+        if set(shape) != {"width", "depth", "nodes"} or not _are_counts(shape.values()):
             raise DrafterError(f"small: a tree has width, depth and nodes of at least 1, not {dict(tree)}")
         return TopTree(Model(network, shape["width"] * shape["depth"]), **shape)
     if widths is not None:
-        if not widths or min(widths) < 1:
+        if not widths or not _are_counts(widths):
             raise DrafterError(f"small: widths are numbers of children per level, at least 1, not {list(widths)}")
         return SampledTree(Model(network, int(np.cumprod(widths).sum())), widths)
-    if length is not None and length < 1:
+    if length is not None and not _are_counts([length]):
         raise DrafterError(f"small: a length of {length} drafts nothing; give 1 or more, or use the drafter none")
     rule = stopping_rule(**stopping) if stopping else Fixed(length or 5)
     return Chain(Model(network, rule.most), rule)
+
+
+def _are_counts(values: Iterable[object]) -> bool:
+    return all(isinstance(value, int) and value >= 1 for value in values)

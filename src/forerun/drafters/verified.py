@@ -67,6 +67,8 @@ class Verified(Drafter):
             for row, start in zip(rows, starts, strict=True):
                 row.tentative -= len(row.tokens) - start
                 del row.tokens[start:]
+        if all(row.params.is_greedy for row in rows):
+            return TokenTree.chain(tokens, context.device)
         return _tree(tokens, spoken, context.device)
 
     def _room(self, rows: Sequence[Row], starts: Sequence[int], depths: Sequence[int]) -> list[int]:
@@ -123,7 +125,7 @@ def build(
     length: int = 5,
 ) -> Drafter:
     """{"drafter": "verified", "checkpoint": PATH, "inner": any drafter, "length": N}"""
-    if length < 1:
+    if not isinstance(length, int) or length < 1:
         raise DrafterError(f"verified: a length of {length} proposes nothing; give 1 or more")
     network = workshop.network(checkpoint, "verified")
     drafter = replace(workshop, target=Model(network, 0)).build(inner)

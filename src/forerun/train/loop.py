@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -107,9 +108,9 @@ class _Run:
 
     def finish(self, title: str) -> dict[str, float]:
         figures: dict[str, float] = {}
-        said = ""
         columns = (TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
-        with Progress(*columns, TimeRemainingColumn()) as progress:
+        console = Console(stderr=True)
+        with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
             task = progress.add_task(title, total=self.schedule.steps, completed=self.step, note="")
             while self.step < self.schedule.steps:
                 started = time.perf_counter()
@@ -117,8 +118,11 @@ class _Run:
                 self.seconds += time.perf_counter() - started
                 self.step += 1
                 figures = self._report(loss, figures)
-                said = f"  validation {figures['loss']:.3f}" if figures else said
-                progress.update(task, completed=self.step, note=f"step {self.step}  loss {loss:.3f}{said}")
+                validation = f"  validation {figures['loss']:.3f}" if figures else ""
+                note = f"step {self.step}  loss {loss:.3f}{validation}"
+                progress.update(task, completed=self.step, note=note)
+                if self._validates and not console.is_terminal:  # a log gets a line now and then instead of a bar
+                    console.print(f"{title}: {note}", highlight=False, soft_wrap=True)
         return figures
 
     def _update(self) -> float:
@@ -158,7 +162,7 @@ class _Run:
 
     def _report(self, loss: float, figures: dict[str, float]) -> dict[str, float]:
         last = self.step == self.schedule.steps
-        if last or self.step % self.schedule.validate_every == 0:
+        if self._validates:
             figures = self.objective.validate()
             self._log({"step": self.step, "train_loss": loss, "seconds": self.seconds, **figures})
         elif self.step % 20 == 0:
@@ -166,6 +170,10 @@ class _Run:
         if last or self.step % self.schedule.save_every == 0:
             self._save()
         return figures
+
+    @property
+    def _validates(self) -> bool:
+        return self.step == self.schedule.steps or self.step % self.schedule.validate_every == 0
 
     def _log(self, row: dict[str, float]) -> None:
         with (self.folder / "log.jsonl").open("a") as file:

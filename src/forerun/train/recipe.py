@@ -71,7 +71,8 @@ class Start:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole training. rows x length tokens per step; first: batches that an earlier run has seen."""
+    """A whole training. rows x length tokens per step; first: batches that an earlier run has seen (the text comes in one
+    order for all runs, so that this means something); seed: of the first weights."""
 
     corpus: Path
     shape: Shape
@@ -123,6 +124,11 @@ def start(recipe: Recipe) -> Transformer:
         layers = REFERENCE.layers if recipe.shape.layers is None else recipe.shape.layers
         return Transformer(recipe.shape.over(REFERENCE, vocabulary, layers)).initialise(recipe.seed)
     config, weights = read_source(recipe.start.source)
+    if len(weights["embedding.weight"]) != vocabulary:
+        raise TrainingError(
+            f"{recipe.start.source} has a vocabulary of {len(weights['embedding.weight'])} tokens and the corpus one of"
+            f" {vocabulary}: start from a model of the same tokenizer"
+        )
     picks = _picks(recipe, 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")))
     module = Transformer(recipe.shape.over(config, vocabulary, len(picks)))
     stacked = stack(module.config, weights, picks)
@@ -195,7 +201,7 @@ def _text(recipe: Recipe, config: TransformerConfig) -> Text:
         raise TrainingError(
             f"batches of {recipe.rows} x {recipe.length} tokens do not fit a context of {config.max_length}"
         )
-    return Text(train_path, heldout_path, recipe.rows, recipe.length, seed=recipe.seed, first=recipe.first)
+    return Text(train_path, heldout_path, recipe.rows, recipe.length, first=recipe.first)
 
 
 def _teacher(recipe: Recipe, module: Transformer, device: torch.device) -> Transformer | None:
@@ -255,6 +261,8 @@ def write_model(module: Transformer, tokenizer_folder: Path, out: Path) -> None:
         (beside / "generation_config.json").write_text(json.dumps(END, indent=2) + "\n")
         for path in sorted(tokenizer_folder.iterdir()):
             shutil.copyfile(path, beside / path.name)
+        for path in beside.iterdir():
+            path.chmod(0o644)  # safetensors writes for the owner alone
         _move_in(beside, out)
     except OSError as error:
         raise TrainingError(

@@ -1,0 +1,49 @@
+"""`forerun check`: verdicts, the exit code, and a drafter that lies."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from forerun import drafters
+
+QUICK = ("--tokens", 60, "--rows", "1,3", "--max-new-tokens", 20, "--samples", 60, "--dtype", "fp32")
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"def f{n}(a, b):\n    return"}) + "\n" for n in range(3)))
+    return path
+
+
+@pytest.fixture
+def liar(monkeypatch):
+    monkeypatch.setitem(drafters.REGISTRY, "liar", "liars")
+
+
+def test_an_exact_drafter_passes(family, said, prompts):
+    drafter = f"small:{family / 'small'}"
+    found = said("check", family / "target", "--drafter", drafter, "--prompt-file", prompts, *QUICK)
+    assert found["passed"] is True and found["lossy"] is False and found["dtype"] == "float32"
+    assert [(one["rows"], one["tokens"], one["passed"]) for one in found["greedy"]] == [(1, 60, True), (3, 60, True)]
+    assert found["sampled"] and all(one["passed"] and one["p"] >= 0.001 for one in found["sampled"])
+    assert all(0 < one["bound"] < 1e-3 for one in found["greedy"])
+
+
+def test_the_verdict_in_words(family, forerun, prompts):
+    code, out, _ = forerun("check", family / "target", "--drafter", "lookup", "--prompt-file", prompts, *QUICK)
+    lines = out.splitlines()
+    assert code == 0 and len(lines) == 4
+    assert lines[0].startswith("greedy, 1 row: identical, 60 tokens over 3 prompts")
+    assert lines[2].startswith("law: no difference found, 60 samples")
+    assert lines[3] == "EXACT: drafter lookup, float32"
+
+
+def test_a_drafter_that_lies_fails_with_exit_code_1(family, forerun, prompts, liar):
+    code, out, _ = forerun("check", family / "target", "--drafter", "liar", "--prompt-file", prompts, *QUICK, "--json")
+    found = json.loads(out)
+    assert code == 1 and found["passed"] is False
+    assert any(not one["passed"] for one in found["sampled"])
+    assert "NOT EXACT" in found["verdicts"][-1]

@@ -1,0 +1,72 @@
+"""`forerun demo`: the text, the table, and the files it leaves."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from forerun.bench.run import Row
+from forerun.bench.suites import Prompt
+from forerun.cli.demo import same, spread
+
+COLUMNS = {
+    "drafter", "tokens_per_second", "speedup", "tokens_per_step", "draft_seconds", "verify_seconds", "other_seconds", "identical",
+}  # fmt: skip
+SMALL = ("--prompts", 2, "--rounds", 1, "--max-new-tokens", 6, "--dtype", "fp32")
+
+
+@pytest.fixture
+def ran(family, forerun, tmp_path):
+    def call(*options):
+        code, out, err = forerun("demo", "--model", family / "target", *SMALL, *options)
+        assert code == 0, err
+        return out
+
+    return call
+
+
+def test_the_table_and_its_file(ran, family, tmp_path):
+    drafters = f"lookup,small:{family / 'small'}"
+    out = ran("--drafters", drafters, "--json", tmp_path / "rows.json", "--plot", tmp_path / "rows.png")
+    found = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["drafter"] for row in found["rows"]] == ["none", *drafters.split(",")]
+    assert all(set(row) >= COLUMNS and row["identical"] is True for row in found["rows"])
+    assert found["rows"][0]["speedup"] == 1 and found["rows"][0]["tokens_per_step"] == 1
+    assert found["dtype"] == "float32" and len(found["runs"]) == 3 * 2
+    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.json", "rows.png"]
+    assert "float32" in out and "identical" in out and "── lookup" in out
+
+
+def test_without_drafters_it_takes_what_lies_beside_the_target(ran, family, tmp_path):
+    ran("--json", tmp_path / "rows.json")
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["drafter"] for row in rows] == ["none", "lookup", f"small:{family / 'small'}"]
+
+
+def test_the_object_may_go_to_stdout_alone(ran):
+    assert set(json.loads(ran("--drafters", "none", "--json", "-"))["rows"][0]) >= COLUMNS
+
+
+def test_sampling_has_no_identical(ran, tmp_path):
+    ran("--drafters", "lookup", "--temperature", 1, "--json", tmp_path / "rows.json")
+    assert {row["identical"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]} == {None}
+
+
+def test_without_matplotlib_a_sentence(family, refused, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    assert "forerun[plot]" in refused("demo", "--model", family / "target", "--plot", tmp_path / "rows.png")
+
+
+def test_prompts_are_spread_over_categories():
+    prompts = [Prompt(f"{kind}{n}", kind, "", "", "x") for kind in "abc" for n in range(2)]
+    assert [prompt.id for prompt in spread(prompts)] == ["a0", "b0", "c0", "a1", "b1", "c1"]
+
+
+def row(identical: bool | None) -> Row:
+    return Row("x", 1, 1, 1, 0, 0, 0, 0, identical, 7, 9, (1, 1), "", True)
+
+
+def test_identical_is_said_honestly():
+    assert [same(row(value)) for value in (True, False, None)] == ["yes", "no (7 of 9)", "-"]

@@ -1,0 +1,36 @@
+"""`forerun inspect`: the machine, and a model's needs on it."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+
+
+def test_the_machine(said):
+    machine = said("inspect")["machine"]
+    assert machine["torch"] == torch.__version__ and machine["transformers"] == transformers.__version__
+    assert {"none", "lookup", "small", "verified"} <= set(machine["drafters"])
+    assert machine["dtype"] in ("bfloat16", "float32") and "bf16" in machine["dtype_reason"]
+
+
+def test_a_model(family, said):
+    found = said("inspect", family / "target", "--dtype", "fp32")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(family / "target")
+    model = found["model"]
+    assert model["parameters"] == theirs.num_parameters() and model["weight_bytes"] == 4 * model["parameters"]
+    assert model["cache_bytes_per_token"] == 2 * 2 * 2 * 8 * 4
+    assert (model["context"], model["vocabulary"], model["eos"]) == (1024, 600, [2])
+    assert model["architecture"] == "LlamaForCausalLM" and model["runs_on"] == "forerun's own transformer"
+    assert model["tokenizer"] is True and found["machine"]["dtype_reason"] == "asked for"
+
+
+def test_a_foreign_model_without_a_tokenizer(tmp_path, said):
+    config = transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    model = said("inspect", tmp_path)["model"]
+    assert model["runs_on"] == "transformers' model" and model["tokenizer"] is False and model["context"] == 64
+
+
+def test_in_words(family, forerun):
+    code, out, _ = forerun("inspect", family / "target")
+    assert code == 0 and "cache bytes per token" in out and "drafters" in out

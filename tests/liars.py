@@ -1,0 +1,31 @@
+"""Drafters that are wrong on purpose: what an exactness check exists for. Registered by tests as `liar`."""
+
+from __future__ import annotations
+
+import torch
+
+from forerun.drafter import Context, Drafter
+from forerun.drafters import Workshop
+from forerun.tree import TokenTree
+
+
+class Liar(Drafter):
+    """Always proposes the same token, and claims to have drawn it from a law that hardly ever gives it."""
+
+    name = "liar"
+    max_nodes = 2
+
+    def __init__(self, vocab_size: int, token: int):
+        law = torch.full((vocab_size,), 1.0)
+        law[token] = 1e-6
+        self._law, self._token = law / law.sum(), token
+
+    def propose(self, context: Context) -> TokenTree:
+        sizes = [1 + max(0, min(depth, self.max_nodes)) for depth in context.depths]
+        tokens = [[row.tokens[-1], self._token, self._token][: max(sizes)] for row in context.rows]
+        laws = self._law.expand(len(tokens), max(sizes), -1)
+        return TokenTree.drawn_chain(torch.tensor(tokens, device=context.device), sizes, laws.to(context.device))
+
+
+def build(workshop: Workshop, token: int = 3) -> Drafter:
+    return Liar(workshop.target.vocab_size, token)

@@ -1,0 +1,77 @@
+"""The reference family itself: every drafter writes what plain decoding writes, token for token, over 1,000 tokens in fp32."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+import forerun
+from forerun.bench.suites import load as load_suite
+from forerun.engine import Engine
+
+MODELS = Path(__file__).parents[1] / "models"
+SMALL, WIDE = str(MODELS / "small"), str(MODELS / "wide")
+DRAFTERS = {
+    "lookup": "lookup",
+    "small": f"small:{SMALL}",
+    "wide": f"small:{WIDE}",
+    "confident": {"drafter": "small", "checkpoint": SMALL, "stopping": {"rule": "confidence", "threshold": 0.5}},
+    "tree": {"drafter": "small", "checkpoint": SMALL, "tree": {"width": 3, "depth": 4, "nodes": 12}},
+    "sampled tree": {"drafter": "small", "checkpoint": WIDE, "widths": [2, 2, 1]},
+    "composed": str(MODELS / "composed.yaml"),
+}
+ROWS, TOKENS = 8, 128
+GREEDY = forerun.SamplingParams(max_new_tokens=TOKENS, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    engine = forerun.load(MODELS / "target", dtype="fp32")
+    return [engine.encode(item.prompt)[-200:] for item in load_suite()[::6]][:ROWS]
+
+
+@pytest.fixture(scope="module")
+def expected(prompts: list[list[int]]) -> list[list[int]]:
+    engine = forerun.load(MODELS / "target", dtype="fp32", max_rows=1)
+    return [output.token_ids for output in engine.generate(prompts, GREEDY)]
+
+
+def drafted(name: str, rows: int) -> Engine:
+    return forerun.load(MODELS / "target", drafter=DRAFTERS[name], dtype="fp32", max_rows=rows)
+
+
+@pytest.mark.parametrize("rows", [1, ROWS])
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_a_thousand_greedy_tokens_are_identical(
+    name: str, rows: int, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    outputs = drafted(name, rows).generate(prompts, GREEDY)
+    assert sum(len(output.token_ids) for output in outputs) >= 1000
+    assert [output.token_ids for output in outputs] == expected
+
+
+def test_every_drafter_helps(prompts: list[list[int]]) -> None:
+    for name in ("lookup", "small", "wide"):
+        stats = [output.stats for output in drafted(name, ROWS).generate(prompts, GREEDY)]
+        assert sum(one.accepted_tokens for one in stats) > 0.2 * sum(one.steps for one in stats), name
+
+
+def test_a_deterministic_drafter_samples_the_same_text_as_plain_decoding(prompts: list[list[int]]) -> None:
+    params = forerun.SamplingParams(max_new_tokens=64, temperature=0.9, top_p=0.95, seed=3, ignore_eos=True)
+    plain = forerun.load(MODELS / "target", dtype="fp32").generate(prompts, params)
+    for name in ("lookup", "tree"):
+        outputs = drafted(name, ROWS).generate(prompts, params)
+        assert [output.token_ids for output in outputs] == [output.token_ids for output in plain]
+
+
+def test_sampled_text_looks_like_python(prompts: list[list[int]]) -> None:
+    params = forerun.SamplingParams(max_new_tokens=TOKENS, temperature=0.7, seed=1, ignore_eos=True)
+    outputs = forerun.load(MODELS / "target").generate(prompts, params)
+    lines = [line for output in outputs for line in (output.text or "").splitlines()]
+    indents = [len(line) - len(line.lstrip(" ")) for line in lines if line.strip()]
+    assert sum(indent % 4 == 0 for indent in indents) > 0.7 * len(indents)
+    opened = [(before, after) for before, after in pairwise(lines) if before.rstrip().endswith(":") and after.strip()]
+    deeper = [len(after) - len(after.lstrip(" ")) > len(b) - len(b.lstrip(" ")) for b, after in opened]
+    assert sum(deeper) > 0.5 * len(deeper)
