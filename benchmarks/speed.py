@@ -13,7 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,7 +72,8 @@ class Clocked:
 class Ours:
     """A forerun engine as an arm; it keeps the statistics of its calls and clocks every network in it."""
 
-    def __init__(self, path: Path, drafter: str, dtype: str):
+    def __init__(self, path: Path, drafter: str, dtype: str, temperature: float = 0.0):
+        self._params = forerun.SamplingParams(temperature=temperature, seed=0, ignore_eos=True)
         self.engine = forerun.load(path, drafter=drafter, dtype=dtype)
         self.stats: list[forerun.Stats] = []
         self.clocks: list[Clocked] = []
@@ -86,8 +87,7 @@ class Ours:
             self.clocks.append(model.network)  # type: ignore[arg-type]
 
     def __call__(self, prompts: Sequence[Tokens], count: int) -> list[Tokens]:
-        params = forerun.SamplingParams(max_new_tokens=count, ignore_eos=True)
-        outputs = self.engine.generate(prompts, params)
+        outputs = self.engine.generate(prompts, replace(self._params, max_new_tokens=count))
         self.stats += [output.stats for output in outputs]
         return [output.token_ids for output in outputs]
 
@@ -142,6 +142,11 @@ def arms_for(path: Path, small: Path | None, drafters: Sequence[str], dtype: str
     return arms
 
 
+def noise_arms(path: Path, drafters: Sequence[str], dtype: str) -> dict[str, Arm]:
+    """At this temperature the model says almost anything: text in which a drafter has nothing to find."""
+    return {f"forerun {name}": Ours(path, name, dtype, temperature=5.0) for name in ("none", *drafters)}
+
+
 def measure(arms: dict[str, Arm], batches: Sequence[Sequence[Tokens]], count: int, rounds: int) -> list[Row]:
     """Rounds of all arms in turn (and one before them that is not counted)."""
     rows = {name: Row(name, len(batches[0])) for name in arms}
@@ -180,16 +185,21 @@ def show(rows: Sequence[Row], console: Console) -> None:
     ).split():
         table.add_column(heading.replace("_", " "), justify="right")
     for row in rows:
-        ratios = [row.ratios(by_name[base]) for base in ("transformers plain", "forerun none")]
+        bases = [by_name.get(base) for base in ("transformers plain", "forerun none")]
         table.add_row(
             row.arm,
             f"{row.median:.1f}",
-            *(f"{statistics.median(r):.2f} ({r[0]:.2f}-{r[-1]:.2f})" for r in ratios),
+            *(_ratio(row.ratios(base)) if base else "" for base in bases),
             f"{row.tokens_per_step:.2f}",
             *(f"{row.shares[name]:.0%}" if row.shares else "" for name in ("draft", "verify", "other", "outside")),
             f"{row.identical}/{row.answers}",
         )
     console.print(table)
+
+
+def _ratio(ratios: Sequence[float]) -> str:
+    """Median and range."""
+    return f"{statistics.median(ratios):.3f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
 
 
 def main(
@@ -202,17 +212,23 @@ def main(
     dtype: str = "bf16",
     threads: int = 0,
     batch: Annotated[list[int] | None, typer.Option(help="batch sizes")] = None,
+    noise: Annotated[
+        bool, typer.Option("--noise", help="random prompts at temperature 5, forerun's arms alone")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
     """Time every arm; print a table per batch size; keep the raw rows."""
     if threads:
         torch.set_num_threads(threads)
     names = list(drafter or ["lookup", *([f"small:{small}"] if small else [])])
-    arms = arms_for(target, small, names, dtype)
+    arms = noise_arms(target, names, dtype) if noise else arms_for(target, small, names, dtype)
     encode = arms["forerun none"].engine.encode  # type: ignore[attr-defined]
     suite = load_suite()
     step = max(1, len(suite) // prompts)
     texts = [encode(item.prompt) for item in suite[::step][:prompts]]
+    if noise:
+        random = torch.Generator().manual_seed(0)
+        texts = [torch.randint(3, 4096, (len(text),), generator=random).tolist() for text in texts]
     records = []
     for size in batch or [1]:
         chosen = arms if size == 1 else {name: arm for name, arm in arms.items() if _batched(name)}

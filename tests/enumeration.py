@@ -18,6 +18,7 @@ from typing import TypeVar
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from forerun.chance import Dice, Ints, Words, draft_dice, final_dice
@@ -26,6 +27,7 @@ from forerun.sampling import SamplingParams, laws
 Item = TypeVar("Item")
 Result = TypeVar("Result", bound=Hashable)
 Law = dict[Hashable, float]
+Floats = NDArray[np.float64]
 
 NOTHING = 1e-14
 """Pieces of an interval that are smaller are rounding errors."""
@@ -55,14 +57,20 @@ class Luck:
         return self.place(name, [probability]) < probability
 
     def token(self, name: Hashable, law: Tensor) -> int:
-        return self.tokens(name, [law])[0]
+        return self.tokens(name, shares_of(law[None]))[0]
 
-    def tokens(self, name: Hashable, group: Sequence[Tensor]) -> list[int]:
-        """One token from each (unnormalised) law, all with the same number. Padding may have no law at all (NaN)."""
-        sums = [np.cumsum(law.double().numpy()) for law in group]
-        shares = [s / s[-1] if s[-1] > 0 else np.zeros_like(s) for s in sums]
-        number = self.place(name, sorted({float(mark) for share in shares for mark in share}))
-        return [int(np.searchsorted(share, number, side="right")) for share in shares]
+    def tokens(self, name: Hashable, shares_XV: Floats) -> list[int]:
+        """One token for each law, given as running sums, all with the same number."""
+        number = self.place(name, sorted(set(shares_XV.ravel().tolist())))
+        return [int(np.searchsorted(shares, number, side="right")) for shares in shares_XV]
+
+
+def shares_of(laws: Tensor) -> Floats:
+    """Running sums of (unnormalised) laws, ending at 1. Padding may have no law at all (NaN)."""
+    sums = laws.double().numpy().cumsum(-1)
+    total = sums[..., -1:]
+    shares: Floats = np.where(total > 0, sums, 0) / np.where(total > 0, total, 1)
+    return shares
 
 
 class Ways:
@@ -83,13 +91,13 @@ class Ways:
         return answers
 
     def token(self, law_BXV: Tensor, place_BX: Ints) -> Tensor:
-        answers = torch.zeros(law_BXV.shape[:2], dtype=torch.int64)
+        answers, shares_BXV = torch.zeros(law_BXV.shape[:2], dtype=torch.int64), shares_of(law_BXV)
         for row, luck in enumerate(self.lucks):
             columns: dict[int, list[int]] = defaultdict(list)
             for column, place in enumerate(place_BX[row].tolist()):
                 columns[place].append(column)
             for place, group in columns.items():
-                tokens = luck.tokens(self._name("token", row, place, -1), list(law_BXV[row, group]))
+                tokens = luck.tokens(self._name("token", row, place, -1), shares_BXV[row, group])
                 answers[row, group] = torch.tensor(tokens)
         return answers
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from functools import lru_cache
+from random import Random
 
 import numpy as np
 import torch
@@ -43,8 +44,8 @@ class TableNetwork:
 
     @lru_cache(maxsize=100_000)  # noqa: B019
     def _logits(self, context: tuple[int, ...]) -> Tensor:
-        rng = np.random.default_rng([self._seed, *[token + 1 for token in context]])
-        return torch.from_numpy(rng.normal(size=self.vocab_size) * self._sharpness)
+        normal = Random(f"{self._seed} {context}").gauss
+        return torch.tensor([normal(0, self._sharpness) for _ in range(self.vocab_size)], dtype=self.dtype)
 
     def forward(self, feed: Feed, cache: Cache, hidden_layers: Collection[int] = ()) -> Read:
         self.forwards += 1
@@ -52,14 +53,18 @@ class TableNetwork:
         keys, values = cache.append(0, feed, tokens, feed.positions_BN.double()[:, :, None, None])
         held, places = keys[..., 0, 0].long().numpy(), values[..., 0, 0].long().numpy()
         visible = None if feed.visible_BNS is None else feed.visible_BNS.numpy()
-        rows, count = feed.tokens_BN.shape
-        logits = torch.full((rows, count, self.vocab_size), float("nan"), dtype=torch.float64)
-        for row, node in np.ndindex(rows, count):
-            seen = slice(None) if visible is None else visible[row, node]
-            order = places[row, seen].argsort()
-            last = int(feed.positions_BN[row, node])
-            if len(order) == last + 1 and (places[row, seen][order] == np.arange(last + 1)).all():
-                logits[row, node] = self.logits(held[row, seen][order][-self._order :].tolist())
+        every, nowhere = np.arange(feed.span), torch.full((self.vocab_size,), float("nan"), dtype=self.dtype)
+        found = []
+        for row, positions in enumerate(feed.positions_BN.tolist()):
+            for node, last in enumerate(positions):
+                seen = slice(None) if visible is None else visible[row, node].nonzero()[0]
+                text, at = held[row, seen], places[row, seen]
+                if len(at) == last + 1 and not (ordered := (at == every[: last + 1]).all()):
+                    order = at.argsort()
+                    text, ordered = text[order], (at[order] == every[: last + 1]).all()
+                right = len(at) == last + 1 and ordered
+                found.append(self.logits(text[-self._order :].tolist()) if right else nowhere)
+        logits = torch.stack(found).view(*feed.tokens_BN.shape, self.vocab_size)
         return Read(feed.wanted(logits), dict.fromkeys(hidden_layers, logits))
 
 

@@ -145,7 +145,7 @@ def target_laws(drafts: Sequence[Draft], nodes: int, target: Target) -> Tensor:
     return laws
 
 
-COMPANION = Draft((0,) * 9, tuple(range(-1, 8)), (W,) * 9)
+COMPANION = Draft((0,) * 6, tuple(range(-1, 5)), (W,) * 6)
 """A row of another length at the head of every batch, so that there is padding, and its luck is another's."""
 
 
@@ -241,13 +241,13 @@ MIXED = {
     "deterministic below drawn": Group(W, (Group(D, (None, None)), Group(D, (None,)))),
     "drawn below deterministic": Group(D, (Group(W, (None, None)), Group(R, (None,)))),
     "both kinds of drawing": Group(R, (Group(W, (None, None)), None)),
-    "three levels": Group(W, (Group(D, (Group(R, (None,)), None)), None)),
+    "three levels": Group(R, (Group(D, (None, Group(W, (None,)))),)),
     "one side only": Group(W, (None, None, Group(R, (Group(W, (None,)),)))),
     "nothing": None,
 }
 
 
-@pytest.mark.parametrize("name", ["dense", "draft with zeros", "certain target", "equal"])
+@pytest.mark.parametrize("name", ["dense", "draft with zeros", "certain target"])
 @pytest.mark.parametrize("group", MIXED.values(), ids=MIXED)
 def test_groups_of_different_kinds_live_in_one_tree(group: Group | None, name: str) -> None:
     assert_exact(recursive_rejection, group, *LAWS[name])

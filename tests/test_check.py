@@ -182,6 +182,12 @@ def test_texts_are_plain_decoding_and_as_long_as_asked():
     assert [(len(text.prompt), len(text.new)) for text in plain_texts(tiny, [[1] * 50], 90, 30)] == [(10, 10)]
 
 
+def test_the_largest_batch_is_full():
+    report = check(engine(), engine("lookup"), PROMPTS, Plan(tokens=60, rows=(3, 5), samples=0))
+    assert [(part.prompts, part.tokens) for part in report.greedy] == [(3, 60), (5, 100)]
+    assert Plan().greedy_length == 125
+
+
 # ---- the statistics
 
 

@@ -53,7 +53,7 @@ def _draw_cost(axes: Any, rows: Sequence[Row]) -> None:
         starts = [start + width for start, width in zip(starts, widths, strict=True)]
     for place, (row, end) in enumerate(zip(rows, starts, strict=True)):
         axes.annotate(f" {row.tokens_per_step:.2f} tokens per step", (end, place), va="center", fontsize=8)
-    axes.set_xlim(right=1.45 * max(starts))
+    axes.set_xlim(right=1.6 * max(starts))
     axes.set_xlabel("milliseconds per token", fontsize=8)
     axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(PARTS), frameon=False)
 

@@ -75,7 +75,7 @@ def check(plain: Engine, drafted: Engine, prompts: Sequence[Prompt], plan: Plan 
     greedy: list[Greedy] = []
     lossy = False
     if plan.tokens:
-        texts = plain_texts(plain, tokens, plan.tokens, plan.length)
+        texts = plain_texts(plain, tokens, plan.tokens, plan.greedy_length)
         bound = rounding_bound(plain.target, texts, drafted.drafter.max_nodes + 1, max(plan.rows))
         for rows in plan.rows:
             part, exact = check_greedy(drafted, texts, rows, bound)

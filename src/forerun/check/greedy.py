@@ -76,9 +76,11 @@ class Greedy:
 def check_greedy(drafted: Engine, texts: Sequence[PlainText], rows: int, bound: float) -> tuple[Greedy, bool]:
     """Generate the texts again with a drafter, `rows` side by side. Also says whether the drafter calls itself exact.
 
-    After a tie the rest is generated from plain decoding's own token, so that all of it is really compared.
+    Where there are fewer texts than rows, some are generated twice. After a tie the rest is generated from plain
+    decoding's own token, so that all of it is really compared.
     """
     engine = with_rows(drafted, rows)
+    texts = [texts[index % len(texts)] for index in range(max(rows, len(texts)))]
     open_at = dict.fromkeys(range(len(texts)), 0)
     found: list[Divergence] = []
     equal, exact = 0, True

@@ -12,7 +12,7 @@ from forerun.sampling import SamplingParams
 class Plan:
     """How much to check.
 
-    tokens: greedy tokens to compare, for every batch size in `rows`; 0: none. length: new tokens per prompt. samples:
+    tokens: greedy tokens to compare, for every batch size in `rows`; 0: none. length: new tokens per prompt, at most. samples:
     per prompt and arm for the law; 0: none. prompts: how many different ones the law is sampled on. positions: new tokens
     per sample. params: sampling parameters of the law. level: the probability of failing an exact drafter by bad luck,
     over all comparisons of the law together.
@@ -39,3 +39,8 @@ class Plan:
             raise RequestError("greedy decoding has no law to sample: set a temperature above 0, or samples to 0")
         if not 0 < self.level < 1:
             raise RequestError(f"level={self.level} makes no sense: give a probability such as 0.001")
+
+    @property
+    def greedy_length(self) -> int:
+        """New tokens per prompt: short enough that the largest batch is full of different prompts."""
+        return max(1, min(self.length, -(-self.tokens // max(self.rows))))

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 REFERENCE = Path("models/target")
 ROUNDS, PATIENCE_SECONDS = 3, 120.0
+FLIPPED = "A near-tie between two tokens can flip in half precision: `forerun check` tells a tie from a mistake."
+WRONG = "In fp32 this should not happen: see what `forerun check` says."
 SHOWN_TOKENS = 96
 """New tokens of the text that is streamed for every drafter; the measurement generates more."""
 
@@ -152,6 +154,8 @@ def _compare(
     amount = f"prompts: {len(texts)}, new tokens each: {params.max_new_tokens}, rounds: {result.rounds}"
     title = f"{amount}; {machine}"
     _print_table(console, result.rows, title)
+    if any(row.identical is False for row in result.rows):
+        console.print(FLIPPED if network.dtype.itemsize == 2 else WRONG, style="dim", highlight=False)
     if json_file:
         _write_json(json_file, result, {"dtype": str(network.dtype).removeprefix("torch."), "title": title})
     if plot:
