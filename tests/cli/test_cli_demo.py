@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -43,6 +44,15 @@ def test_without_drafters_it_takes_what_lies_beside_the_target(ran, family, tmp_
     ran("--json", tmp_path / "rows.json")
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [row["drafter"] for row in rows] == ["none", "lookup", f"small:{family / 'small'}"]
+
+
+def test_what_lies_there_and_cannot_be_built_is_left_out_aloud(family, forerun, tmp_path):
+    shutil.copytree(family / "target", tmp_path / "target")
+    (tmp_path / "broken.yaml").write_text("drafter: verified\ncheckpoint: ./nowhere\n")
+    code, out, err = forerun("demo", "--model", tmp_path / "target", *SMALL)
+    assert code == 0 and "── lookup" in out and f"without {tmp_path / 'broken.yaml'}: " in err
+    code, _, err = forerun("demo", "--model", tmp_path / "target", *SMALL, "--drafter", tmp_path / "broken.yaml")
+    assert code == 2 and err.startswith("forerun: ")
 
 
 def test_the_object_may_go_to_stdout_alone(ran):

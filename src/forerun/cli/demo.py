@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -97,7 +98,7 @@ def demo(
 
         demand_matplotlib()
     folder = model or str(reference())
-    engines = _engines(folder, list(_specs(drafters, Path(folder))), dtype, device)
+    engines = _engines(folder, list(_specs(drafters, Path(folder))), dtype, device, strict=bool(drafters))
     _compare(engines, params, prompts, rounds, json_file, plot)
 
 
@@ -120,14 +121,23 @@ def _specs(given: list[str] | None, target: Path) -> Iterable[str]:
     yield from map(str, sorted(family.glob("*.yaml")))
 
 
-def _engines(model: str, specs: Sequence[str], dtype: str, device: str) -> dict[str, Engine]:
+def _engines(model: str, specs: Sequence[str], dtype: str, device: str, strict: bool) -> dict[str, Engine]:
+    """Plain decoding and the drafters, on one target. Without `strict`, one that cannot be built is left out, and said so."""
     from forerun.cli.engines import beside, load
     from forerun.drafters import describe
+    from forerun.errors import ForerunError
 
     for spec in specs:
         describe(spec)  # a wrong name is cheaper to find before the model is read
-    plain = load(model, "none", dtype, device)
-    return {spec: plain if spec == "none" else beside(plain, spec) for spec in specs}
+    engines = {"none": load(model, "none", dtype, device)}
+    for spec in specs[1:]:
+        try:
+            engines[spec] = beside(engines["none"], spec)
+        except ForerunError as error:
+            if strict:
+                raise
+            print(f"without {spec}: {error}", file=sys.stderr)
+    return engines
 
 
 def _compare(
