@@ -24,6 +24,7 @@ from fakes import Near, TableNetwork, Wild, engine_of, plain
 from forerun.chance import key_of
 from forerun.drafter import Context, Drafter
 from forerun.drafters import REGISTRY, Workshop, build
+from forerun.drafters.verified import Verified
 from forerun.engine import Engine, Output, Piece
 from forerun.errors import DrafterError, RequestError
 from forerun.model import Model
@@ -168,11 +169,20 @@ def wild(seed: int, kinds: Sequence[Drawn] = tuple(Drawn)) -> Wild:
     return Wild(VOCAB, seed=seed, kinds=kinds)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_rows_are_independent_when_every_one_has_a_tree_of_another_kind(seed: int) -> None:
+def verified_wild(networks: dict[str, TableNetwork], nodes: int, seed: int, length: int) -> Drafter:
+    """A model whose own drafter makes trees of all kinds."""
+    inner = Wild(networks["target"].vocab_size, nodes, seed)
+    return Verified(Model(networks["middle"], nodes + 1), inner, length)
+
+
+@pytest.mark.parametrize("make", [wild, lambda seed: verified_wild(tables(), 5, seed, 3)], ids=["wild", "verified"])
+@pytest.mark.parametrize("seed", range(2))
+def test_rows_are_independent_when_every_one_has_a_tree_of_another_kind(
+    seed: int, make: Callable[[int], Drafter]
+) -> None:
     """What a cascade or a fallback does: a database hit for one row, a sampled chain for the next, nothing for the third."""
-    expected = alone(lambda: engine(wild(seed)))
-    assert [output.token_ids for output in engine(wild(seed)).generate(PROMPTS, WISHES)] == expected
+    expected = alone(lambda: engine(make(seed)))
+    assert [output.token_ids for output in engine(make(seed)).generate(PROMPTS, WISHES)] == expected
     for prompt, wish, said in zip(PROMPTS, WISHES, expected, strict=True):
         if wish == SamplingParams(max_new_tokens=30):
             assert said == plain(tables()["target"], prompt, 30)
@@ -334,6 +344,13 @@ def test_the_law_is_exact_under_every_sampling_parameter(name: str, wishes: Samp
 def test_the_law_is_exact_for_trees_of_all_kinds_in_one_batch(seed: int) -> None:
     networks, wishes = tables(3, 2, 1.0), SamplingParams(temperature=1.0, max_new_tokens=3)
     law = engine_law(lambda: Wild(3, 4, seed), networks, [1], wishes)
+    assert distance(law, plain_law(processed(wishes, networks["target"], [1]), 3)) < 1e-9
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_verified_model_is_exact_whatever_trees_it_is_given(seed: int) -> None:
+    networks, wishes = tables(2, 2, 1.0), SamplingParams(temperature=1.0, max_new_tokens=3)
+    law = engine_law(lambda: verified_wild(networks, 3, seed, 1), networks, [1], wishes)
     assert distance(law, plain_law(processed(wishes, networks["target"], [1]), 3)) < 1e-9
 
 

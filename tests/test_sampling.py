@@ -99,9 +99,9 @@ def test_laws_are_those_of_transformers(
 
 def test_a_bias_counts_before_a_penalty_as_in_transformers() -> None:
     """A bias that lifts a seen token above zero is divided by the penalty, not multiplied before."""
-    params = SamplingParams(temperature=1.0, repetition_penalty=2.0, logit_bias={0: 3.0})
+    params = SamplingParams(temperature=1.0, repetition_penalty=2.0, logit_bias={0: 4.0})
     scores = torch.tensor([-1.0, 0.0, 0.5])
-    assert edited(scores[None], params, [Prefix([0], 1)])[0].tolist() == [1.0, 0.0, 0.5]
+    assert edited(scores[None], params, [Prefix([0], 1)])[0].tolist() == [1.5, 0.0, 0.5]
     torch.testing.assert_close(ours(scores, [0], params), theirs(scores, [0], params))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,9 @@ from forerun.errors import DrafterError
 
 
 class Stopping(Protocol):
-    """A rule. `most`: no chain is longer."""
+    """A rule. `most`: no chain is longer. `looks`: it depends on what was drawn, and must be asked."""
+
+    looks: ClassVar[bool]
 
     @property
     def most(self) -> int: ...
@@ -30,6 +32,8 @@ class Stopping(Protocol):
 class Fixed:
     """Always `most` tokens."""
 
+    looks: ClassVar[bool] = False
+
     most: int = 5
 
     def goes_on(self, probs_BJ: Tensor) -> Tensor:
@@ -39,6 +43,8 @@ class Fixed:
 @dataclass(frozen=True)
 class Confidence:
     """Go on while the last token had at least this draft probability (transformers' assistant_confidence_threshold)."""
+
+    looks: ClassVar[bool] = True
 
     threshold: float = 0.4
     most: int = 20
@@ -50,6 +56,8 @@ class Confidence:
 @dataclass(frozen=True)
 class CumulativeConfidence:
     """Go on while the whole chain so far has at least this draft probability: an estimate that all of it survives."""
+
+    looks: ClassVar[bool] = True
 
     threshold: float = 0.3
     most: int = 20

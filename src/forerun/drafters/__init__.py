@@ -120,9 +120,7 @@ def _parsed(text: str, source: str) -> dict[str, Any]:
 
 def _anchored(description: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Checkpoints that lie beside the file that names them, wherever the command runs."""
-    inside = {
-        key: _anchored(value, folder) if isinstance(value, dict) else value for key, value in description.items()
-    }
+    inside = {key: _anchored(value, folder) if isinstance(value, dict) else value for key, value in description.items()}
     checkpoint = inside.get("checkpoint")
     if isinstance(checkpoint, str) and (folder / checkpoint).is_dir():
         inside["checkpoint"] = str(folder / checkpoint)

@@ -6,6 +6,7 @@ were seen are proposed (EAGLE-2's dynamic tree, Li et al. 2024, section 4; deter
 laws). A *sampled* tree draws `widths[d]` children without replacement below every node of depth d.
 
 Rows at temperature 0 draft greedily, others sample from the draft model's law under the row's own sampling parameters.
+Stopping rules see the draft model's bare probabilities (temperature 1, nothing filtered), whatever the row asks for.
 """
 
 from __future__ import annotations
@@ -78,28 +79,33 @@ class Chain(DraftModel):
         self.max_nodes = stopping.most
 
     def draft(self, context: Context, depths: Sequence[int]) -> TokenTree:
-        rows = context.rows
+        rows, chance = context.rows, context.chance()
+        is_greedy = all(row.params.is_greedy for row in rows)
+        takes_best = is_greedy and not any(row.params.edits_scores for row in rows)
         longest = min(self.max_nodes, context.budget, max(depths))
-        chance = context.chance()
-        chains: list[list[int]] = [[] for _ in rows]
         sizes = [1 + min(depth, longest) for depth in depths]
-        logits, probs, steps = self.model.next_logits(rows), [], []
+        chains: list[list[int]] = [[row.tokens[-1]] for row in rows]
+        steps: list[Tensor] = []
+        confidence: list[Tensor] = []
+        logits = self.model.next_logits(rows)
         for depth in range(1, longest + 1):
-            law = draft_law(logits, rows, chains)
-            token = draw(law, rows, chance, depth)
-            probs.append(law.gather(-1, token[:, None]))
-            steps.append(law)
+            if takes_best:
+                token = logits.argmax(-1)
+            else:
+                steps.append(draft_law(logits, rows, [chain[1:] for chain in chains]))
+                token = draw(steps[-1], rows, chance, depth)
             for chain, value in zip(chains, token.tolist(), strict=True):
                 chain.append(value)
-            goes_on = self.stopping.goes_on(torch.cat(probs, -1)).tolist()
-            sizes = [min(size, 1 + depth) if not on else size for size, on in zip(sizes, goes_on, strict=True)]
+            if self.stopping.looks:
+                confidence.append(logits.float().softmax(-1).gather(-1, token[:, None]))
+                goes_on = self.stopping.goes_on(torch.cat(confidence, -1)).tolist()
+                sizes = [size if on else min(size, 1 + depth) for size, on in zip(sizes, goes_on, strict=True)]
             if depth >= max(sizes) - 1:
                 break
             logits = self.model.grow(token[:, None], np.full((len(rows), 1), depth))[:, 0]
         self._places = [[-1, *range(size - 1)] for size in sizes]
-        tokens = [[row.tokens[-1], *chain[: size - 1]] for row, chain, size in zip(rows, chains, sizes, strict=True)]
-        tree = TokenTree.chain(tokens, context.device)
-        if all(row.params.is_greedy for row in rows):
+        tree = TokenTree.chain([chain[:size] for chain, size in zip(chains, sizes, strict=True)], context.device)
+        if is_greedy:
             return tree
         return TokenTree.drawn_chain(tree.tokens_BN, sizes, torch.stack(steps, 1)[:, : tree.nodes - 1])
 
@@ -300,7 +306,7 @@ def build(
 ) -> Drafter:
     """{"drafter": "small", "checkpoint": PATH, ...} and one of
 
-    "length": N                                          a chain of N tokens (the default, 5)
+    "length": N                                          a chain of N tokens (the default, 3)
     "stopping": {"rule": "confidence", "threshold": 0.4} a chain that ends itself
     "tree": {"width": 4, "depth": 5, "nodes": 16}        the best continuations as a tree
     "widths": [3, 2, 1]                                  a sampled tree
@@ -319,7 +325,7 @@ def build(
         return SampledTree(Model(network, int(np.cumprod(widths).sum())), widths)
     if length is not None and not _are_counts([length]):
         raise DrafterError(f"small: a length of {length} drafts nothing; give 1 or more, or use the drafter none")
-    rule = stopping_rule(**stopping) if stopping else Fixed(length or 5)
+    rule = stopping_rule(**stopping) if stopping else Fixed(length or 3)
     return Chain(Model(network, rule.most), rule)
 
 
