@@ -94,14 +94,16 @@ class Ours:
     def shares(self, batch: int) -> dict[str, float]:
         """Where decoding time goes, as shares of it (prompt reading left out; rows of a batch share their steps).
 
-        draft, verify, other add up to 1; outside is what no network's forward accounts for.
+        draft, verify, other add up to 1; outside, for single rows, is what no network's forward accounts for.
         """
         total = sum(s.seconds - s.prefill_seconds for s in self.stats)
         parts = {
             name: sum(getattr(s, f"{name}_seconds") for s in self.stats) / total
             for name in ("draft", "verify", "other")
         }
-        return {**parts, "outside": 1 - batch * sum(clock.seconds for clock in self.clocks) / total}
+        if batch > 1:  # rows that end early share fewer steps, so that the clocks cannot be shared out
+            return parts
+        return {**parts, "outside": 1 - sum(clock.seconds for clock in self.clocks) / total}
 
     def forget(self) -> None:
         self.stats.clear()
@@ -191,7 +193,10 @@ def show(rows: Sequence[Row], console: Console) -> None:
             f"{row.median:.1f}",
             *(_ratio(row.ratios(base)) if base else "" for base in bases),
             f"{row.tokens_per_step:.2f}",
-            *(f"{row.shares[name]:.0%}" if row.shares else "" for name in ("draft", "verify", "other", "outside")),
+            *(
+                f"{row.shares[name]:.0%}" if name in row.shares else ""
+                for name in ("draft", "verify", "other", "outside")
+            ),
             f"{row.identical}/{row.answers}",
         )
     console.print(table)
