@@ -209,7 +209,7 @@ class Transformer(nn.Module):
         return self._rope
 
 
-def stack(config: TransformerConfig, weights: dict[str, Tensor], layers: Sequence[int]) -> dict[str, Tensor]:
+def stack(weights: dict[str, Tensor], layers: Sequence[int]) -> dict[str, Tensor]:
     """Weights of a deeper model made by repeating blocks: growth by stacking ("Stacking Your Transformers", G_stack).
 
     `layers[i]` names the block of the shallow model that becomes block i of the deep one. The residual outputs keep

@@ -72,11 +72,9 @@ class NextToken:
     def __init__(self, module: Transformer, text: Text, teacher: Transformer | None = None, compile: bool = False):
         self.module, self.text, self.teacher = module, text, teacher
         self._features = compiled(module.features, compile)
-        self._parts = 1
 
-    def loss(self, step: int, part: int) -> Tensor:
-        batch = self.text.batch(step * self._parts + part)
-        return self._loss(batch, self.teacher)
+    def loss(self, number: int) -> Tensor:
+        return self._loss(self.text.batch(number), self.teacher)
 
     def _loss(self, batch: Tensor, teacher: Transformer | None) -> Tensor:
         device = self.module.device

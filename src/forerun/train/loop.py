@@ -33,8 +33,8 @@ class Objective(Protocol):
     @property
     def module(self) -> nn.Module: ...
 
-    def loss(self, step: int, part: int) -> Tensor:
-        """The loss in nats of one part of a step's batch (fp32 scalar). The same step and part give the same batch."""
+    def loss(self, number: int) -> Tensor:
+        """The loss in nats on batch `number` (fp32 scalar). The same number gives the same batch."""
 
     def validate(self) -> dict[str, float]:
         """Figures on held-out text; `loss` in nats per token is among them."""
@@ -130,7 +130,7 @@ class _Run:
             optimiser.zero_grad(set_to_none=True)
         total = 0.0
         for part in range(self.schedule.parts):
-            loss = self.objective.loss(self.step, part) / self.schedule.parts
+            loss = self.objective.loss(self.step * self.schedule.parts + part) / self.schedule.parts
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
         if not self._sound(total):

@@ -131,7 +131,7 @@ def start(recipe: Recipe) -> Transformer:
         )
     picks = _picks(recipe, 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")))
     module = Transformer(recipe.shape.over(config, vocabulary, len(picks)))
-    stacked = stack(module.config, weights, picks)
+    stacked = stack(weights, picks)
     own = {name: parameter.shape for name, parameter in module.named_parameters()}
     wrong = [name for name, shape in own.items() if name not in stacked or stacked[name].shape != shape]
     if wrong:
