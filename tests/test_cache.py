@@ -67,17 +67,13 @@ class CacheMachine(RuleBasedStateMachine):
         held = data.draw(st.integers(0, min(len(self.scratch[slot]) for slot in chosen)))
         begins = [len(self.rows[slot]) + held for slot in chosen]
         self.cache.reserve(0, max(begins) + count)
-        level = len(set(begins)) == 1 and data.draw(st.booleans())
-        at = torch.tensor(begins)[:, None] + torch.arange(count)
+        at = np.asarray(begins)[:, None] + np.arange(count)
         feed = Feed(
             tokens_BN=torch.tensor([self.tokens(count) for _ in chosen]),
-            positions_BN=at,
+            lengths_B=np.asarray(begins) - held,
+            where_BN=at,
             start=start,
-            at_BN=at,
-            span=max(begins) + count,
-            visible_BNS=None,
-            dtype=torch.float32,
-            begin=begins[0] if level else None,
+            held=held,
         )
         for layer in range(SHAPE.layers):
             stored = [
@@ -174,12 +170,8 @@ def test_what_was_never_written_is_finite() -> None:
     cache.admit()
     feed = Feed(
         tokens_BN=torch.zeros(1, 1, dtype=torch.int64),
-        positions_BN=torch.zeros(1, 1, dtype=torch.int64),
-        start=0,
-        at_BN=torch.tensor([[9]]),
-        span=64,
-        visible_BNS=None,
-        dtype=torch.float32,
+        lengths_B=np.asarray([63]),
+        where_BN=np.asarray([[63]]),
     )
     keys, values = cache.append(0, feed, torch.ones(1, 1, 2, 3), torch.ones(1, 1, 2, 3))
     assert np.isfinite(keys.numpy()).all() and np.isfinite(values.numpy()).all()

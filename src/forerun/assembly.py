@@ -12,7 +12,7 @@ from forerun.engine import Engine, check_fit
 from forerun.errors import CheckpointError, ForerunError
 from forerun.model import Model
 from forerun.nn.dtype import dtype_of
-from forerun.nn.load import load_network
+from forerun.nn.load import load_like, load_network
 from forerun.text import HuggingFaceTokenizer
 
 
@@ -22,6 +22,8 @@ def load(
     dtype: str = "auto",
     device: str = "auto",
     max_rows: int = 16,
+    kernels: str = "auto",
+    weights: str = "auto",
 ) -> Engine:
     """An engine for a model and a drafter.
 
@@ -31,6 +33,9 @@ def load(
         dtype: auto (bf16 where the processor multiplies bf16 itself, else fp32), bf16, fp32 or fp16; for every network.
         device: auto (cuda if there is one), cpu, cuda, cuda:1 ...
         max_rows: requests that run side by side.
+        kernels: auto (native where this machine and the model allow it), native, or torch; for every network.
+        weights: auto (as dtype) or int8 (needs native kernels); the model with such weights is then the one whose output is
+            kept exactly.
 
     Raises:
         CheckpointError: a checkpoint that is missing, broken or of an unsupported kind.
@@ -38,8 +43,8 @@ def load(
     """
     place = device_of(device)
     kind = dtype_of(dtype, place)
-    target = Model(load_network(str(path), kind, place), scratch=1)
-    workshop = Workshop(target, lambda checkpoint: load_network(checkpoint, kind, place))
+    target = Model(load_network(str(path), kind, place, kernels, weights), scratch=1)
+    workshop = Workshop(target, lambda checkpoint: load_like(target.network, checkpoint))
     made = build(drafter, workshop)
     check_fit(target, made)
     return Engine(target, made, tokenizer_of(path), end_tokens(path), max_rows)

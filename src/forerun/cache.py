@@ -121,6 +121,12 @@ class Cache:
         """Forget committed tokens from `length` on."""
         self.lengths[slot] = min(self.lengths[slot], length)
 
+    @property
+    def store(self) -> Tensor:
+        """All of it, [layers, 2, slots, capacity, kv_heads, head_dim]; another tensor after `reserve` has allocated."""
+        assert self._store is not None
+        return self._store
+
     def entries(self, slot: int) -> Tensor:
         """The committed entries of a slot, [layers, 2, length, kv_heads, head_dim] (a view; for tests and tools)."""
         assert self._store is not None

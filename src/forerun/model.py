@@ -28,10 +28,14 @@ SHORT = 8
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model says about a tree: logits [B, N, V] after every node, and the hidden states asked for, [B, N, D]."""
+    """What a model says about a tree: logits [B, N, V] after every node, and the hidden states asked for, [B, N, D].
+
+    best_BN: the most probable token after every node, where the network knows it already.
+    """
 
     logits_BNV: Tensor
     hidden: dict[int, Tensor] = field(default_factory=dict)
+    best_BN: Tensor | None = None
 
 
 class Model:
@@ -93,8 +97,10 @@ class Model:
         for slot, row in enumerate(rows):
             self.cache.truncate(slot, len(row.tokens) - 1)
         self._catch_up([row.tokens[:-1] if self._behind(row, slot, 1) else None for slot, row in enumerate(rows)])
-        read = self._grow(tree.tokens_BN, tree.topology.depths_BN, self._visibility(tree), layers)
-        return Scores(read.logits_BNV, read.hidden)
+        topology = tree.topology
+        sees = None if topology.is_chain else topology.ancestors_BNN
+        read = self._grow(tree.tokens_BN, topology.depths_BN, sees, layers, np.asarray(tree.sizes))
+        return Scores(read.logits_BNV, read.hidden, read.best_BN)
 
     @torch.inference_mode()
     def next_logits(self, rows: Sequence[Row]) -> Tensor:
@@ -139,75 +145,52 @@ class Model:
     def _commit(self, parts: Sequence[list[int]], start: int = 0, layers: Collection[int] = ()) -> Read:
         """Read committed tokens of rows `start ..`, ragged, and score the last of each."""
         longest = max(map(len, parts))
-        tokens = torch.tensor([part + [0] * (longest - len(part)) for part in parts], device=self.device)
-        last = torch.tensor([len(part) - 1 for part in parts], device=self.device)
-        offsets = np.arange(longest)[None].repeat(len(parts), 0)
-        read = self.network.forward(self._feed(tokens, offsets, None, start, last), self.cache, layers)
+        feed = self._feed(
+            torch.tensor([part + [0] * (longest - len(part)) for part in parts], device=self.device),
+            np.broadcast_to(np.arange(longest), (len(parts), longest)),
+            None,
+            np.asarray([len(part) for part in parts]),
+            start,
+        )
+        feed.last_B = feed.counts_B - 1 if feed.counts_B is not None else None
+        read = self.network.forward(feed, self.cache, layers)
         for row, part in enumerate(parts):
             self.cache.lengths[start + row] += len(part)
         return read
 
     def _grow(
-        self, tokens_BN: Tensor, offsets_BN: Ints, visible_BNM: np.ndarray | None, layers: Collection[int]
+        self,
+        tokens_BN: Tensor,
+        offsets_BN: Ints,
+        visible_BNM: np.ndarray | None,
+        layers: Collection[int],
+        counts_B: Ints | None = None,
     ) -> Read:
-        self._offsets = [*self._offsets, offsets_BN] if self._held else [offsets_BN]
-        feed = self._feed(tokens_BN, offsets_BN, visible_BNM)
+        feed = self._feed(tokens_BN, offsets_BN, visible_BNM, counts_B)
         if self.network.windows:
-            feed.scratch = self._scratch()
+            self._offsets = [*self._offsets, offsets_BN] if self._held else [offsets_BN]
+            feed.scratch_BM = feed.lengths_B[:, None] + np.concatenate(self._offsets, 1)
         read = self.network.forward(feed, self.cache, layers)
         self._held += tokens_BN.shape[1]
         return read
-
-    def _scratch(self) -> tuple[Tensor, Tensor]:
-        """Cache entries and positions [B, M] of everything uncommitted."""
-        offsets = np.concatenate(self._offsets, 1)
-        lengths = np.asarray(self.cache.lengths[: len(offsets)])[:, None]
-        entries, positions = lengths + np.arange(offsets.shape[1]), lengths + offsets
-        return torch.from_numpy(entries).to(self.device), torch.from_numpy(positions).to(self.device)
-
-    @staticmethod
-    def _visibility(tree: TokenTree) -> np.ndarray | None:
-        return None if tree.topology.is_chain else tree.topology.ancestors_BNN
 
     def _feed(
         self,
         tokens_BN: Tensor,
         offsets_BN: Ints,
         visible_BNM: np.ndarray | None,
+        counts_B: Ints | None,
         start: int = 0,
-        last_B: Tensor | None = None,
     ) -> Feed:
         """Tokens at `offsets` behind each row's committed text, to be written behind its scratch."""
-        rows, count = tokens_BN.shape
-        lengths = np.asarray(self.cache.lengths[start : start + rows])
-        begins = lengths + self._held
-        level = bool((begins == begins[0]).all())
-        span = int(begins.max()) + count
-        positions = np.minimum(lengths[:, None] + offsets_BN, self.max_length - 1)
-        places = begins[:, None] + np.arange(count)
-        if visible_BNM is not None:
-            visible = _tree_mask(lengths, span, visible_BNM)
-        elif level and count == 1:
-            visible = None
-        else:
-            visible = np.arange(span) <= places[:, :, None]
+        lengths = np.asarray(self.cache.lengths[start : start + tokens_BN.shape[0]])
         return Feed(
             tokens_BN=tokens_BN,
-            positions_BN=torch.from_numpy(positions).to(self.device),
+            lengths_B=lengths,
+            where_BN=np.minimum(lengths[:, None] + offsets_BN, self.max_length - 1),
             start=start,
-            at_BN=torch.from_numpy(places).to(self.device),
-            span=span,
-            visible_BNS=None if visible is None else torch.from_numpy(visible).to(self.device),
+            held=self._held,
+            sees_BNM=visible_BNM,
+            counts_B=counts_B,
             dtype=self.network.dtype,
-            last_B=last_B,
-            begin=int(begins[0]) if level else None,
         )
-
-
-def _tree_mask(lengths: Ints, span: int, visible_BNM: np.ndarray) -> np.ndarray:
-    """[B, N, span]: every token sees its row's committed entries, and of the scratch behind them what it is allowed to."""
-    rows, count, scratch = visible_BNM.shape
-    mask = np.arange(span) < np.broadcast_to(lengths[:, None, None], (rows, count, 1))
-    for row, length in enumerate(lengths.tolist()):
-        mask[row, :, length : length + scratch] = visible_BNM[row]
-    return mask

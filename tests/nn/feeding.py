@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
 
 from forerun.cache import Cache
+from forerun.chance import Ints
 from forerun.nn.feed import Feed, Read
 from forerun.nn.network import Network
 
@@ -90,7 +92,7 @@ class Reader:
     def read(self, parts: Sequence[Sequence[int]], last: bool = False, layers: Collection[int] = ()) -> Read:
         """Commit one piece of text per row; shorter ones are padded behind. `last`: score only the end of each."""
         trees = [Tree(list(part), list(range(-1, len(part) - 1))) for part in parts]
-        ends = torch.tensor([len(part) - 1 for part in parts]) if last else None
+        ends = np.asarray([len(part) - 1 for part in parts]) if last else None
         read = self.network.forward(self._feed(trees, ends), self.cache, layers)
         for slot, part in enumerate(parts):
             self.cache.keep(slot, list(range(len(part))))
@@ -101,31 +103,19 @@ class Reader:
         """Logits [B, N, V] of one uncommitted tree per row."""
         return self.network.forward(self._feed(trees, None), self.cache).logits_BNV
 
-    def _feed(self, trees: Sequence[Tree], last_B: Tensor | None) -> Feed:
+    def _feed(self, trees: Sequence[Tree], last_B: Ints | None) -> Feed:
         lengths = self.cache.lengths
         count = max(len(tree.tokens) for tree in trees)
         padded = [self._padded(tree, count) for tree in trees]
-        span = max(lengths) + count
+        depths = np.asarray([[len(tree.path(n)) - 1 for n in range(count)] for tree in padded])
         return Feed(
             tokens_BN=torch.tensor([tree.tokens for tree in padded]),
-            positions_BN=torch.tensor(
-                [
-                    [length + len(tree.path(n)) - 1 for n in range(count)]
-                    for length, tree in zip(lengths, padded, strict=True)
-                ]
-            ),
-            start=0,
-            at_BN=torch.tensor([[length + n for n in range(count)] for length in lengths]),
-            span=span,
-            visible_BNS=torch.tensor(
-                [
-                    [_sees(length, tree, n, span) for n in range(count)]
-                    for length, tree in zip(lengths, padded, strict=True)
-                ]
-            ),
+            lengths_B=np.asarray(lengths),
+            where_BN=np.asarray(lengths)[:, None] + depths,
+            sees_BNM=np.asarray([[_sees(tree, n, count) for n in range(count)] for tree in padded]),
+            counts_B=np.asarray([len(tree.tokens) for tree in trees]),
             dtype=self.network.dtype,
             last_B=last_B,
-            begin=lengths[0] if len(set(lengths)) == 1 else None,
         )
 
     @staticmethod
@@ -134,9 +124,9 @@ class Reader:
         return Tree(tree.tokens + [0] * missing, tree.parents + [-1] * missing)
 
 
-def _sees(length: int, tree: Tree, node: int, span: int) -> list[bool]:
-    path = {length + n for n in tree.path(node)}
-    return [entry < length or entry in path for entry in range(span)]
+def _sees(tree: Tree, node: int, count: int) -> list[bool]:
+    path = tree.path(node)
+    return [entry in path for entry in range(count)]
 
 
 def saved(model: Any, folder: Path, **options: Any) -> Path:

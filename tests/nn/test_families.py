@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from forerun.nn import native
 from forerun.nn.foreign import Foreign
 from forerun.nn.load import load_network
 from forerun.nn.network import Network
+from forerun.nn.packed import PackedTransformer
 from forerun.nn.transformer import Transformer
 from nn.feeding import CPU, Reader, Tree, plain, saved, small_model, some_tokens, some_tree
 
@@ -60,6 +62,7 @@ ROWS = (some_tokens(9, 1), some_tokens(4, 2), some_tokens(13, 3))
 @dataclass(frozen=True)
 class Family:
     name: str
+    kernels: str
     theirs: Any
     ours: Network
 
@@ -68,16 +71,22 @@ class Family:
         torch.testing.assert_close(logits, plain(self.theirs, text).logits[0, -1], atol=2e-5, rtol=1e-4)
 
 
-@pytest.fixture(scope="module", params=[*OURS, *FOREIGN])
+WAYS = [(name, kernels) for name in OURS for kernels in ("torch", "native")] + [(name, "auto") for name in FOREIGN]
+
+
+@pytest.fixture(scope="module", params=WAYS, ids=" on ".join)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
-    choices = dict((OURS | FOREIGN)[request.param])
+    name, kernels = request.param
+    if kernels == "native" and (reason := native.why_not(CPU, torch.float32)):
+        pytest.skip(reason)
+    choices = dict((OURS | FOREIGN)[name])
     theirs = small_model(choices.pop("kind"), **choices)
     folder = saved(theirs, tmp_path_factory.mktemp("family"))
-    return Family(request.param, theirs, load_network(folder, torch.float32, CPU))
+    return Family(name, kernels, theirs, load_network(folder, torch.float32, CPU, kernels))
 
 
 def test_each_family_is_read_by_the_network_it_should(family: Family) -> None:
-    assert isinstance(family.ours, Transformer if family.name in OURS else Foreign)
+    assert isinstance(family.ours, {"torch": Transformer, "native": PackedTransformer, "auto": Foreign}[family.kernels])
     assert family.ours.vocab_size == 61
     assert family.ours.max_length == 64
     assert family.ours.dtype == torch.float32
@@ -138,7 +147,7 @@ def test_a_single_row_and_a_single_token_need_no_mask(family: Family) -> None:
     reader = Reader(family.ours)
     reader.read([ROWS[0]])
     feed = reader._feed([Tree([8], [-1])], None)
-    feed.visible_BNS = None
+    feed.sees_BNM = None
     with torch.inference_mode():
         family.agrees(family.ours.forward(feed, reader.cache).logits_BNV[0, 0], [*ROWS[0], 8])
 

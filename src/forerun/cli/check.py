@@ -32,6 +32,8 @@ def check(
     seed: options.Seed = 0,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    kernels: options.Kernels = "auto",
+    weights: options.Weights = "auto",
     as_json: options.Json = False,
 ) -> None:
     """Prove a drafter exact on a model, as far as this many tokens and samples can; exit code 1 if it is not.
@@ -51,7 +53,7 @@ def check(
     plan = Plan(tokens=tokens, rows=_sizes(rows), length=max_new_tokens, samples=samples, params=law, seed=seed or 0)
     describe(drafter)  # a wrong name is cheaper to find before the model is read
     prompts = _prompts(prompt_file)
-    plain = engines.load(model, "none", dtype, device)
+    plain = engines.load(model, "none", engines.Machine(dtype, device, kernels, weights))
     report = examine(plain, engines.beside(plain, drafter), prompts, plan)
     if as_json:
         print_json(report.as_dict())

@@ -15,6 +15,7 @@ from forerun.cli import options
 
 if TYPE_CHECKING:
     from forerun.bench.run import Measurement, Row
+    from forerun.cli.engines import Machine
     from forerun.engine import Engine
     from forerun.sampling import SamplingParams
 
@@ -70,6 +71,8 @@ def demo(
     seed: options.Seed = 0,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    kernels: options.Kernels = "auto",
+    weights: options.Weights = "auto",
     json_file: JsonFile = None,
     plot: PlotFile = None,
 ) -> None:
@@ -79,9 +82,11 @@ def demo(
     rounds differently from one of a single token; then the table says how many tokens were equal before. In fp32
     (--dtype fp32) every drafter is identical; `forerun check` tells a tie from a mistake.
     """
+    from forerun.cli.engines import Machine
     from forerun.cli.files import demand_place
     from forerun.sampling import SamplingParams
 
+    machine = Machine(dtype, device, kernels, weights)
     params = SamplingParams(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -98,7 +103,7 @@ def demo(
 
         demand_matplotlib()
     folder = model or str(reference())
-    engines = _engines(folder, list(_specs(drafters, Path(folder))), dtype, device, strict=bool(drafters))
+    engines = _engines(folder, list(_specs(drafters, Path(folder))), machine, strict=bool(drafters))
     _compare(engines, params, prompts, rounds, json_file, plot)
 
 
@@ -121,7 +126,7 @@ def _specs(given: list[str] | None, target: Path) -> Iterable[str]:
     yield from map(str, sorted(family.glob("*.yaml")))
 
 
-def _engines(model: str, specs: Sequence[str], dtype: str, device: str, strict: bool) -> dict[str, Engine]:
+def _engines(model: str, specs: Sequence[str], machine: Machine, strict: bool) -> dict[str, Engine]:
     """Plain decoding and the drafters, on one target. Without `strict`, one that cannot be built is left out, and said so."""
     from forerun.cli.engines import beside, load
     from forerun.drafters import describe
@@ -129,7 +134,7 @@ def _engines(model: str, specs: Sequence[str], dtype: str, device: str, strict: 
 
     for spec in specs:
         describe(spec)  # a wrong name is cheaper to find before the model is read
-    engines = {"none": load(model, "none", dtype, device)}
+    engines = {"none": load(model, "none", machine)}
     for spec in specs[1:]:
         try:
             engines[spec] = beside(engines["none"], spec)

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
+
 import transformers
 from huggingface_hub.utils.tqdm import enable_progress_bars
 
 from forerun import assembly
 from forerun.drafters import Workshop, build, describe
 from forerun.engine import Engine, check_fit
-from forerun.nn.load import load_network
+from forerun.nn.load import load_like
 
 
-def load(model: str, drafter: str, dtype: str, device: str, max_rows: int = 16) -> Engine:
+@dataclass(frozen=True)
+class Machine:
+    """How networks run: the words of the options `--dtype`, `--device`, `--kernels` and `--weights`."""
+
+    dtype: str = "auto"
+    device: str = "auto"
+    kernels: str = "auto"
+    weights: str = "auto"
+
+
+def load(model: str, drafter: str, machine: Machine, max_rows: int = 16) -> Engine:
     """As `forerun.load`; a wrong drafter is found before the model is read."""
     describe(drafter)
     quiet()
-    return assembly.load(model, drafter=drafter, dtype=dtype, device=device, max_rows=max_rows)
+    return assembly.load(model, drafter=drafter, max_rows=max_rows, **asdict(machine))
 
 
 def quiet() -> None:
@@ -31,8 +43,7 @@ def beside(engine: Engine, spec: str) -> Engine:
     Raises DrafterError or CheckpointError as `forerun.load` does.
     """
     target = engine.target
-    network = target.network
-    workshop = Workshop(target, lambda checkpoint: load_network(checkpoint, network.dtype, network.device))
+    workshop = Workshop(target, lambda checkpoint: load_like(target.network, checkpoint))
     drafter = build(spec, workshop)
     check_fit(target, drafter)
     return Engine(target, drafter, engine.tokenizer, engine.eos, engine.max_rows)

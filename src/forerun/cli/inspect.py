@@ -11,6 +11,8 @@ from forerun.cli import options
 if TYPE_CHECKING:
     import torch
 
+    from forerun.nn.network import Network
+
 Model = Annotated[str | None, typer.Argument(metavar="MODEL", help="A folder in Hugging Face format, or a hub id.")]
 
 
@@ -18,6 +20,8 @@ def inspect(
     model: Model = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    kernels: options.Kernels = "auto",
+    weights: options.Weights = "auto",
     as_json: options.Json = False,
 ) -> None:
     """Versions, device, number format and drafters; for a model also its shape, and its memory in that number format."""
@@ -29,7 +33,7 @@ def inspect(
     kind = dtype_of(dtype, place)
     found: dict[str, Any] = {"machine": machine(place, kind, dtype)}
     if model is not None:
-        found["model"] = describe(model, kind, place)
+        found["model"] = describe(model, kind, place, kernels, weights)
     if as_json:
         print_json(found)
     else:
@@ -45,7 +49,9 @@ def machine(device: torch.device, dtype: torch.dtype, asked: str) -> dict[str, A
 
     import forerun
     from forerun.drafters import names
+    from forerun.nn import native
 
+    missing = native.why_not(device, dtype)
     return {
         "forerun": forerun.__version__,
         "python": platform.python_version(),
@@ -58,6 +64,8 @@ def machine(device: torch.device, dtype: torch.dtype, asked: str) -> dict[str, A
         "processor": _abilities(),
         "dtype": str(dtype).removeprefix("torch."),
         "dtype_reason": _reason(device, asked),
+        "native_kernels": "none" if missing else native.active_isa(),
+        **({"native_kernels_reason": missing} if missing else {}),
         "drafters": names(),
     }
 
@@ -82,26 +90,21 @@ def _reason(device: torch.device, asked: str) -> str:
     return f"this {device.type} {'multiplies' if multiplies_bf16(device) else 'does not multiply'} bf16 itself"
 
 
-def describe(path: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+def describe(path: str, dtype: torch.dtype, device: torch.device, kernels: str, weights: str) -> dict[str, Any]:
     """A model's shape and needs. Reads the weights, so a damaged checkpoint is found here."""
     from forerun.assembly import end_tokens, tokenizer_of
     from forerun.cli.engines import quiet
     from forerun.nn.folder import checkpoint_folder, read_config
     from forerun.nn.load import load_network
-    from forerun.nn.transformer import Transformer
 
     quiet()
     config = read_config(checkpoint_folder(path))
-    network = load_network(path, dtype, device)
-    module: Any = network if isinstance(network, Transformer) else getattr(network, "model", network)
-    weights = list(module.parameters())
+    network = load_network(path, dtype, device, kernels, weights)
     shape = network.cache_shape
     return {
         "path": path,
         "architecture": (config.architectures or [config.model_type])[0],
-        "runs_on": "forerun's own transformer" if isinstance(network, Transformer) else "transformers' model",
-        "parameters": sum(weight.numel() for weight in weights),
-        "weight_bytes": sum(weight.nbytes for weight in weights),
+        **_size(network),
         "cache_bytes_per_token": 2 * shape.layers * shape.kv_heads * shape.head_dim * network.dtype.itemsize,
         "layers": shape.layers,
         "kv_heads": shape.kv_heads,
@@ -110,6 +113,22 @@ def describe(path: str, dtype: torch.dtype, device: torch.device) -> dict[str, A
         "vocabulary": network.vocab_size,
         "eos": end_tokens(path),
         "tokenizer": tokenizer_of(path) is not None,
+    }
+
+
+def _size(network: Network) -> dict[str, Any]:
+    from forerun.nn.packed import PackedTransformer
+    from forerun.nn.transformer import Transformer
+
+    if isinstance(network, PackedTransformer):
+        runs_on = f"forerun's own transformer, native kernels ({str(network.weights).removeprefix('torch.')} weights)"
+        return {"runs_on": runs_on, "parameters": network.parameters, "weight_bytes": network.nbytes}
+    module: Any = network if isinstance(network, Transformer) else getattr(network, "model", network)
+    values = list(module.parameters())
+    return {
+        "runs_on": "forerun's own transformer, torch" if isinstance(network, Transformer) else "transformers' model",
+        "parameters": sum(value.numel() for value in values),
+        "weight_bytes": sum(value.nbytes for value in values),
     }
 
 

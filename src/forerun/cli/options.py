@@ -41,4 +41,20 @@ Dtype = Annotated[
 Device = Annotated[
     str, typer.Option(metavar="auto|cpu|cuda", help="auto is cuda where there is one.", rich_help_panel=MACHINE)
 ]
+Kernels = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|native|torch",
+        help="auto is our own CPU kernels where they fit; see forerun inspect.",
+        rich_help_panel=MACHINE,
+    ),
+]
+Weights = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|int8",
+        help="int8 rounds the weights of every network; output is then exact for the rounded model.",
+        rich_help_panel=MACHINE,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.", rich_help_panel=OUTPUT)]

@@ -3,43 +3,86 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from forerun.chance import Ints
 
-@dataclass(slots=True)
+
+@dataclass
 class Feed:
-    """Tokens for slots `start .. start + B`, N each, and where they stand.
+    """N tokens for each of the slots `start .. start + B`, to be written behind what the slots hold.
 
-    tokens_BN, positions_BN: int64. at_BN: the cache entry every token writes to (int64); `begin`: the first of them where
-    all rows write to the same entries, so that a slice will do. span: entries [0, span) of the slots are read.
-    visible_BNS: which of them a token sees (bool), or None when every token sees all of them. dtype: of the bias that is
-    made from it. last_B: if given, only the token at this index of each row is scored ([B, 1, V] logits). scratch: entries
-    and positions [B, M] of all uncommitted tokens, these and earlier ones (for sliding windows; None: these alone).
+    tokens_BN: int64. lengths_B: committed entries of each slot; held: scratch entries behind them that earlier feeds wrote,
+    the same number in every row. where_BN: the positions of the tokens in their texts. sees_BNM: which scratch entries (the
+    M = held + N that there are now) a token sees, itself among them, a parent before its children (bool); None: all up to
+    itself.
+    counts_B: the tokens of each row that are not padding (None: all N). last_B: if given, only the token at this index of
+    each row is scored ([B, 1, V] logits). scratch_BM: the positions of all uncommitted tokens, for sliding windows (None: these
+    tokens are all there are).
+
+    The other properties say the same thing in the words of networks that want masks; they are made when asked for.
     """
 
     tokens_BN: Tensor
-    positions_BN: Tensor
-    start: int
-    at_BN: Tensor
-    span: int
-    visible_BNS: Tensor | None
-    dtype: torch.dtype
-    last_B: Tensor | None = None
-    scratch: tuple[Tensor, Tensor] | None = None
-    begin: int | None = None
+    lengths_B: Ints
+    where_BN: Ints
+    start: int = 0
+    held: int = 0
+    sees_BNM: np.ndarray | None = None
+    counts_B: Ints | None = None
+    last_B: Ints | None = None
+    dtype: torch.dtype = torch.float32
+    scratch_BM: Ints | None = None
     _biases: dict[int | None, Tensor | None] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return self.tokens_BN.device
 
     @property
     def rows(self) -> slice:
         return slice(self.start, self.start + self.tokens_BN.shape[0])
 
+    @property
+    def span(self) -> int:
+        """Entries [0, span) of the slots are read."""
+        return int(self.lengths_B.max()) + self.held + self.tokens_BN.shape[1]
+
+    @property
+    def begin(self) -> int | None:
+        """The first entry written to, where it is the same in all rows, so that a slice will do."""
+        first = int(self.lengths_B[0])
+        return first + self.held if bool((self.lengths_B == first).all()) else None
+
+    @cached_property
+    def at_BN(self) -> Tensor:
+        """The cache entry every token writes to."""
+        return self._tensor(self._entries())
+
+    @cached_property
+    def positions_BN(self) -> Tensor:
+        """`where_BN` as a tensor."""
+        return self._tensor(self.where_BN)
+
+    @cached_property
+    def visible_BNS(self) -> Tensor | None:
+        """Which entries of [0, span) a token sees, or None when every token sees all of them."""
+        if self.sees_BNM is not None:
+            return self._tensor(self._tree_mask(self.sees_BNM))
+        if self.begin is not None and self.tokens_BN.shape[1] == 1:
+            return None
+        return self._tensor(np.arange(self.span) <= self._entries()[:, :, None])
+
     def wanted(self, x_BND: Tensor) -> Tensor:
         """The states to score: all, or each row's last."""
         if self.last_B is None:
             return x_BND
-        return x_BND[torch.arange(x_BND.shape[0], device=x_BND.device), self.last_B].unsqueeze(1)
+        rows = torch.arange(x_BND.shape[0], device=x_BND.device)
+        return x_BND[rows, self._tensor(self.last_B)].unsqueeze(1)
 
     def bias(self, window: int | None = None) -> Tensor | None:
         """Additive attention bias [B, N, S]: 0 where a token may look, -inf elsewhere; None if it may look anywhere.
@@ -61,15 +104,35 @@ class Feed:
 
     def _within(self, window: int) -> Tensor:
         """Committed entry s stands at position s; scratch entries stand where the model says."""
-        places = torch.arange(self.span, device=self.positions_BN.device).repeat(self.tokens_BN.shape[0], 1)
-        entries, positions = self.scratch or (self.at_BN, self.positions_BN)
-        places.scatter_(1, entries, positions)
-        return places[:, None, :] > self.positions_BN[:, :, None] - window
+        places = np.arange(self.span)[None].repeat(len(self.lengths_B), 0)
+        positions = self.where_BN if self.scratch_BM is None else self.scratch_BM
+        first = self.held + self.tokens_BN.shape[1] - positions.shape[1]
+        entries = self.lengths_B[:, None] + first + np.arange(positions.shape[1])
+        np.put_along_axis(places, entries, positions, 1)
+        return self._tensor(places[:, None, :] > self.where_BN[:, :, None] - window)
+
+    def _entries(self) -> Ints:
+        return self.lengths_B[:, None] + self.held + np.arange(self.tokens_BN.shape[1])
+
+    def _tree_mask(self, sees_BNM: np.ndarray) -> np.ndarray:
+        """[B, N, span]: a token sees its row's committed entries, and of the scratch behind them what it is allowed to."""
+        rows, count, scratch = sees_BNM.shape
+        mask = np.arange(self.span) < np.broadcast_to(self.lengths_B[:, None, None], (rows, count, 1))
+        for row, length in enumerate(self.lengths_B.tolist()):
+            mask[row, :, length : length + scratch] = sees_BNM[row]
+        return mask
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
 
 
 @dataclass(slots=True)
 class Read:
-    """logits [B, N, V] (or [B, 1, V]) in the network's dtype, and the hidden states asked for, [B, N, D] each."""
+    """logits [B, N, V] (or [B, 1, V]) and the hidden states asked for, [B, N, D] each; padding holds anything finite.
+
+    best_BN: the token of the largest logit (the first of equals), where the network knows it already.
+    """
 
     logits_BNV: Tensor
     hidden: dict[int, Tensor]
+    best_BN: Tensor | None = None

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
@@ -126,7 +127,8 @@ class Foreign:
 
     def forward(self, feed: Feed, cache: Cache, hidden_layers: Collection[int] = ()) -> Read:
         """See `Network.forward`. Logits come in the dtype in which the model gives them."""
-        steps = torch.unique(feed.last_B) if feed.last_B is not None and self._trims else None
+        last = None if feed.last_B is None else torch.from_numpy(feed.last_B).to(feed.device)
+        steps = torch.unique(last) if last is not None and self._trims else None
         out = self.model(
             input_ids=feed.tokens_BN,
             position_ids=feed.positions_BN,
@@ -137,18 +139,18 @@ class Foreign:
             return_dict=True,
             **({} if steps is None else {"logits_to_keep": steps}),
         )
-        return Read(_wanted(out.logits, feed, steps), {index: out.hidden_states[index] for index in hidden_layers})
+        return Read(_wanted(out.logits, last, steps), {index: out.hidden_states[index] for index in hidden_layers})
 
     def _mask(self, feed: Feed) -> Tensor | dict[str, Tensor]:
         masks = {kind: _additive(feed, window) for kind, window in self._masks.items()}
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
-def _wanted(logits: Tensor, feed: Feed, steps: Tensor | None) -> Tensor:
+def _wanted(logits: Tensor, last_B: Tensor | None, steps: Tensor | None) -> Tensor:
     """The logits asked for, out of all of them or out of those for the positions `steps` (ascending)."""
-    if feed.last_B is None:
+    if last_B is None:
         return logits
-    places = feed.last_B if steps is None else torch.searchsorted(steps, feed.last_B)
+    places = last_B if steps is None else torch.searchsorted(steps, last_B)
     return logits[torch.arange(logits.shape[0], device=logits.device), places].unsqueeze(1)
 
 
@@ -310,14 +312,11 @@ def _read_tree(foreign: Foreign, ids: Sequence[int]) -> dict[int, Tensor]:
 
 def _feed(foreign: Foreign, ids: Sequence[int], ancestors: dict[int, list[int]]) -> Feed:
     nodes, span = list(ancestors), max(ancestors) + 1
-    visible = [[entry == node or entry in ancestors[node] for entry in range(span)] for node in nodes]
     return Feed(
         tokens_BN=torch.tensor([[ids[node] for node in nodes]], device=foreign.device),
-        positions_BN=torch.tensor([[len(ancestors[node]) for node in nodes]], device=foreign.device),
-        start=0,
-        at_BN=torch.tensor([nodes], device=foreign.device),
-        span=span,
-        visible_BNS=torch.tensor([visible], device=foreign.device),
+        lengths_B=np.zeros(1, np.int64),
+        where_BN=np.asarray([[len(ancestors[node]) for node in nodes]]),
+        held=nodes[0],
+        sees_BNM=np.asarray([[[s == node or s in ancestors[node] for s in range(span)] for node in nodes]]),
         dtype=foreign.dtype,
-        begin=nodes[0],
     )

@@ -1,62 +1,134 @@
 """Checkpoints of the outside world -> ours.
 
-    path or hub id -> folder -> config.json -> our Transformer, if it is a Llama, Mistral, Qwen2 or Qwen3
+    path or hub id -> folder -> config.json -> our transformer, if it is a Llama, Mistral, Qwen2 or Qwen3:
+                                               nn/packed.py where there are native kernels, else nn/transformer.py
                                             -> nn/foreign.py, if it is any other Hugging Face causal LM
 
-Tensors are read one by one into parameters that exist already: loading needs the memory of the model and of one tensor
+Tensors are read one by one into memory that exists already: loading needs the memory of the model and of one tensor
 more. Nothing is skipped silently: a tensor too many, too few or of another shape is an error that lists it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from forerun.errors import CheckpointError
+from forerun.errors import CheckpointError, ForerunError
+from forerun.nn import native
 from forerun.nn.folder import Stored, checkpoint_folder, difference, opened, read_config, stored, weight_files
 from forerun.nn.foreign import load_foreign
 from forerun.nn.network import Network
+from forerun.nn.packed import PackedTransformer
 from forerun.nn.transformer import Transformer, TransformerConfig
 from forerun.nn.translate import Place, places, translate
 
+KERNELS = ("auto", "native", "torch")
+WEIGHTS = ("auto", "int8")
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def load_network(path_or_hub_id: str | Path, dtype: torch.dtype, device: torch.device) -> Network:
+def load_network(
+    path_or_hub_id: str | Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: str = "torch",
+    weights: str = "auto",
+) -> Network:
     """A network from a local folder or a hub id, on `device` in `dtype`, ready to read.
 
-    Raises CheckpointError for anything that is missing, damaged, or of a kind that cannot be run.
+    kernels: "torch" (the result can be trained and saved), "native", or "auto" (native where they are and where they know
+    the model). weights: "auto" (as `dtype`), or "int8" (native kernels only): each group of 128 weights as bytes with a scale.
+
+    Raises CheckpointError for anything that is missing, damaged, or of a kind that cannot be run; ForerunError for kernels
+    that cannot be had.
     """
     folder = checkpoint_folder(path_or_hub_id)
     outside = read_config(folder)
     config = translate(outside, folder)
-    if config is not None:
-        return load_transformer(folder, config, dtype, device)
-    return load_foreign(folder, outside, dtype, device)
+    reason = _why_torch(config, dtype, device, kernels, weights)
+    if config is None:
+        return load_foreign(folder, outside, dtype, device)
+    if reason is None:
+        return load_packed(folder, config, dtype, torch.int8 if weights == "int8" else dtype)
+    return load_transformer(folder, config, dtype, device)
+
+
+def load_like(network: Network, path_or_hub_id: str | Path) -> Network:
+    """Another network, to run as this one does."""
+    if isinstance(network, PackedTransformer):
+        weights = "int8" if network.weights == torch.int8 else "auto"
+        return load_network(path_or_hub_id, network.dtype, network.device, "auto", weights)
+    return load_network(path_or_hub_id, network.dtype, network.device)
+
+
+def _why_torch(
+    config: TransformerConfig | None, dtype: torch.dtype, device: torch.device, kernels: str, weights: str
+) -> str | None:
+    """Why a network runs on torch, or None where native kernels carry it."""
+    if kernels not in KERNELS or weights not in WEIGHTS:
+        raise ForerunError(
+            f"there are no kernels {kernels!r} with weights {weights!r}: "
+            f"choose kernels out of {', '.join(KERNELS)} and weights out of {', '.join(WEIGHTS)}"
+        )
+    reason: str | None = "torch was asked for"
+    if kernels != "torch":
+        foreign = "they know the Llama family, and this model is another"
+        reason = foreign if config is None else native.why_not(device, dtype)
+    if reason and kernels == "native":
+        raise ForerunError(f"native kernels cannot run this: {reason}; use --kernels torch")
+    if reason and weights == "int8":
+        raise ForerunError(f"int8 weights need the native kernels: {reason}")
+    return reason
 
 
 def load_transformer(folder: Path, config: TransformerConfig, dtype: torch.dtype, device: torch.device) -> Transformer:
     """Our transformer with the weights of a folder, which must hold exactly the tensors that `config` calls for."""
-    files = weight_files(folder)
-    held = stored(files)
+    config, table = _checked(folder, config)
+    model = _allocate(config, dtype, device)
+    for name, tensor in _tensors(folder, table):
+        table[name].within(model).copy_(tensor)
+    return model
+
+
+def load_packed(folder: Path, config: TransformerConfig, dtype: torch.dtype, weights: torch.dtype) -> PackedTransformer:
+    """The same on native kernels."""
+    config, table = _checked(folder, config)
+    try:
+        model = PackedTransformer(config, dtype, weights)
+    except (OSError, MemoryError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the model in {folder} does not fit into memory: choose a smaller model or number format"
+        ) from error
+    for name, tensor in _tensors(folder, table):
+        model.put(table[name].parameter, tensor, table[name].begin)
+    return model.ready()
+
+
+def _checked(folder: Path, config: TransformerConfig) -> tuple[TransformerConfig, dict[str, Place]]:
+    """The config as the weights have it, and the places of its tensors, all of which are there."""
+    held = stored(weight_files(folder))
     # A head that is published although the config ties it may differ; transformers believes the weights, and so do we.
     twice = config.tied and "lm_head.weight" in held
-    config = replace(config, tied=config.tied and not twice)
-    table = places(config)
+    table = places(replace(config, tied=config.tied and not twice))
     _demand_same(folder, table, held)
-    model = _allocate(config, dtype, device)
-    for path in files:
+    if not twice:
+        return config, table
+    head, embedding = dict(_tensors(folder, ("lm_head.weight", "model.embed_tokens.weight"))).values()
+    config = replace(config, tied=torch.equal(head, embedding))
+    return config, places(config)
+
+
+def _tensors(folder: Path, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    """These tensors of a folder, one at a time."""
+    for path in weight_files(folder):
         with opened(path) as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
-                if name in table:
-                    table[name].within(model).copy_(file.get_tensor(name))
-    if twice and torch.equal(model.head.weight, model.embedding.weight):
-        model.config, model.head.weight = replace(config, tied=True), model.embedding.weight
-    return model
+                if name in names:
+                    yield name, file.get_tensor(name)
 
 
 def _demand_same(folder: Path, table: Mapping[str, Place], held: Mapping[str, Stored]) -> None:

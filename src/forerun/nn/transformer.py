@@ -200,13 +200,18 @@ class Transformer(nn.Module):
     def _rope_tables(self) -> tuple[Tensor, Tensor]:
         """cos and signed sin [max_length, head_dim] in the weights' dtype, made once."""
         if self._rope is None or self._rope[0].device != self.device or self._rope[0].dtype != self.dtype:
-            angles = torch.arange(self.max_length).float()[:, None] * self.config.frequencies()
-            cos, sin = angles.cos() * self.config.rope_scale, angles.sin() * self.config.rope_scale
+            cos, sin = rope_tables(self.config, self.max_length)
             self._rope = (
                 torch.cat((cos, cos), -1).to(self.device, self.dtype),
                 torch.cat((-sin, sin), -1).to(self.device, self.dtype),
             )
         return self._rope
+
+
+def rope_tables(config: TransformerConfig, length: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position's angles, fp32 [length, head_dim / 2] each."""
+    angles = torch.arange(length).float()[:, None] * config.frequencies()
+    return angles.cos() * config.rope_scale, angles.sin() * config.rope_scale
 
 
 def stack(weights: dict[str, Tensor], layers: Sequence[int]) -> dict[str, Tensor]:

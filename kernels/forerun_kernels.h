@@ -1,0 +1,112 @@
+// The C ABI of forerun's CPU kernels: what Python sees through ctypes (src/forerun/nn/native.py mirrors these records).
+//
+// One promise holds for everything here: the bits of a token's result do not depend on how many tokens or rows are computed
+// beside it, on which cache entries its tree occupies, or on the number of threads. Every output element is accumulated by one
+// thread, in one order that is a function of logical positions alone.
+#pragma once
+#include <cstdint>
+
+#if defined(_WIN32)
+#define FR_API extern "C" __declspec(dllexport)
+#else
+#define FR_API extern "C" __attribute__((visibility("default")))
+#endif
+
+// Number formats of weights, caches and outputs.
+enum fr_format : int32_t { FR_BF16 = 0, FR_F32 = 1, FR_INT8 = 2 };
+
+// A packed matrix [out, in]: panels of 32 outputs; inside a panel, `in` runs slowest and is padded with zeros to `padded_in`.
+//   bf16: [padded_in / 2][32][2]     fp32: [padded_in][32]
+//   int8: per group of 128 inputs: [32 float scales][32 int32 sums of the group's weights][32][32][4]
+// `gated`: two matrices [out, in] in one; outputs 0..15 of a panel are 16 gates, 16..31 the values they gate, and a product is
+// silu(gate) * value. `bias` has one float per packed output (32 per panel), or is null.
+struct fr_matrix {
+    int32_t format, gated;
+    int64_t out, in, padded_in;
+    uint8_t* data;
+    const float* bias;
+};
+
+// What the tokens of a forward are and where they stand: `rows` rows of `count` tokens, of which row r has counts[r].
+// Row r lives in cache slot `start + r`, holds lengths[r] committed entries and `held` earlier scratch entries behind them.
+// sees: [rows, count, held + count] bytes, which scratch entries a token sees (itself among them), in order of depth; null:
+// all before itself. positions: for the rotary embedding.
+struct fr_feed {
+    int32_t rows, count, start, held;
+    const int32_t* counts;
+    const int32_t* lengths;
+    const int64_t* tokens;
+    const int32_t* positions;
+    const uint8_t* sees;
+};
+
+// Keys and values: [layers, 2, slots, capacity, kv_heads, head_dim] in `format` (bf16 or fp32).
+struct fr_cache {
+    uint8_t* store;
+    int32_t format, layers, slots, capacity, kv_heads, head_dim;
+};
+
+struct fr_layer {
+    const float* attention_norm;
+    const float* q_norm;  // null: none
+    const float* k_norm;
+    const float* mlp_norm;
+    fr_matrix qkv, out, gate_up, down;
+    int32_t window;  // 0: sees everything
+};
+
+struct fr_transformer {
+    int32_t layers, width, heads, kv_heads, head_dim, mlp_width;
+    float norm_eps, scale;
+    const fr_layer* layer;
+    const float* final_norm;
+    fr_matrix head;
+    const uint8_t* embedding;    // [vocabulary, width] row by row in `embedding_format`; null: taken from the packed head
+    int32_t embedding_format, vocabulary;
+    const float* cos;            // [positions, head_dim / 2]
+    const float* sin;
+};
+
+// What a forward shall write. logits: fp32 [rows, count or 1, vocabulary]; best: the index of the largest logit (the first of
+// equals), null if not wanted. last: score only the token at this index of each row; null: all. hidden: `hidden_count`
+// destinations in `hidden_format`, [rows, count, width] each: the residual stream entering layer hidden_layers[i], or for
+// i == layers the output of the final norm. Tokens beyond a row's count get zeros.
+struct fr_wanted {
+    float* logits;
+    int64_t* best;
+    const int32_t* last;
+    int32_t hidden_count, hidden_format;
+    const int32_t* hidden_layers;
+    uint8_t* const* hidden;
+};
+
+// Instruction sets, best last. fr_isa_best: the best this processor runs; fr_isa_use: choose one (false: cannot).
+enum fr_isa : int32_t { FR_PORTABLE = 0, FR_AVX2 = 1, FR_AVX512 = 2, FR_AVX512_BF16 = 3 };
+FR_API int32_t fr_isa_best();
+FR_API int32_t fr_isa_active();
+FR_API int32_t fr_isa_use(int32_t isa);
+FR_API int32_t fr_version();
+
+// Bytes that a packed matrix needs, and filling it: rows [begin, begin + count) of a row-major source (bf16 or fp32), which become
+// outputs `at ..` of the matrix (for gated matrices: `part` 0 the gates, 1 the values). Padding must have been zeroed before.
+FR_API int64_t fr_packed_bytes(int32_t format, int32_t gated, int64_t out, int64_t in);
+FR_API void fr_pack(const fr_matrix* matrix, const uint8_t* source, int32_t source_format, int64_t at, int64_t count, int32_t part,
+                    int32_t threads);
+FR_API void fr_unpack(const fr_matrix* matrix, float* rows, int64_t at, int64_t count, int32_t part);
+
+// Single operations on contiguous tensors; `format` is that of x and y (bf16 or fp32).
+FR_API void fr_linear(const fr_matrix* matrix, const uint8_t* x, const uint8_t* residual, uint8_t* y, int32_t format, int64_t tokens,
+                      int32_t threads);
+FR_API void fr_norm(const uint8_t* x, const float* weight, const float* bias, uint8_t* y, int32_t format, int64_t tokens,
+                    int64_t width, float eps, int32_t centred, int32_t threads);
+FR_API void fr_silu_gate(const uint8_t* gate_up, uint8_t* y, int32_t format, int64_t tokens, int64_t width, int32_t threads);
+// q: [tokens, heads, head_dim] in the cache's format, y likewise; tokens as in `feed`, padded ones included.
+FR_API void fr_attention(const uint8_t* q, const fr_feed* feed, const fr_cache* cache, int32_t layer, int32_t heads, int32_t window,
+                         float scale, uint8_t* y, int32_t threads);
+// Per row of logits [tokens, vocabulary]: the k largest (equal ones by index) with their indices, and log(sum(exp)).
+FR_API void fr_top(const float* logits, int64_t tokens, int64_t vocabulary, int32_t k, float* values, int64_t* indices,
+                   float* logsumexp, int32_t threads);
+
+// A whole forward in one call.
+FR_API void fr_forward(const fr_transformer* model, const fr_feed* feed, const fr_cache* cache, const fr_wanted* wanted,
+                       int32_t threads);

@@ -1,0 +1,14 @@
+// The kernels for processors with AVX-512.
+#include "work.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#define FR_ISA 2
+namespace avx512 {
+#include "body.h"
+}
+const Kernels avx512_kernels = {avx512::linear, avx512::norm,      avx512::emit,
+                                     avx512::attention, avx512::silu_gate, avx512::top};
+#else
+const Kernels avx512_kernels = portable_kernels;
+#endif

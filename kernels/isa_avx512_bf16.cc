@@ -1,0 +1,14 @@
+// The kernels for processors with AVX-512 and its bf16 and int8 products.
+#include "work.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma")
+#define FR_ISA 3
+namespace avx512_bf16 {
+#include "body.h"
+}
+const Kernels avx512_bf16_kernels = {avx512_bf16::linear, avx512_bf16::norm,      avx512_bf16::emit,
+                                     avx512_bf16::attention, avx512_bf16::silu_gate, avx512_bf16::top};
+#else
+const Kernels avx512_bf16_kernels = portable_kernels;
+#endif

@@ -1,0 +1,8 @@
+// The kernels in plain C++, for every processor.
+#include "work.h"
+#define FR_ISA 0
+namespace portable {
+#include "body.h"
+}
+const Kernels portable_kernels = {portable::linear, portable::norm,      portable::emit,
+                                  portable::attention, portable::silu_gate, portable::top};

@@ -1,0 +1,122 @@
+// What one forward needs besides weights: the tokens in one list, and scratch memory that is kept between calls.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "forerun_kernels.h"
+#include "team.h"
+
+enum { PANEL = 32, GROUP = 128, BLOCK = 16, CHUNK = 256 };
+
+static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+static inline int64_t panels_of(const fr_matrix& matrix) {
+    const int64_t each = matrix.gated ? PANEL / 2 : PANEL;
+    return (matrix.out + each - 1) / each;
+}
+
+// Memory aligned to cache lines that grows and is never given back; its content does not survive growth.
+class Scratch {
+  public:
+    template <class T>
+    __attribute__((always_inline)) T* get(int64_t count) {
+        return static_cast<T*>(bytes(count * int64_t(sizeof(T))));
+    }
+    void* bytes(int64_t count);  // not inline: it must not be compiled for one instruction set and run on another
+    ~Scratch();
+    Scratch() = default;
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+
+  private:
+    void* memory_ = nullptr;
+    int64_t size_ = 0;
+};
+
+// One token of a feed. `place`: its number in [rows, count]; `entry`: where its key goes; `logical`: how many keys precede it;
+// `path`: the scratch entries it sees, by depth (null: entry and logical position are the same thing).
+struct Token {
+    int32_t row, slot, place, entry, length, logical, position;
+    const int32_t* path;
+    int64_t id;
+
+    int32_t entry_of(int32_t key) const { return key < length || !path ? key : path[key - length]; }
+};
+
+// The real tokens of a feed, row after row (padding is left out).
+struct Tokens {
+    std::vector<Token> list;
+    std::vector<int32_t> row_begin;
+    std::vector<int32_t> paths;
+
+    int64_t count() const { return int64_t(list.size()); }
+    void read(const fr_feed& feed);
+};
+
+// Inputs of a product: rows of bf16 or fp32, or of unsigned bytes with a scale per group of 128.
+struct Inputs {
+    uint8_t* data = nullptr;
+    float* scales = nullptr;
+    int64_t stride = 0;        // bytes between tokens
+    int64_t scale_stride = 0;  // floats between tokens
+    int32_t format = FR_BF16;
+};
+
+// Where a product goes.
+enum class Into { store, add, gated, logits };
+struct Outputs {
+    Into into = Into::store;
+    float* floats = nullptr;  // store, add, logits
+    int64_t stride = 0;       // floats between tokens
+    Inputs* next = nullptr;   // gated
+    const int32_t* places = nullptr;  // logits: the row of `floats` for every token
+    int64_t columns = 0;              // logits: how many there are
+    float* best = nullptr;            // logits: [threads, tokens] largest so far, and where
+    int64_t* best_at = nullptr;
+};
+
+struct Shelf {
+    Scratch memory[16];
+};
+
+struct Workspace {
+    Tokens tokens;
+    Shelf shared;
+    std::vector<Shelf> own;  // one per thread
+
+    void reserve(int32_t threads) {
+        if (int32_t(own.size()) < threads) own = std::vector<Shelf>(size_t(threads));
+    }
+};
+
+// The operations of one instruction set. `Team` says which part of the work is this thread's.
+struct Kernels {
+    void (*linear)(const Team&, const fr_matrix&, const Inputs&, int64_t tokens, const Outputs&);
+    void (*norm)(const float* x, const float* weight, const float* bias, float* y, int64_t width, float eps, bool centred);
+    void (*emit)(const float* row, int64_t width, Inputs& to, int64_t token);
+    void (*attention)(const Team&, struct AttentionCall&, Shelf& own);
+    void (*silu_gate)(const float* gate_up, float* y, int64_t width);
+    void (*top)(const float* logits, int64_t vocabulary, int32_t k, float* values, int64_t* indices, float* logsumexp);
+};
+
+// Attention of all tokens over one layer of the cache. Queries come from `qkv` (fp32 [tokens, qkv_stride], not yet rotated, keys and
+// values are appended first) or, when that is null, ready from `q` in the cache's format.
+struct AttentionCall {
+    const Tokens* tokens;
+    const fr_cache* cache;
+    int32_t layer, heads, window;
+    float scale;
+    const float* qkv;
+    int64_t qkv_stride;
+    const float *cos, *sin, *q_norm, *k_norm;
+    float eps;
+    const uint8_t* q;
+    bool append_only;
+    Inputs* out;        // [tokens, heads * head_dim]
+    float* out_floats;  // if set, written instead of `out`
+    int64_t out_stride;
+    Scratch* partials;
+};
+
+extern const Kernels portable_kernels, avx2_kernels, avx512_kernels, avx512_bf16_kernels;

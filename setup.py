@@ -1,0 +1,52 @@
+"""Builds the optional native kernels (kernels/*.cc) into the package. Everything else is in pyproject.toml.
+
+FORERUN_KERNELS=0 skips them; without a working C++ compiler they are skipped with a notice, and forerun runs on torch.
+FORERUN_SANITIZE=1 builds them with the address and undefined-behaviour sanitizers, for tests.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCES = sorted(str(path) for path in Path("kernels").glob("*.cc"))
+# -ffp-contract=off: the kernels say themselves where a product and a sum are fused, so that every path rounds alike.
+FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-g0", "-w"]
+SANITIZERS = ["-g", "-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+
+
+class BuildKernels(build_ext):
+    """A plain shared library for ctypes: no Python symbols, no ABI tag in its name."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", os.sep) + ".so"
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return []
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except Exception as error:
+            print(f"forerun: the native kernels were not built, torch will be used instead ({error})", file=sys.stderr)
+
+
+def kernels() -> list[Extension]:
+    if os.environ.get("FORERUN_KERNELS") == "0":
+        return []
+    extra = SANITIZERS if os.environ.get("FORERUN_SANITIZE") == "1" else []
+    return [
+        Extension(
+            "forerun.nn._kernels",
+            SOURCES,
+            depends=sorted(str(path) for path in Path("kernels").glob("*.h")),
+            extra_compile_args=FLAGS + extra,
+            extra_link_args=["-fopenmp", *extra],
+            optional=True,
+        )
+    ]
+
+
+setup(ext_modules=kernels(), cmdclass={"build_ext": BuildKernels})

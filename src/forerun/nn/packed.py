@@ -1,0 +1,257 @@
+"""The one transformer again, on native kernels: the same config and weights, packed; a whole forward is one call.
+
+A call per operation would cost more than the arithmetic of a small model (decision 10 in docs/decisions.md), so the layers are
+walked in C++ (kernels/program.cc). `nn/transformer.py` stays the readable version and the oracle.
+
+Activations are rounded to bf16 only as inputs of products; the residual stream, norms, scores and logits are fp32.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from forerun.cache import Cache, CacheShape
+from forerun.nn import native
+from forerun.nn.feed import Feed, Read
+from forerun.nn.native import FeedRecord, LayerRecord, Packed, TransformerRecord, WantedRecord, padded
+from forerun.nn.transformer import TransformerConfig, rope_tables
+
+HUGE_PAGE = 2 << 20
+CPU = torch.device("cpu")
+
+
+class Arena:
+    """One block of zeroed memory for all matrices of a model, on huge pages where the system has them."""
+
+    def __init__(self, size: int):
+        self._map = mmap.mmap(-1, max(size, 1) + HUGE_PAGE)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        self.used = 0
+        self._begin = padded(np.frombuffer(self._map, np.uint8).ctypes.data, HUGE_PAGE)
+
+    def take(self, size: int) -> int:
+        """The address of the next `size` bytes, on a cache line."""
+        address = self._begin + self.used
+        self.used += padded(size, 64)
+        return address
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One matrix of the model: `out` columns of a product, `in_` inputs."""
+
+    out: int
+    in_: int
+    gated: bool = False
+    biased: bool = False
+
+
+def shapes(config: TransformerConfig) -> dict[str, Shape]:
+    """The matrices of one layer, by the names of `Layer`."""
+    mixed = config.heads * config.head_dim
+    return {
+        "qkv": Shape((config.heads + 2 * config.kv_heads) * config.head_dim, config.width, biased=config.qkv_bias),
+        "out": Shape(config.width, mixed, biased=config.out_bias),
+        "gate_up": Shape(config.mlp_width, config.width, gated=True, biased=config.mlp_bias),
+        "down": Shape(config.width, config.mlp_width, biased=config.mlp_bias),
+    }
+
+
+class PackedTransformer:
+    """A `Network` on native kernels. Make one with `load_packed` or `pack`.
+
+    dtype: of the cache, and of the weights unless `weights` says int8. Logits are fp32.
+    """
+
+    device = CPU
+
+    def __init__(self, config: TransformerConfig, dtype: torch.dtype, weights: torch.dtype | None = None):
+        self.config, self.dtype = config, dtype
+        self.weights = weights or dtype
+        table = shapes(config)
+        one_layer = sum(padded(Packed.bytes_for(self.weights, s.out, s.in_, s.gated), 64) for s in table.values())
+        head = padded(Packed.bytes_for(self.weights, config.vocab_size, config.width), 64)
+        self._arena = Arena(config.layers * one_layer + head)
+        self.layers = [{name: self._matrix(shape) for name, shape in table.items()} for _ in range(config.layers)]
+        self.head = self._matrix(Shape(config.vocab_size, config.width))
+        # A packed head can be read backwards as the embedding; an int8 one would blur it.
+        self.embedding: Tensor | None = None
+        if not (config.tied and self.weights == dtype):
+            self.embedding = torch.empty(config.vocab_size, config.width, dtype=dtype)
+        self.norms = {name: torch.zeros(size) for name, size in _norm_sizes(config).items()}
+        self._tables: tuple[Tensor, Tensor] | None = None
+        self._record = TransformerRecord()
+        self._layer_records = (LayerRecord * config.layers)()
+        self._ints = np.empty(1024, np.int32)
+
+    def _matrix(self, shape: Shape) -> Packed:
+        size = Packed.bytes_for(self.weights, shape.out, shape.in_, shape.gated)
+        return Packed.at(
+            self._arena.take(size), self._arena, self.weights, shape.out, shape.in_, shape.gated, shape.biased
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def max_length(self) -> int:
+        return self.config.max_length
+
+    @property
+    def cache_shape(self) -> CacheShape:
+        return self.config.cache_shape
+
+    @property
+    def windows(self) -> frozenset[int]:
+        """Empty: the kernels know windows themselves."""
+        return frozenset()
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model has learnt."""
+        table = shapes(self.config)
+        in_layer = sum((s.in_ + s.biased) * s.out * (1 + s.gated) for s in table.values())
+        vocabulary = self.config.vocab_size * self.config.width
+        norms = sum(norm.numel() for norm in self.norms.values())
+        return self.config.layers * in_layer + vocabulary * (2 - self.config.tied) + norms
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all weights, padding included."""
+        return (
+            self._arena.used + sum(norm.nbytes for norm in self.norms.values()) + getattr(self.embedding, "nbytes", 0)
+        )
+
+    # ---- filling
+
+    def put(self, parameter: str, value: Tensor, begin: int = 0) -> None:
+        """Rows `begin ..` of one of `Transformer`'s parameters, by its name there."""
+        if parameter.startswith("blocks."):
+            _, layer, name = parameter.split(".", 2)
+            matrix = self.layers[int(layer)].get(name.removesuffix(".weight").removesuffix(".bias"))
+            if matrix is None:
+                self.norms[parameter][: len(value)] = value.float()
+                return
+            fill = matrix.fill if name.endswith(".weight") else matrix.fill_bias
+            if not matrix.record.gated:
+                fill(value, begin)
+                return
+            gates = max(0, min(len(value), matrix.out - begin))
+            for part, rows in enumerate((value[:gates], value[gates:])):
+                if len(rows):
+                    fill(rows, begin if part == 0 else max(0, begin - matrix.out), part)
+        elif parameter == "final_norm":
+            self.norms[parameter][: len(value)] = value.float()
+        else:
+            self._put_vocabulary(parameter, value)
+
+    def _put_vocabulary(self, parameter: str, value: Tensor) -> None:
+        if self.embedding is not None and parameter == "embedding.weight":
+            self.embedding.copy_(value)
+        if parameter == "head.weight" or self.config.tied:
+            self.head.fill(value, 0)
+
+    def ready(self) -> PackedTransformer:
+        """Call once after all values are in."""
+        config, record = self.config, self._record
+        for index, (matrices, layer) in enumerate(zip(self.layers, self._layer_records, strict=True)):
+            prefix = f"blocks.{index}."
+            for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm"):
+                if prefix + name in self.norms:
+                    setattr(layer, name, self.norms[prefix + name].data_ptr())
+            for name, matrix in matrices.items():
+                setattr(layer, name, matrix.record)
+            layer.window = (config.windows[index] or 0) if config.windows else 0
+        record.layers, record.width, record.mlp_width = config.layers, config.width, config.mlp_width
+        record.heads, record.kv_heads, record.head_dim = config.heads, config.kv_heads, config.head_dim
+        record.norm_eps, record.scale = config.norm_eps, config.head_dim**-0.5
+        record.layer, record.final_norm = self._layer_records, self.norms["final_norm"].data_ptr()
+        record.head, record.vocabulary = self.head.record, config.vocab_size
+        if self.embedding is not None:
+            record.embedding = self.embedding.data_ptr()
+            record.embedding_format = native.FORMATS[self.embedding.dtype]
+        return self
+
+    # ---- reading
+
+    def forward(self, feed: Feed, cache: Cache, hidden_layers: Collection[int] = ()) -> Read:
+        """See `Network.forward`. Hidden states come in `dtype`."""
+        rows, count = feed.tokens_BN.shape
+        scored = count if feed.last_B is None else 1
+        logits = torch.empty((rows, scored, self.vocab_size), dtype=torch.float32)
+        best = torch.empty((rows, scored), dtype=torch.int64)
+        hidden = {layer: torch.empty((rows, count, self.config.width), dtype=self.dtype) for layer in hidden_layers}
+        wanted = WantedRecord(logits.data_ptr(), best.data_ptr())
+        if hidden:
+            layers = (ctypes.c_int32 * len(hidden))(*hidden)
+            places = (ctypes.c_void_p * len(hidden))(*(tensor.data_ptr() for tensor in hidden.values()))
+            wanted.hidden_count, wanted.hidden_format = len(hidden), native.FORMATS[self.dtype]
+            wanted.hidden_layers = ctypes.cast(layers, ctypes.c_void_p)
+            wanted.hidden = ctypes.cast(places, ctypes.c_void_p)
+        self._turn_up_to(cache.capacity)
+        tokens, sees = feed.tokens_BN.contiguous(), feed.sees_BNM
+        record = FeedRecord(rows, count, feed.start, feed.held, tokens=tokens.data_ptr())
+        record.counts, record.lengths, record.positions, last = self._integers(feed)
+        if feed.last_B is not None:
+            wanted.last = last
+        if sees is not None:
+            sees = np.ascontiguousarray(sees, np.bool_)
+            record.sees = sees.ctypes.data
+        native.library().fr_forward(
+            ctypes.byref(self._record),
+            ctypes.byref(record),
+            ctypes.byref(native.cache_record(cache.store)),
+            ctypes.byref(wanted),
+            torch.get_num_threads(),
+        )
+        return Read(logits, hidden, best)
+
+    def _integers(self, feed: Feed) -> tuple[int, int, int, int]:
+        """counts, lengths, positions and last, side by side in memory of ours: their addresses."""
+        rows, count = feed.where_BN.shape
+        size = 3 * rows + rows * count
+        if size > len(self._ints):
+            self._ints = np.empty(2 * size, np.int32)
+        ints = self._ints
+        ints[:rows] = count if feed.counts_B is None else feed.counts_B
+        ints[rows : 2 * rows] = feed.lengths_B
+        if feed.last_B is not None:
+            ints[2 * rows : 3 * rows] = feed.last_B
+        ints[3 * rows : size] = feed.where_BN.ravel()
+        base = ints.ctypes.data
+        return base, base + 4 * rows, base + 12 * rows, base + 8 * rows
+
+    def _turn_up_to(self, length: int) -> None:
+        """Rotary tables [length, head_dim / 2] for every position the cache may hold."""
+        length = min(length, self.max_length)
+        if self._tables is None or len(self._tables[0]) < length:
+            cos, sin = rope_tables(self.config, length)
+            self._tables = cos.contiguous(), sin.contiguous()
+            self._record.cos, self._record.sin = (table.data_ptr() for table in self._tables)
+
+
+def pack(model: torch.nn.Module, weights: torch.dtype | None = None) -> PackedTransformer:
+    """A packed copy of a `Transformer`, in its dtype (or with other `weights`)."""
+    config: TransformerConfig = model.config  # type: ignore[assignment]
+    made = PackedTransformer(config, next(model.parameters()).dtype, weights)
+    for name, value in model.named_parameters():
+        made.put(name, value.detach())
+    return made.ready()
+
+
+def _norm_sizes(config: TransformerConfig) -> dict[str, int]:
+    sizes = {"final_norm": config.width}
+    for layer in range(config.layers):
+        sizes |= dict.fromkeys((f"blocks.{layer}.attention_norm", f"blocks.{layer}.mlp_norm"), config.width)
+        if config.qk_norm:
+            sizes |= dict.fromkeys((f"blocks.{layer}.q_norm", f"blocks.{layer}.k_norm"), config.head_dim)
+    return sizes
