@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from forerun.chance import Dice, Ints, Words, draft_dice, final_dice
+from forerun.chance import Dice, Ints, Purpose, draft_dice, final_dice
 from forerun.sampling import SamplingParams, laws
 
 Item = TypeVar("Item")
@@ -117,7 +117,7 @@ class IdealDice(Ways):
 
     def _name(self, kind: str, row: int, place: int, attempt: int) -> Hashable:
         dice = self.dice.row(row)
-        purpose = dice._coin if kind == "coin" else dice._token
+        purpose = Purpose.ACCEPT if kind == "coin" else Purpose.TOKEN
         attempts = None if attempt < 0 else np.array([[attempt]])
         return float(dice._uniform(purpose, np.array([[place]]), attempts))
 
@@ -126,11 +126,11 @@ class IdealDice(Ways):
 def ideal_dice(lucks: Mapping[int, Luck]) -> Iterator[None]:
     """While this holds, rows with these keys throw ideal dice (and all of them as if they had one and the same key)."""
 
-    def final(keys: Words, positions: Sequence[int]) -> IdealDice:
-        return IdealDice(final_dice(np.full_like(keys, 7), positions), [lucks[int(key)] for key in keys])
+    def final(keys: Sequence[int], positions: Sequence[int]) -> IdealDice:
+        return IdealDice(final_dice([7] * len(keys), positions), [lucks[key] for key in keys])
 
-    def draft(keys: Words, path: Sequence[Ints | int]) -> IdealDice:
-        return IdealDice(draft_dice(np.full_like(keys, 7), path), [lucks[int(key)] for key in keys])
+    def draft(keys: Sequence[int], steps: Sequence[int], path: Sequence[int]) -> IdealDice:
+        return IdealDice(draft_dice([7] * len(keys), steps, path), [lucks[key] for key in keys])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("forerun.row.final_dice", final)

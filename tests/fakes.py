@@ -101,7 +101,7 @@ class Wild(Drafter):
         for index, (_, _, groups) in enumerate(rows):
             for node, (kind, law) in groups.items():
                 drawn[index, node], laws[index, node] = kind, law
-        return TokenTree(plain.tokens_BN, plain.topology, drawn, laws) if drawn.any() else plain
+        return TokenTree(plain.tokens, plain.topology, context.device, drawn, laws) if drawn.any() else plain
 
     def _draft(
         self, row: Row, most: int, chance: Chance

@@ -22,9 +22,11 @@ class Liar(Drafter):
 
     def propose(self, context: Context) -> TokenTree:
         sizes = [1 + max(0, min(depth, self.max_nodes)) for depth in context.depths]
-        tokens = [[row.tokens[-1], self._token, self._token][: max(sizes)] for row in context.rows]
+        tokens = [
+            [row.tokens[-1], self._token, self._token][:size] for row, size in zip(context.rows, sizes, strict=True)
+        ]
         laws = self._law.expand(len(tokens), max(sizes), -1)
-        return TokenTree.drawn_chain(torch.tensor(tokens, device=context.device), sizes, laws.to(context.device))
+        return TokenTree.drawn_chain(tokens, laws.to(context.device))
 
 
 def build(workshop: Workshop, token: int = 3) -> Drafter:

@@ -124,15 +124,14 @@ def siblings(group: Group, law: Tensor, luck: Luck, node: int) -> list[int]:
 def batch(drafts: Sequence[Draft], draft: Target) -> TokenTree:
     """As tensors; the padding behind short rows looks like token 0."""
     topology = Topology.of([one.parents for one in drafts])
-    tokens = torch.zeros(topology.parents_BN.shape, dtype=torch.int64)
-    drawn = np.zeros(topology.parents_BN.shape, dtype=np.uint8)
-    laws = torch.zeros(*tokens.shape, len(draft(())), dtype=torch.float64)
+    drawn = np.zeros((len(drafts), topology.nodes), dtype=np.uint8)
+    laws = torch.zeros(*drawn.shape, len(draft(())), dtype=torch.float64)
     for row, one in enumerate(drafts):
         size = len(one.tokens)
-        tokens[row, :size], drawn[row, :size] = torch.tensor(one.tokens), one.drawn
+        drawn[row, :size] = one.drawn
         for node in range(size):
             laws[row, node] = draft(one.path(node))
-    return TokenTree(tokens, topology, drawn, laws)
+    return TokenTree([one.tokens for one in drafts], topology, CPU, drawn, laws)
 
 
 def target_laws(drafts: Sequence[Draft], nodes: int, target: Target) -> Tensor:
@@ -349,7 +348,7 @@ def test_padding_is_never_accepted() -> None:
         recursive_rejection(tree, sure, Ways([Luck(), Luck()])),
     ):
         assert verdict == Verdict([[0], [0, 1, 2]], [0, 0], [True, True])
-    drawn = TokenTree.drawn_chain(tree.tokens_BN, [1, 3], sure)
+    drawn = TokenTree.drawn_chain(tree.tokens, sure)
     assert speculative_sampling(drawn, sure, Ways([Luck(), Luck()])).kept == [[0], [0, 1, 2]]
 
 
@@ -358,7 +357,7 @@ def test_padding_is_never_accepted() -> None:
 
 def throw(rule: Rule, drafts: Sequence[Draft], target: Target, draft: Target, seeds: Sequence[int]) -> Verdict:
     tree = batch(drafts, draft)
-    keys = np.array([key_of(seed) for seed in seeds], dtype=np.uint64)
+    keys = [key_of(seed) for seed in seeds]
     return rule(tree, target_laws(drafts, tree.nodes, target), final_dice(keys, [seed % 5 for seed in seeds]))
 
 

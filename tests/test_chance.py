@@ -16,7 +16,8 @@ from forerun.chance import Dice, Purpose, draft_dice, final_dice, key_of, mix, p
 from forerun.row import Row, draft_chance, final_chance
 from forerun.sampling import SamplingParams
 
-KEYS = np.array([key_of(seed) for seed in range(40)], dtype=np.uint64)
+KEYS = [key_of(seed) for seed in range(40)]
+mixed, uniforms = np.vectorize(mix, otypes=[np.uint64]), np.vectorize(uniform, otypes=[np.float64])
 LAW = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
 
 
@@ -30,7 +31,7 @@ def numbers(dice: Dice, rows: int, places: Sequence[int]) -> Tensor:
 def test_numbers_do_not_depend_on_the_batch(order: list[int], count: int) -> None:
     chosen = order[:count]
     all_numbers = numbers(final_dice(KEYS[:8], list(range(8))), 8, [0, 1, 2])
-    assert (numbers(final_dice(KEYS[chosen], chosen), count, [0, 1, 2]) == all_numbers[chosen]).all()
+    assert (numbers(final_dice([KEYS[row] for row in chosen], chosen), count, [0, 1, 2]) == all_numbers[chosen]).all()
 
 
 def test_numbers_do_not_depend_on_what_was_asked_before() -> None:
@@ -52,7 +53,7 @@ def test_the_dice_of_one_row_are_those_of_the_batch() -> None:
 
 
 def test_equal_rows_and_places_have_equal_luck_and_others_do_not() -> None:
-    dice = final_dice(KEYS[[0, 0, 1]], [0, 0, 0])
+    dice = final_dice([KEYS[0], KEYS[0], KEYS[1]], [0, 0, 0])
     drawn = numbers(dice, 3, [2, 2, 3])
     assert (drawn[0] == drawn[1]).all() and (drawn[:, 0] == drawn[:, 1]).all()
     assert (drawn[0] != drawn[2]).all() and (drawn[:, 1] != drawn[:, 2]).all()
@@ -66,13 +67,13 @@ def coins_of(dice: Dice, count: int, attempt: int | None = None) -> list[bool]:
 
 def test_coins_tokens_attempts_drafts_and_samples_have_streams_of_their_own() -> None:
     final = final_dice(KEYS[:1], [0])
-    draft = draft_dice(KEYS[:1], [0])
+    draft = draft_dice(KEYS[:1], [0], [])
     streams = [
         coins_of(final, 64),
         coins_of(final, 64, 0),
         coins_of(final, 64, 1),
         coins_of(draft, 64, 0),
-        coins_of(final_dice(np.array([key_of(0, 1)], dtype=np.uint64), [0]), 64),
+        coins_of(final_dice([key_of(0, 1)], [0]), 64),
         (numbers(final, 1, range(64))[0] < 500).tolist(),
         (numbers(draft, 1, range(64))[0] < 500).tolist(),
     ]
@@ -83,7 +84,7 @@ def test_coins_tokens_attempts_drafts_and_samples_have_streams_of_their_own() ->
 
 def test_draft_dice_are_fresh_for_every_step_level_and_round() -> None:
     paths = [(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 1), (0, 1, 0), (1 << 20,), (0, 1 << 20)]
-    drawn = {path: tuple(numbers(draft_dice(KEYS[:1], path), 1, range(6))[0].tolist()) for path in paths}
+    drawn = {path: tuple(numbers(draft_dice(KEYS[:1], path[:1], path[1:]), 1, range(6))[0].tolist()) for path in paths}
     assert len(set(drawn.values())) == len(paths)
 
 
@@ -103,11 +104,21 @@ def test_seeds_and_samples_have_keys_of_their_own() -> None:
     assert key_of(5) == key_of(5 + 2**64)
 
 
+def test_the_streams_are_what_they_have_always_been() -> None:
+    """Equal seeds give equal text, from one release to the next."""
+    assert key_of(5, 1) == 6356993637754342050
+    assert final_dice([key_of(5, 1)], [3])._uniform(Purpose.TOKEN, np.array([[0, 4]])).tolist() == [
+        [0.705003739973206, 0.18005444191044917]
+    ]
+    coins = draft_dice([7], [2], [0, 1])._uniform(Purpose.ACCEPT, np.array([[1]]), np.array([[6]]))
+    assert coins.tolist() == [[0.2737453366227873]]
+
+
 def test_numbers_are_uniform() -> None:
     for values in (
-        uniform(mix(mix(KEYS, int(Purpose.TOKEN))[:, None], np.arange(2500, dtype=np.uint64)[None])).ravel(),
-        uniform(mix(np.arange(100_000, dtype=np.uint64), 1)),
-        uniform(mix(np.zeros(100_000, dtype=np.uint64), np.arange(100_000, dtype=np.uint64))),
+        uniforms(mixed(mixed(KEYS, int(Purpose.TOKEN))[:, None], np.arange(2500)[None])).ravel(),
+        uniforms(mixed(np.arange(100_000), 1)),
+        uniforms(mixed(0, np.arange(100_000))),
     ):
         assert values.min() >= 0 and values.max() < 1
         assert stats.chisquare(np.histogram(values, 100, (0, 1))[0]).pvalue > 1e-3
@@ -116,21 +127,21 @@ def test_numbers_are_uniform() -> None:
 @pytest.mark.parametrize("what", ["places", "attempts", "steps", "seeds", "samples", "purposes"])
 def test_neighbours_are_independent(what: str) -> None:
     """Pairs of numbers whose names differ in one word, on a 10 x 10 board. The seeds are fixed, so is the outcome."""
-    count = np.arange(40_000, dtype=np.uint64)
-    key = mix(np.array([7], dtype=np.uint64), int(Purpose.SAMPLE))
+    count = np.arange(40_000)
+    key = mix(7, int(Purpose.SAMPLE))
     if what == "places":
-        one, other = mix(key, count), mix(key, count + np.uint64(1))
+        one, other = mixed(key, count), mixed(key, count + 1)
     elif what == "attempts":
-        one, other = mix(mix(key, count), 0), mix(mix(key, count), 1)
+        one, other = mixed(mixed(key, count), 0), mixed(mixed(key, count), 1)
     elif what == "steps":
-        one, other = (mix(mix(mix(key, count + np.uint64(step)), 0), 3) for step in (0, 1))
+        one, other = (mixed(mixed(mixed(key, count + step), 0), 3) for step in (0, 1))
     elif what == "seeds":
-        one, other = (mix(mix(count + np.uint64(seed), 2), 5) for seed in (0, 1))
+        one, other = (mixed(mixed(count + seed, 2), 5) for seed in (0, 1))
     elif what == "samples":
-        one, other = (mix(mix(mix(count, 4), sample), 2) for sample in (0, 1))
+        one, other = (mixed(mixed(mixed(count, 4), sample), 2) for sample in (0, 1))
     else:
-        one, other = (mix(mix(key, purpose), count) for purpose in (1, 2))
-    board, *_ = np.histogram2d(uniform(one), uniform(other), 10, ((0, 1), (0, 1)))
+        one, other = (mixed(mixed(key, purpose), count) for purpose in (1, 2))
+    board, *_ = np.histogram2d(uniforms(one), uniforms(other), 10, ((0, 1), (0, 1)))
     assert stats.chisquare(board.ravel()).pvalue > 1e-3
 
 
@@ -172,7 +183,8 @@ def test_pick_never_gives_what_cannot_be(law: list[float], number: float, dtype:
     st.sampled_from([1.0, 1e-3, 250.0]),
 )
 def test_pick_gives_the_token_whose_share_holds_the_number(law: list[float], number: float, scale: float) -> None:
-    token = int(pick(torch.tensor([[law]], dtype=torch.float64) * scale, torch.tensor([[number]])))
+    uniform = torch.tensor([[number]], dtype=torch.float64)
+    token = int(pick(torch.tensor([[law]], dtype=torch.float64) * scale, uniform))
     shares = np.cumsum(law) / sum(law)
     assert law[token] > 0
     assert (shares[token - 1] if token else 0.0) - 1e-9 <= number <= shares[token] + 1e-9

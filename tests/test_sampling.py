@@ -16,9 +16,10 @@ from torch import Tensor
 
 from enumeration import one_law
 from forerun.chance import key_of
+from forerun.drafters.small import draft_laws
 from forerun.errors import RequestError
-from forerun.judge import node_scores
-from forerun.row import Row
+from forerun.judge import judge, node_scores
+from forerun.row import Row, final_chance
 from forerun.sampling import Prefix, SamplingParams, edited, laws
 from forerun.tree import TokenTree
 
@@ -213,6 +214,30 @@ def test_every_node_is_edited_with_its_own_path() -> None:
         path = [int(tree.tokens_BN[0, n]) for n in tree.topology.path(0, node)[1:]]
         alone = edited(scores[0, node : node + 1], row.params, [Prefix(row.tokens + path, 2)])
         torch.testing.assert_close(found[0, node], alone[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_editing_a_tree_leaves_the_models_own_logits_alone(dtype: torch.dtype) -> None:
+    """Log-probabilities are reported of them, and stopping rules see them."""
+    tree, row = tree_of_paths()
+    logits = rng_logits(0, 1, tree.nodes, VOCAB).to(dtype)
+    before = logits.clone()
+    assert not (node_scores(tree, logits, [row]) == before).all()
+    draft_laws(logits[:, :1], [row], [[[]]])
+    assert (logits == before).all()
+
+
+def test_a_best_token_that_is_known_is_used_where_nothing_edits_the_scores() -> None:
+    tree, _ = tree_of_paths()
+    plain_row = Row([3, 4, 5, 3], 2, SamplingParams(), key_of(1), 99)
+    biased_row = Row([3, 4, 5, 3], 2, SamplingParams(logit_bias={2: 99.0}), key_of(1), 99)
+    logits, known = rng_logits(0, 1, tree.nodes, VOCAB), torch.full((1, tree.nodes), 4)
+    for row, expected in ((plain_row, 4), (biased_row, 2)):
+        verdict = judge(tree, logits, [row], final_chance([row]), known).verdict
+        assert verdict.next_tokens == [expected]
+    silent = judge(tree, logits, [plain_row], final_chance([plain_row]))
+    told = judge(tree, logits, [plain_row], final_chance([plain_row]), logits.argmax(-1))
+    assert silent.verdict == told.verdict
 
 
 def test_rows_that_ask_for_nothing_and_padding_stay_as_they_are() -> None:

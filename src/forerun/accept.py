@@ -39,18 +39,16 @@ def match(tree: TokenTree, choices_BN: Tensor) -> Verdict:
     choices_BN: what the target says after each node: its best token (greedy match), or a token drawn from its law (sample
     and match). Exact for every tree whose shape and tokens do not depend on the choices.
     """
-    tokens, choices = torch.stack((tree.tokens_BN, choices_BN)).tolist()
-    parents = tree.topology.parents_BN.tolist()
     kept, following, bonus = [], [], []
-    for row, size in enumerate(tree.sizes):
-        path = _walk(tokens[row], parents[row][:size], choices[row])
+    for tokens, parents, choices in zip(tree.tokens, tree.topology.parents, choices_BN.tolist(), strict=True):
+        path = _walk(tokens, parents, choices)
         kept.append(path)
-        following.append(choices[row][path[-1]])
-        bonus.append(path[-1] not in parents[row][:size])
+        following.append(choices[path[-1]])
+        bonus.append(path[-1] not in parents)
     return Verdict(kept, following, bonus)
 
 
-def _walk(tokens: list[int], parents: list[int], choices: list[int]) -> list[int]:
+def _walk(tokens: Sequence[int], parents: Sequence[int], choices: Sequence[int]) -> list[int]:
     """Children come after their parents, so one pass over the nodes follows the path."""
     path = [0]
     for node in range(1, len(parents)):
@@ -74,17 +72,21 @@ def speculative_sampling(tree: TokenTree, laws_BNV: Tensor, chance: Chance) -> V
     drafted = tree.tokens_BN[:, 1:, None]
     target_probs = laws_BNV[:, :-1].gather(-1, drafted).squeeze(-1)
     draft_probs = tree.laws_BNV[:, :-1].gather(-1, drafted).squeeze(-1)
-    places = np.arange(tree.nodes - 1)[None].repeat(tree.rows, 0)
-    coins = chance.coin(_ratio(target_probs, draft_probs), places, np.zeros_like(places))
-    inside = torch.as_tensor(places < np.asarray(tree.sizes)[:, None] - 1, device=coins.device)
-    accepted = (coins & inside).long().cumprod(-1).sum(-1)
-    bonus = accepted == torch.as_tensor(tree.sizes, device=coins.device) - 1
-    row = torch.arange(tree.rows, device=coins.device)
-    target = laws_BNV[row, accepted]
-    law = torch.where(bonus[:, None], target, residual(target, tree.laws_BNV[row, accepted]))
-    ends = accepted.tolist()
-    tokens = chance.token(law[:, None], np.asarray(ends)[:, None])
-    return Verdict([list(range(end + 1)) for end in ends], tokens[:, 0].tolist(), bonus.tolist())
+    places = tree.topology.depths_BN[:, :-1]
+    coins = chance.coin(_ratio(target_probs, draft_probs), places, np.zeros_like(places)).tolist()
+    ends = [[*row[: size - 1], False].index(False) for row, size in zip(coins, tree.sizes, strict=True)]
+    bonus = [end == size - 1 for end, size in zip(ends, tree.sizes, strict=True)]
+    law = _nodes(laws_BNV, ends)
+    if not all(bonus):
+        survived = torch.tensor(bonus, device=law.device)[:, None]
+        law = torch.where(survived, law, residual(law, _nodes(tree.laws_BNV, ends)))
+    tokens = chance.token(law[:, None], np.array(ends)[:, None])
+    return Verdict([list(range(end + 1)) for end in ends], tokens[:, 0].tolist(), bonus)
+
+
+def _nodes(laws_BNV: Tensor, nodes: Sequence[int]) -> Tensor:
+    """The law of one node per row, [B, V]."""
+    return torch.stack([laws[node] for laws, node in zip(laws_BNV, nodes, strict=True)])
 
 
 def recursive_rejection(tree: TokenTree, laws_BNV: Tensor, chance: Chance) -> Verdict:
@@ -175,14 +177,14 @@ def _proposal(tree: TokenTree, row: int, walk: _Walk, like_V: Tensor) -> Tensor:
     law = tree.laws_BNV[row, walk.path[-1]]
     if walk.drawn is Drawn.WITHOUT_REPLACEMENT and walk.tried:
         law = law.clone()
-        law[tree.tokens_BN[row, walk.siblings[: walk.tried]]] = 0
+        law[[tree.tokens[row][node] for node in walk.siblings[: walk.tried]]] = 0
         law = law / law.sum()
     return law
 
 
 def _ratio(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
     """min(1, target / draft); a token of draft probability zero cannot have been drawn and is not kept."""
-    return torch.where(draft_probs > 0, (target_probs / draft_probs).clamp(max=1.0), torch.zeros_like(target_probs))
+    return torch.where(draft_probs > 0, (target_probs / draft_probs).clamp(max=1.0), 0.0)
 
 
 def residual(target: Tensor, draft: Tensor) -> Tensor:

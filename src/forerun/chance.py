@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Words = NDArray[np.uint64]
 Ints = NDArray[np.int64]
 
 
@@ -45,68 +44,71 @@ class Chance(Protocol):
 class Dice:
     """The chance of real runs: uniform numbers hashed from each row's key and absolute position."""
 
-    def __init__(self, keys: Words, positions: Sequence[int], purposes: tuple[Purpose, Purpose]):
-        self._keys = keys
-        self._base = np.asarray(positions, dtype=np.int64)[:, None]
-        self._coin, self._token = purposes
+    def __init__(self, keys: Sequence[int], positions: Sequence[int]):
+        self._keys, self._positions = keys, positions
 
     def row(self, index: int) -> Dice:
         """The dice of one row alone."""
-        return Dice(self._keys[index : index + 1], self._base[index].tolist(), (self._coin, self._token))
+        return Dice(self._keys[index : index + 1], self._positions[index : index + 1])
 
     def coin(self, prob_BX: Tensor, place_BX: Ints, attempt_BX: Ints | None = None) -> Tensor:
-        return self._uniform(self._coin, place_BX, attempt_BX).to(prob_BX.device) < prob_BX
+        return self._uniform(Purpose.ACCEPT, place_BX, attempt_BX).to(prob_BX.device) < prob_BX
 
     def token(self, law_BXV: Tensor, place_BX: Ints) -> Tensor:
-        return pick(law_BXV, self._uniform(self._token, place_BX, None))
+        return pick(law_BXV, self._uniform(Purpose.TOKEN, place_BX))
 
-    def _uniform(self, purpose: Purpose, place_BX: Ints, attempt_BX: Ints | None) -> Tensor:
-        words = mix(self._keys, int(purpose))[:, None]
-        words = mix(words, (self._base + place_BX).astype(np.uint64))
+    def _uniform(self, purpose: Purpose, place_BX: Ints, attempt_BX: Ints | None = None) -> Tensor:
+        """Plain integers: for the few numbers of a step that is faster than arrays."""
+        words = [
+            [mix(word, position + place) for place in places]
+            for word, position, places in zip(self._streams(purpose), self._positions, place_BX.tolist(), strict=True)
+        ]
         if attempt_BX is not None:
-            words = mix(words, attempt_BX.astype(np.uint64))
-        return torch.from_numpy(uniform(words))
+            words = [list(map(mix, row, attempts)) for row, attempts in zip(words, attempt_BX.tolist(), strict=True)]
+        return torch.from_numpy(np.array([[uniform(word) for word in row] for row in words]))
+
+    def _streams(self, purpose: Purpose) -> list[int]:
+        return [mix(key, int(purpose)) for key in self._keys]
 
 
-def final_dice(keys: Words, positions: Sequence[int]) -> Dice:
+def final_dice(keys: Sequence[int], positions: Sequence[int]) -> Dice:
     """The dice that settle the user's tokens; `positions` is the place of the first token after node 0, per row."""
-    return Dice(keys, positions, (Purpose.ACCEPT, Purpose.TOKEN))
+    return Dice(keys, positions)
 
 
-def draft_dice(keys: Words, path: Sequence[Ints | int]) -> Dice:
-    """The dice of a drafter; `path` (step, level, round ...) makes them fresh on every use."""
-    for word in path:
-        keys = mix(keys, np.asarray(word).astype(np.uint64))
-    keys = mix(keys, int(Purpose.DRAFT))
-    return Dice(keys, [0] * len(keys), (Purpose.ACCEPT, Purpose.TOKEN))
+def draft_dice(keys: Sequence[int], steps: Sequence[int], path: Sequence[int]) -> Dice:
+    """The dice of a drafter; each row's step and `path` (level, round ...) make them fresh on every use."""
+    words = list(map(mix, keys, steps))
+    for value in (*path, int(Purpose.DRAFT)):
+        words = [mix(word, value) for word in words]
+    return Dice(words, [0] * len(words))
 
 
 def key_of(seed: int, sample: int = 0) -> int:
     """The 64-bit key of a row: its request's seed and the number of the sample."""
-    word = mix(np.array([seed & (2**64 - 1)], dtype=np.uint64), int(Purpose.SAMPLE))
-    return int(mix(word, sample)[0])
+    return mix(mix(seed, int(Purpose.SAMPLE)), sample)
 
 
-def mix(words: Words, value: Words | NDArray[np.uint64] | int) -> Words:
-    """Fold a value into 64-bit words: SplitMix64's finaliser (Steele et al. 2014) over a multiply-add."""
-    value = np.asarray(value, dtype=np.uint64)
-    z = words * np.uint64(0xD1342543DE82EF95) + value * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x632BE59BD9B4E019)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+_64_BITS = 2**64 - 1
 
 
-def uniform(words: Words) -> NDArray[np.float64]:
-    """Numbers in [0, 1) from the upper 53 bits."""
-    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+def mix(word: int, value: int) -> int:
+    """Fold a value into a 64-bit word: SplitMix64's finaliser (Steele et al. 2014) over a multiply-add."""
+    z = (word * 0xD1342543DE82EF95 + value * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) & _64_BITS
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _64_BITS
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _64_BITS
+    return z ^ (z >> 31)
+
+
+def uniform(word: int) -> float:
+    """A number in [0, 1) from the upper 53 bits."""
+    return (word >> 11) * 2.0**-53
 
 
 def pick(law_BXV: Tensor, uniform_BX: Tensor) -> Tensor:
     """The token at which the running sum of a law passes a uniform share of its total. Never one of probability zero."""
-    sums = law_BXV.double().cumsum(-1)
-    total = sums[..., -1:]
-    mark = uniform_BX.to(sums.device).unsqueeze(-1) * total
-    # Rounding may lift the mark to the total itself; the last token that still adds to the sum is the right one then.
-    mark = torch.minimum(mark, torch.nextafter(total, torch.zeros_like(total)))
+    sums = law_BXV.cumsum(-1, dtype=torch.float64)
+    # Uniform numbers end at 1 - 2**-53, and that times a total, rounded, is the number before the total: never the total itself.
+    mark = uniform_BX.to(sums.device).unsqueeze(-1) * sums[..., -1:]
     # A law that is no law (a row that is padded, a broken model) still must not name a token that does not exist.
-    return torch.searchsorted(sums, mark, right=True).squeeze(-1).clamp(max=law_BXV.shape[-1] - 1)
+    return torch.searchsorted(sums, mark, right=True).squeeze(-1).clamp_(max=law_BXV.shape[-1] - 1)

@@ -235,6 +235,7 @@ class Engine:
 
     # ---- the loop
 
+    @torch.inference_mode()
     def step(self) -> list[Piece]:
         """Read a chunk of a waiting prompt, then make one step with every row that is ready."""
         self._read()
@@ -253,7 +254,7 @@ class Engine:
         drafted = time.perf_counter()
         scores = self.target.score(tree, rows, self.drafter.reads)
         scored = time.perf_counter()
-        judgement = judge(tree, scores.logits_BNV, rows, final_chance(rows))
+        judgement = judge(tree, scores.logits_BNV, rows, final_chance(rows), scores.best_BN)
         self.target.keep(judgement.verdict.kept)
         observing = time.perf_counter()
         self.drafter.observe(context, tree, judgement.verdict, scores)
@@ -269,7 +270,7 @@ class Engine:
         pieces = []
         for index, request in enumerate(self._running):
             path = verdict.kept[index]
-            said = [*tree.tokens_BN[index, path[1:]].tolist(), verdict.next_tokens[index]]
+            said = [*(tree.tokens[index][node] for node in path[1:]), verdict.next_tokens[index]]
             request.stats.steps += 1
             request.stats.drafted_tokens += tree.sizes[index] - 1
             request.row.step += 1

@@ -40,12 +40,19 @@ class Judgement:
     laws_BNV: Tensor | None
 
 
-def judge(tree: TokenTree, logits_BNV: Tensor, rows: Sequence[Row], chance: Chance) -> Judgement:
-    """Accept what fits the model's law under each row's own sampling parameters. Exact."""
+def judge(
+    tree: TokenTree, logits_BNV: Tensor, rows: Sequence[Row], chance: Chance, best_BN: Tensor | None = None
+) -> Judgement:
+    """Accept what fits the model's law under each row's own sampling parameters. Exact.
+
+    best_BN: the best token of `logits_BNV` at every node, if the network has found it already.
+    """
     scores = node_scores(tree, logits_BNV, rows)
     rule = rule_for(tree, all(row.params.is_greedy for row in rows))
     if rule == "greedy match":
-        return Judgement(match(tree, scores.argmax(-1)), rule, None)
+        if best_BN is None or scores is not logits_BNV:
+            best_BN = scores.argmax(-1)
+        return Judgement(match(tree, best_BN), rule, None)
     law = laws(scores, [row.params for row in rows])
     if rule == "sample and match":
         verdict = match(tree, sample_choices(law, tree, chance))
@@ -60,10 +67,10 @@ def node_scores(tree: TokenTree, logits_BNV: Tensor, rows: Sequence[Row]) -> Ten
     """The logits with each row's bias, penalties and processors applied at every node with that node's own prefix."""
     if not any(row.params.edits_scores for row in rows):
         return logits_BNV
-    scores = logits_BNV.float() if logits_BNV.dtype != torch.float64 else logits_BNV.clone()
+    scores = logits_BNV.to(torch.promote_types(logits_BNV.dtype, torch.float32), copy=True)  # the model's own stay
     for index, row in enumerate(rows):
         if row.params.edits_scores:
-            size = tree.sizes[index]
-            parents = tree.topology.parents_BN[index, :size].tolist()
+            parents = tree.topology.parents[index]
+            size = len(parents)
             scores[index, :size] = edited(scores[index, :size], row.params, row.prefixes(tree, index), parents)
     return scores

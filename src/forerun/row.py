@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from forerun.chance import Dice, Ints, Words, draft_dice, final_dice
+from forerun.chance import Dice, draft_dice, final_dice
 from forerun.sampling import Prefix, SamplingParams
 from forerun.tree import TokenTree
 
@@ -36,20 +34,16 @@ class Row:
 
     def prefixes(self, tree: TokenTree, index: int) -> list[Prefix]:
         """The prefix of every node of this row's tree, the node included (`index`: the row's place in the batch)."""
-        topology, tokens = tree.topology, tree.tokens_BN[index].tolist()
+        topology, tokens = tree.topology, tree.tokens[index]
         paths = [topology.path(index, node)[1:] for node in range(topology.sizes[index])]
         return [Prefix(self.tokens + [tokens[node] for node in path], self.prompt_length) for path in paths]
 
 
-def keys_of(rows: Sequence[Row]) -> Words:
-    return np.asarray([row.key for row in rows], dtype=np.uint64)
-
-
 def final_chance(rows: Sequence[Row]) -> Dice:
     """The dice that settle the next tokens of these rows."""
-    return final_dice(keys_of(rows), [len(row.tokens) for row in rows])
+    return final_dice([row.key for row in rows], [len(row.tokens) for row in rows])
 
 
-def draft_chance(rows: Sequence[Row], path: Sequence[Ints | int]) -> Dice:
+def draft_chance(rows: Sequence[Row], path: Sequence[int]) -> Dice:
     """Fresh dice for a drafter at this step; `path` tells its levels and rounds apart."""
-    return draft_dice(keys_of(rows), [np.asarray([row.step for row in rows]), *path])
+    return draft_dice([row.key for row in rows], [row.step for row in rows], path)

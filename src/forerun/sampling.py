@@ -231,8 +231,7 @@ def laws(scores_BNV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     scores_BNV = scores_BNV if scores_BNV.dtype == torch.float64 else scores_BNV.float()
     if all(p.is_greedy for p in params):
         return one_hot(scores_BNV)
-    heat = torch.tensor([p.temperature or 1.0 for p in params], device=scores_BNV.device, dtype=scores_BNV.dtype)
-    scores_BNV = scores_BNV / heat[:, None, None]
+    scores_BNV = _tempered(scores_BNV, [p.temperature or 1.0 for p in params])
     for wanted in {p.filters for p in params if not p.is_greedy} - {(0, 1.0, 0.0)}:
         rows = [row for row, p in enumerate(params) if p.filters == wanted and not p.is_greedy]
         scores_BNV[rows] = _filtered(scores_BNV[rows], *wanted)
@@ -241,6 +240,12 @@ def laws(scores_BNV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     if greedy:
         result[greedy] = one_hot(scores_BNV[greedy])
     return result
+
+
+def _tempered(scores_BNV: Tensor, temperatures: Sequence[float]) -> Tensor:
+    if len(set(temperatures)) == 1:
+        return scores_BNV / temperatures[0]
+    return torch.stack([row / temperature for row, temperature in zip(scores_BNV, temperatures, strict=True)])
 
 
 def one_hot(scores: Tensor) -> Tensor:

@@ -9,12 +9,14 @@ from tokenizers import Tokenizer
 
 CONTEXT = 8
 """Prompt tokens that the decoder sees first, so that the first blank of the output is not lost."""
+WINDOW = 8
+"""Tokens that are decoded again with every new one. Fewer would do: to forget some takes a decoding of its own."""
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 """What a decoder shows for bytes that are no character, or not yet."""
 
 
 class _Decoder:
-    """Tokens to whole characters. Each new text is what decoding a few tokens more adds to the text of the last few.
+    """Tokens to whole characters. Each new text is what decoding one token more adds to the text of the last few.
 
     `tokenizers.decoders.DecodeStream` would be simpler, but it gives up at bytes that never become a character (with byte
     fallback), and repeats the prompt if that ends within one.
@@ -39,8 +41,10 @@ class _Decoder:
         if len(text) <= len(self._shown) or (text.endswith(BROKEN) and not final):
             return ""
         added = text[len(self._shown) :]
-        self._tokens = self._tokens[self._known :]
-        self._known, self._shown = len(self._tokens), self._decode(self._tokens)
+        if len(self._tokens) > WINDOW:
+            self._tokens = self._tokens[self._known :]
+            text = self._decode(self._tokens)
+        self._known, self._shown = len(self._tokens), text
         return added
 
     def _decode(self, tokens: Sequence[int]) -> str:
@@ -66,6 +70,7 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str]):
         self._decoder = _Decoder(tokenizer, prompt)
         self._stops = stops
+        self._longest_doubt = max((len(stop) - 1 for stop in stops), default=0)
         self._held = ""
         self.text = ""
         self.stopped = False
@@ -95,8 +100,7 @@ class TextStream:
 
     def _doubtful(self) -> int:
         """Length of the longest tail that may be the beginning of a stop string."""
-        longest = max((len(stop) - 1 for stop in self._stops), default=0)
-        for length in range(min(longest, len(self._held)), 0, -1):
+        for length in range(min(self._longest_doubt, len(self._held)), 0, -1):
             if any(stop.startswith(self._held[-length:]) for stop in self._stops):
                 return length
         return 0

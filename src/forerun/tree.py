@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -37,110 +37,113 @@ class Drawn(IntEnum):
 
 @dataclass(frozen=True)
 class Topology:
-    """Who is whose child, on the host. parents_BN: int64, -1 for node 0 and for padding; sizes: nodes per row.
+    """Who is whose child, on the host: per row the parent of every node, -1 for node 0.
 
-    A drafter with a static tree builds one topology and reuses it: every index tensor is computed once.
+    Make it with `of` or `chains`: they give the topologies that come again and again as the same objects, so that their
+    tables are computed once.
     """
 
-    parents_BN: Ints
-    sizes: tuple[int, ...]
+    parents: tuple[tuple[int, ...], ...]
 
     def __post_init__(self) -> None:
-        parents = self.parents_BN
-        rows, nodes = parents.shape
-        if len(self.sizes) != rows or min(self.sizes, default=1) < 1 or max(self.sizes, default=1) > nodes:
-            raise ValueError(f"a tree needs between 1 and {nodes} nodes in each of {rows} rows, not {self.sizes}")
-        inside = np.arange(nodes) < np.asarray(self.sizes)[:, None]
-        inside[:, 0] = False
-        if (inside & ((parents < 0) | (parents >= np.arange(nodes)))).any() or (parents[~inside] != -1).any():
-            raise ValueError("parents must come before their children; node 0 and padding have parent -1")
+        for row in self.parents:
+            if row[:1] != (-1,) or any(not 0 <= parent < node for node, parent in enumerate(row[1:], 1)):
+                raise ValueError(f"a tree has a node 0 of parent -1, and parents come before their children: not {row}")
 
     @staticmethod
     def chains(sizes: Sequence[int]) -> Topology:
         """One chain per row; `sizes` count node 0."""
-        nodes = max(sizes)
-        parents = np.tile(np.arange(-1, nodes - 1), (len(sizes), 1))
-        parents[np.arange(nodes) >= np.asarray(sizes)[:, None]] = -1
-        return Topology(parents, tuple(sizes))
+        return _topology(tuple(tuple(range(-1, size - 1)) for size in sizes))
 
     @staticmethod
     def of(parents: Sequence[Sequence[int]]) -> Topology:
         """From one parent list per row, each starting with -1 for node 0."""
-        sizes = tuple(len(row) for row in parents)
-        table = np.full((len(parents), max(sizes)), -1, dtype=np.int64)
-        for row, values in enumerate(parents):
-            table[row, : len(values)] = values
-        return Topology(table, sizes)
+        return _topology(tuple(map(tuple, parents)))
 
-    @property
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Nodes per row."""
+        return tuple(map(len, self.parents))
+
+    @cached_property
     def nodes(self) -> int:
-        return int(self.parents_BN.shape[1])
+        return max(self.sizes)
 
     @cached_property
     def is_chain(self) -> bool:
-        """Every row is a chain (the padding behind it does not matter)."""
-        expected = np.arange(-1, self.nodes - 1)
-        return bool(((self.parents_BN == expected) | (self.parents_BN == -1)).all())
+        """Every row is a chain."""
+        return all(parent == node - 1 for row in self.parents for node, parent in enumerate(row))
 
     @cached_property
     def ancestors_BNN(self) -> NDArray[np.bool_]:
         """[b, n, m]: m is n or an ancestor of n. Padding sees itself alone."""
-        rows, nodes = self.parents_BN.shape
-        seen = np.zeros((rows, nodes, nodes), dtype=np.bool_)
-        every = np.arange(rows)
-        for node in range(nodes):
-            parent = self.parents_BN[:, node]
-            if node:
-                seen[:, node] = seen[every, parent] & (parent >= 0)[:, None]
-            seen[:, node, node] = True
+        seen = np.zeros((len(self.parents), self.nodes, self.nodes), dtype=np.bool_)
+        seen[:] = np.eye(self.nodes, dtype=np.bool_)
+        for table, parents in zip(seen, self.parents, strict=True):
+            for node, parent in enumerate(parents[1:], 1):
+                table[node] |= table[parent]
         return seen
 
     @cached_property
     def depths_BN(self) -> Ints:
         """Steps below node 0 (padding: 0)."""
-        if self.is_chain:
-            return self.parents_BN + 1
-        depths: Ints = self.ancestors_BNN.sum(-1, dtype=np.int64) - 1
+        depths = np.zeros((len(self.parents), self.nodes), dtype=np.int64)
+        for row, parents in enumerate(self.parents):
+            steps = [0]
+            for parent in parents[1:]:
+                steps.append(steps[parent] + 1)
+            depths[row, : len(steps)] = steps
         return depths
 
     @cached_property
     def children(self) -> tuple[dict[int, list[int]], ...]:
         """Per row: parent -> its children in drawing order."""
         table: list[dict[int, list[int]]] = []
-        for row, size in zip(self.parents_BN.tolist(), self.sizes, strict=True):
+        for row in self.parents:
             groups: dict[int, list[int]] = {}
-            for node in range(1, size):
-                groups.setdefault(row[node], []).append(node)
+            for node, parent in enumerate(row[1:], 1):
+                groups.setdefault(parent, []).append(node)
             table.append(groups)
         return tuple(table)
 
     def path(self, row: int, node: int) -> list[int]:
         """Nodes from 0 to `node`, both included."""
-        return [int(m) for m in np.flatnonzero(self.ancestors_BNN[row, node])]
+        found = [node]
+        while node:
+            node = self.parents[row][node]
+            found.append(node)
+        return found[::-1]
+
+
+@lru_cache(maxsize=256)
+def _topology(parents: tuple[tuple[int, ...], ...]) -> Topology:
+    return Topology(parents)
 
 
 @dataclass(frozen=True)
 class TokenTree:
     """Proposed tokens with parents, and the laws they were drawn from.
 
-    tokens_BN: int64 on the model's device. drawn_BN: one `Drawn` per group of siblings, at the index of their parent (host);
-    None: every group is deterministic. laws_BNV: the law of each group, at the index of its parent; rows of groups that are
-    deterministic or empty are ignored. Build it with `root`, `chain`, `drawn_chain`, `of` or the constructor.
+    tokens: per row, of every node (on the host; `tokens_BN` is the same on the model's device). drawn_BN: one `Drawn` per
+    group of siblings, at the index of their parent (host); None: every group is deterministic. laws_BNV: the law of each
+    group, at the index of its parent; rows of groups that are deterministic or empty are ignored. Build it with `root`,
+    `chain`, `drawn_chain`, `of` or the constructor.
     """
 
-    tokens_BN: Tensor
+    tokens: Sequence[Sequence[int]]
     topology: Topology
+    device: torch.device
     drawn_BN: NDArray[np.uint8] | None = None
     laws_BNV: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        shape = self.topology.parents_BN.shape
-        if tuple(self.tokens_BN.shape) != shape:
-            raise ValueError(f"{tuple(self.tokens_BN.shape)} tokens for a topology of {shape}")
+        if tuple(map(len, self.tokens)) != self.topology.sizes:
+            raise ValueError(f"{[len(row) for row in self.tokens]} tokens for {self.topology.sizes} nodes")
         if self.drawn_BN is None and self.laws_BNV is not None:
             raise ValueError("a tree with laws must say how each group of siblings was drawn")
         if self.drawn_BN is None:
             return
+        shape = (self.rows, self.nodes)
         if self.drawn_BN.shape != shape:
             raise ValueError(f"drawn has shape {self.drawn_BN.shape}, the tree {shape}")
         if self.drawn_BN.any() and (self.laws_BNV is None or tuple(self.laws_BNV.shape[:2]) != shape):
@@ -149,36 +152,42 @@ class TokenTree:
     @staticmethod
     def root(tokens: Sequence[int], device: torch.device) -> TokenTree:
         """Propose nothing: one node per row."""
-        return TokenTree(torch.tensor(tokens, device=device)[:, None], Topology.chains([1] * len(tokens)))
+        return TokenTree.chain([[token] for token in tokens], device)
 
     @staticmethod
     def of(tokens: Sequence[Sequence[int]], parents: Sequence[Sequence[int]], device: torch.device) -> TokenTree:
         """Deterministic trees, one list of tokens and one of parents per row (node 0 included, parent -1)."""
-        topology = Topology.of(parents)
-        return TokenTree(_padded(tokens, topology.nodes, device), topology)
+        return TokenTree(tokens, Topology.of(parents), device)
 
     @staticmethod
     def chain(tokens: Sequence[Sequence[int]], device: torch.device) -> TokenTree:
         """Deterministic chains, node 0 included."""
-        topology = Topology.chains([len(row) for row in tokens])
-        return TokenTree(_padded(tokens, topology.nodes, device), topology)
+        return TokenTree(tokens, Topology.chains([len(row) for row in tokens]), device)
 
     @staticmethod
-    def drawn_chain(tokens_BN: Tensor, sizes: Sequence[int], laws_BNV: Tensor) -> TokenTree:
+    def drawn_chain(tokens: Sequence[Sequence[int]], laws_BNV: Tensor) -> TokenTree:
         """Sampled chains: token n + 1 of a row was drawn from `laws_BNV[row, n]`. laws may have N - 1 or N positions."""
-        rows, nodes = tokens_BN.shape
+        topology = Topology.chains([len(row) for row in tokens])
+        rows, nodes = len(tokens), topology.nodes
         if laws_BNV.shape[1] == nodes - 1:
             laws_BNV = torch.cat((laws_BNV, laws_BNV.new_zeros(rows, 1, laws_BNV.shape[2])), 1)
         drawn = np.full((rows, nodes), Drawn.WITHOUT_REPLACEMENT, dtype=np.uint8)
-        return TokenTree(tokens_BN, Topology.chains(sizes), drawn, laws_BNV)
+        return TokenTree(tokens, topology, laws_BNV.device, drawn, laws_BNV)
+
+    @cached_property
+    def tokens_BN(self) -> Tensor:
+        """int64, padded with 0."""
+        nodes = self.nodes
+        padded = [[*row, *[0] * (nodes - len(row))] for row in self.tokens]
+        return torch.from_numpy(np.array(padded, dtype=np.int64)).to(self.device)
 
     @property
     def rows(self) -> int:
-        return int(self.tokens_BN.shape[0])
+        return len(self.tokens)
 
     @property
     def nodes(self) -> int:
-        return int(self.tokens_BN.shape[1])
+        return self.topology.nodes
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -187,7 +196,3 @@ class TokenTree:
     @property
     def is_deterministic(self) -> bool:
         return self.drawn_BN is None or not self.drawn_BN.any()
-
-
-def _padded(tokens: Sequence[Sequence[int]], nodes: int, device: torch.device) -> Tensor:
-    return torch.tensor([[*row, *[0] * (nodes - len(row))] for row in tokens], dtype=torch.int64, device=device)

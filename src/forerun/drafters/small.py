@@ -87,27 +87,27 @@ class Chain(DraftModel):
         chains: list[list[int]] = [[row.tokens[-1]] for row in rows]
         steps: list[Tensor] = []
         confidence: list[Tensor] = []
-        logits = self.model.next_logits(rows)
+        logits_B1V = self.model.next_logits(rows)[:, None]
         for depth in range(1, longest + 1):
             if takes_best:
-                token = logits.argmax(-1)
+                token_B1 = logits_B1V.argmax(-1)
             else:
-                steps.append(draft_law(logits, rows, [chain[1:] for chain in chains]))
-                token = draw(steps[-1], rows, chance, depth)
-            for chain, value in zip(chains, token.tolist(), strict=True):
-                chain.append(value)
+                steps.append(draft_laws(logits_B1V, rows, [[chain[1:]] for chain in chains]))
+                token_B1 = draw(steps[-1], rows, chance, depth)
+            for chain, drawn in zip(chains, token_B1.tolist(), strict=True):
+                chain += drawn
             if self.stopping.looks:
-                confidence.append(logits.float().softmax(-1).gather(-1, token[:, None]))
+                confidence.append(logits_B1V.float().softmax(-1).gather(-1, token_B1[..., None])[..., 0])
                 goes_on = self.stopping.goes_on(torch.cat(confidence, -1)).tolist()
                 sizes = [size if on else min(size, 1 + depth) for size, on in zip(sizes, goes_on, strict=True)]
             if depth >= max(sizes) - 1:
                 break
-            logits = self.model.grow(token[:, None], np.full((len(rows), 1), depth))[:, 0]
+            logits_B1V = self.model.grow(token_B1, np.full((len(rows), 1), depth))
         self._places = [[-1, *range(size - 1)] for size in sizes]
-        tree = TokenTree.chain([chain[:size] for chain, size in zip(chains, sizes, strict=True)], context.device)
+        tokens = [chain[:size] for chain, size in zip(chains, sizes, strict=True)]
         if is_greedy:
-            return tree
-        return TokenTree.drawn_chain(tree.tokens_BN, sizes, torch.stack(steps, 1)[:, : tree.nodes - 1])
+            return TokenTree.chain(tokens, context.device)
+        return TokenTree.drawn_chain(tokens, torch.cat([*steps, torch.zeros_like(steps[0])], 1))
 
 
 @dataclass
@@ -136,6 +136,10 @@ class Grown:
             found.append(node)
             node = self.parents[node]
         return found[::-1]
+
+    def said(self, node: int) -> list[int]:
+        """The tokens of the path below 0 down to `node`."""
+        return [self.tokens[n] for n in self.path(node)]
 
     def pruned(self, nodes: Sequence[int]) -> Grown:
         """Only these nodes (a parent is among them if its child is) and node 0."""
@@ -230,57 +234,61 @@ class SampledTree(_Growing):
         groups: list[dict[int, Tensor]] = [{} for _ in rows]
         frontiers: list[list[int]] = [[0] for _ in rows]
         logits, held = self.model.next_logits(rows)[:, None], 0
-        deepest = min(len(self.widths), max(depths))
-        for level in range(1, deepest + 1):
-            for index, row in enumerate(grown):
-                drawn: list[int] = []
-                for offset, node in enumerate(frontiers[index] if level <= depths[index] else ()):
-                    law = self._law(logits[index, offset], rows[index], row, node)
-                    children = self._children(law, chance, index, node, self.widths[level - 1])
-                    if len(row.tokens) + len(children) <= context.budget + 1 and children:
-                        groups[index][node] = law
-                        drawn += [row.add(token, node) for token in children]
-                frontiers[index] = drawn
-            if level < deepest and any(frontiers):
+        for level, width in enumerate(self.widths, 1):
+            frontiers = [nodes if level <= most else [] for nodes, most in zip(frontiers, depths, strict=True)]
+            if not any(frontiers):
+                break
+            if level > 1:
                 logits = self._read(grown, frontiers, held, context.device)
                 held += logits.shape[1]
+            paths = [[row.said(node) for node in nodes] for row, nodes in zip(grown, frontiers, strict=True)]
+            laws_BNV = draft_laws(logits, rows, paths)
+            families = _children(laws_BNV, chance, frontiers, width)
+            for index, row in enumerate(grown):
+                drawn: list[int] = []
+                for offset, (node, children) in enumerate(zip(frontiers[index], families[index], strict=True)):
+                    if len(row.tokens) + len(children) <= context.budget + 1 and children:
+                        groups[index][node] = laws_BNV[index, offset]
+                        drawn += [row.add(token, node) for token in children]
+                frontiers[index] = drawn
         self._places = [row.places for row in grown]
         return _with_laws(grown, groups, context.device)
 
-    @staticmethod
-    def _law(logits_V: Tensor, row: Row, grown: Grown, node: int) -> Tensor:
-        path = [grown.tokens[n] for n in grown.path(node)]
-        return draft_law(logits_V[None], [row], [path])[0]
 
-    @staticmethod
-    def _children(law_V: Tensor, chance: Dice, index: int, node: int, count: int) -> list[int]:
-        """Distinct tokens, each from what its predecessors left of the law."""
-        rest, drawn = law_V.clone(), []
-        for attempt in range(count):
-            if not float(rest.sum()) > 0:
-                break
-            place = node * len(law_V) + attempt
-            token = int(chance.row(index).token(rest[None, None], np.asarray([[place]])))
-            drawn.append(token)
-            rest[token] = 0
-        return drawn
+def _children(laws_BNV: Tensor, chance: Dice, nodes: Sequence[Sequence[int]], count: int) -> list[list[list[int]]]:
+    """Below each of these nodes of each row: distinct tokens, each from what its predecessors left of the law."""
+    columns, vocab_size = laws_BNV.shape[1:]
+    places = np.array([[*row, *[0] * (columns - len(row))] for row in nodes]) * vocab_size
+    families: list[list[list[int]]] = [[[] for _ in row] for row in nodes]
+    rest = laws_BNV.clone()
+    for attempt in range(count):
+        left, tokens = rest.sum(-1).tolist(), chance.token(rest, places + attempt)
+        for row, *told in zip(families, left, tokens.tolist(), strict=True):
+            for children, share, token in zip(row, *told, strict=False):
+                if share > 0:
+                    children.append(token)
+        rest.scatter_(-1, tokens[..., None], 0.0)
+    return families
 
 
-def draft_law(logits_BV: Tensor, rows: Sequence[Row], drafted: Sequence[Sequence[int]]) -> Tensor:
-    """The draft model's law [B, V] under each row's own sampling parameters, `drafted` standing behind its text."""
-    scores = logits_BV.float()
+def draft_laws(logits_BNV: Tensor, rows: Sequence[Row], drafted: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+    """The draft model's laws [B, N, V] under each row's own sampling parameters. drafted: per row and node, what was drafted
+    behind the text (a row may have fewer nodes than N)."""
+    scores = logits_BNV.float()
+    if any(row.params.edits_scores for row in rows):
+        scores = scores.clone()  # stopping rules want the bare ones
     for index, row in enumerate(rows):
         if row.params.edits_scores:
-            prefix = Prefix([*row.tokens, *drafted[index]], row.prompt_length)
-            scores[index] = edited(scores[index : index + 1], row.params, [prefix])[0]
-    return laws(scores[:, None], [row.params for row in rows])[:, 0]
+            prefixes = [Prefix([*row.tokens, *path], row.prompt_length) for path in drafted[index]]
+            scores[index, : len(prefixes)] = edited(scores[index, : len(prefixes)], row.params, prefixes)
+    return laws(scores, [row.params for row in rows])
 
 
-def draw(law_BV: Tensor, rows: Sequence[Row], chance: Dice, depth: int) -> Tensor:
-    """A token per row, [B]; greedy rows have one-hot laws, so luck does not matter to them."""
+def draw(laws_B1V: Tensor, rows: Sequence[Row], chance: Dice, depth: int) -> Tensor:
+    """A token per row, [B, 1]; greedy rows have one-hot laws, so luck does not matter to them."""
     if all(row.params.is_greedy for row in rows):
-        return law_BV.argmax(-1)
-    return chance.token(law_BV[:, None], np.full((len(rows), 1), depth))[:, 0]
+        return laws_B1V.argmax(-1)
+    return chance.token(laws_B1V, np.full((len(rows), 1), depth))
 
 
 def _with_laws(grown: Sequence[Grown], groups: Sequence[Mapping[int, Tensor]], device: torch.device) -> TokenTree:
@@ -293,7 +301,7 @@ def _with_laws(grown: Sequence[Grown], groups: Sequence[Mapping[int, Tensor]], d
     for index, group in enumerate(groups):
         for node, law in group.items():
             table[index, node], drawn[index, node] = law, Drawn.WITHOUT_REPLACEMENT
-    return TokenTree(plain.tokens_BN, plain.topology, drawn, table)
+    return TokenTree(plain.tokens, plain.topology, device, drawn, table)
 
 
 def build(

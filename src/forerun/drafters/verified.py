@@ -85,13 +85,14 @@ class Verified(Drafter):
         within = replace(context, budget=self.inner.max_nodes, depths=[max(0, left - 1) for left in room])
         tree = self.inner.propose(within)
         scores = self.model.score(tree, rows)
-        judgement = judge(tree, scores.logits_BNV, rows, draft_chance(rows, (*context.path, _VERIFY)))
+        chance = draft_chance(rows, (*context.path, _VERIFY))
+        judgement = judge(tree, scores.logits_BNV, rows, chance, scores.best_BN)
         verdict = judgement.verdict
         self.model.keep(verdict.kept)
         self.inner.observe(within, tree, verdict, scores)
         for index, row in enumerate(rows):
             if room[index]:
-                said = [*tree.tokens_BN[index, verdict.kept[index][1:]].tolist(), verdict.next_tokens[index]]
+                said = [*(tree.tokens[index][node] for node in verdict.kept[index][1:]), verdict.next_tokens[index]]
                 row.tokens += said
                 row.tentative += len(said)
                 if judgement.laws_BNV is not None:
@@ -107,15 +108,14 @@ _VERIFY = 1 << 20
 
 
 def _tree(tokens: list[list[int]], spoken: list[list[Tensor]], device: torch.device) -> TokenTree:
-    plain = TokenTree.chain(tokens, device)
     some = next((law for laws in spoken for law in laws), None)
     if some is None:
-        return plain
-    table = some.new_zeros(plain.rows, plain.nodes, some.shape[0])
+        return TokenTree.chain(tokens, device)
+    table = some.new_zeros(len(tokens), max(map(len, tokens)), some.shape[0])
     for index, laws in enumerate(spoken):
         if laws:
             table[index, : len(laws)] = torch.stack(laws)
-    return TokenTree.drawn_chain(plain.tokens_BN, plain.sizes, table)
+    return TokenTree.drawn_chain(tokens, table)
 
 
 def build(
