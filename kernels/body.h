@@ -27,6 +27,9 @@ struct TileCall {
     bool fresh;  // start from zero instead of from what is there
 };
 
+// How far ahead weights are fetched, in bytes. Measured: 4 KiB is too late for main memory under 12 tokens, 32 KiB too early.
+enum { AHEAD = 12288 };
+
 template <int F, int T, int NV>
 static void tile(const TileCall& call) {
     V sum[T][NV];
@@ -42,7 +45,7 @@ static void tile(const TileCall& call) {
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) {
             weights[v] = load_words(w + v * 64);
-            __builtin_prefetch(w + v * 64 + 2048);
+            __builtin_prefetch(w + v * 64 + AHEAD);
         }
 #pragma GCC unroll 32
         for (int t = 0; t < T; ++t) {
@@ -179,6 +182,8 @@ static void silu_gate(const float* gate_up, float* y, int64_t width) {
 
 // ---- linear
 
+enum { PIECES = 2 };  // per thread and product: few enough to be cheap, enough to even out threads of unequal speed
+
 // Add what the product of one panel is to be added to, and write it where it goes. sums: [tokens][32].
 static void finish(const fr_matrix& matrix, int64_t panel, const float* sums, int64_t begin, int64_t tokens, const Outputs& to,
                    int32_t rank, int64_t all_tokens) {
@@ -219,19 +224,20 @@ static void finish(const fr_matrix& matrix, int64_t panel, const float* sums, in
 }
 
 template <int F>
-static void linear_floats(const Team& team, const fr_matrix& matrix, const Inputs& x, int64_t tokens, const Outputs& to) {
+static void linear_floats(Team& team, const fr_matrix& matrix, const Inputs& x, int64_t tokens, const Outputs& to) {
     const int64_t words = matrix.padded_in / per_word<F>();
-    const Range mine = team.share(panels_of(matrix));
-    alignas(64) float sums[TALLEST * PANEL];
-    const int64_t blocks = (tokens + TALLEST - 1) / TALLEST;
-    for (int64_t panel = mine.begin; panel < mine.end; ++panel) {
-        for (int64_t b = 0; b < blocks; ++b) {
-            const int64_t begin = tokens * b / blocks, height = tokens * (b + 1) / blocks - begin;
-            TileCall call{matrix.data + panel * words * 128, 128, words, x.data + begin * x.stride, x.stride, sums, PANEL, true};
-            tiles<F>(call, height, 2);
-            finish(matrix, panel, sums, begin, height, to, team.rank, tokens);
+    const int64_t panels = panels_of(matrix), blocks = (tokens + TALLEST - 1) / TALLEST;
+    team.each(panels, team.grain(panels, PIECES), [&](int64_t first, int64_t last) {
+        alignas(64) float sums[TALLEST * PANEL];
+        for (int64_t panel = first; panel < last; ++panel) {
+            for (int64_t b = 0; b < blocks; ++b) {
+                const int64_t begin = tokens * b / blocks, height = tokens * (b + 1) / blocks - begin;
+                TileCall call{matrix.data + panel * words * 128, 128, words, x.data + begin * x.stride, x.stride, sums, PANEL, true};
+                tiles<F>(call, height, 2);
+                finish(matrix, panel, sums, begin, height, to, team.rank, tokens);
+            }
         }
-    }
+    });
 }
 
 // One group of 128 inputs: exact in integers, then scaled and added.
@@ -245,8 +251,8 @@ static void tile_int8(const uint8_t* group, const uint8_t* x, int64_t stride, co
     for (int t = 0; t < T; ++t) sum[t][0] = sum[t][1] = all_words(0);
     for (int k = 0; k < GROUP / 4; ++k, w += 128, x += 4) {
         const W low = load_words(w), high = load_words(w + 64);
-        __builtin_prefetch(w + 2048);
-        __builtin_prefetch(w + 2048 + 64);
+        __builtin_prefetch(w + AHEAD);
+        __builtin_prefetch(w + AHEAD + 64);
 #pragma GCC unroll 32
         for (int t = 0; t < T; ++t) {
             int32_t word;
@@ -265,7 +271,7 @@ static void tile_int8(const uint8_t* group, const uint8_t* x, int64_t stride, co
     }
 }
 
-static void linear_int8(const Team& team, const fr_matrix& matrix, const Inputs& x, int64_t tokens, const Outputs& to) {
+static void linear_int8(Team& team, const fr_matrix& matrix, const Inputs& x, int64_t tokens, const Outputs& to) {
     using Function = void (*)(const uint8_t*, const uint8_t*, int64_t, const float*, int64_t, float*);
 #if FR_ISA >= 2
     static const Function heights[TALLEST] = {tile_int8<1>, tile_int8<2>, tile_int8<3>,  tile_int8<4>,  tile_int8<5>,
@@ -275,23 +281,24 @@ static void linear_int8(const Team& team, const fr_matrix& matrix, const Inputs&
     static const Function heights[TALLEST] = {tile_int8<1>, tile_int8<2>, tile_int8<3>, tile_int8<4>};
 #endif
     const int64_t groups = matrix.padded_in / GROUP, group_bytes = 256 + GROUP * PANEL;
-    const Range mine = team.share(panels_of(matrix));
-    const int64_t blocks = (tokens + TALLEST - 1) / TALLEST;
-    alignas(64) float sums[TALLEST * PANEL];
-    for (int64_t panel = mine.begin; panel < mine.end; ++panel) {
-        for (int64_t b = 0; b < blocks; ++b) {
-            const int64_t begin = tokens * b / blocks, height = tokens * (b + 1) / blocks - begin;
-            for (int64_t i = 0; i < height * PANEL; i += 16) store(sums + i, zero());
-            for (int64_t g = 0; g < groups; ++g) {
-                heights[height - 1](matrix.data + (panel * groups + g) * group_bytes, x.data + begin * x.stride + g * GROUP, x.stride,
-                                    x.scales + begin * x.scale_stride + g, x.scale_stride, sums);
+    const int64_t panels = panels_of(matrix), blocks = (tokens + TALLEST - 1) / TALLEST;
+    team.each(panels, team.grain(panels, PIECES), [&](int64_t first, int64_t last) {
+        alignas(64) float sums[TALLEST * PANEL];
+        for (int64_t panel = first; panel < last; ++panel) {
+            for (int64_t b = 0; b < blocks; ++b) {
+                const int64_t begin = tokens * b / blocks, height = tokens * (b + 1) / blocks - begin;
+                for (int64_t i = 0; i < height * PANEL; i += 16) store(sums + i, zero());
+                for (int64_t g = 0; g < groups; ++g) {
+                    heights[height - 1](matrix.data + (panel * groups + g) * group_bytes, x.data + begin * x.stride + g * GROUP,
+                                        x.stride, x.scales + begin * x.scale_stride + g, x.scale_stride, sums);
+                }
+                finish(matrix, panel, sums, begin, height, to, team.rank, tokens);
             }
-            finish(matrix, panel, sums, begin, height, to, team.rank, tokens);
         }
-    }
+    });
 }
 
-static void linear(const Team& team, const fr_matrix& matrix, const Inputs& x, int64_t tokens, const Outputs& to) {
+static void linear(Team& team, const fr_matrix& matrix, const Inputs& x, int64_t tokens, const Outputs& to) {
     if (matrix.format == FR_BF16) linear_floats<FR_BF16>(team, matrix, x, tokens, to);
     else if (matrix.format == FR_F32) linear_floats<FR_F32>(team, matrix, x, tokens, to);
     else linear_int8(team, matrix, x, tokens, to);
@@ -520,6 +527,11 @@ static void fold(const Running& into, const Running& next, int64_t query, int64_
         store(mixed + e, fma(load(more + e), now, mul(load(mixed + e), before)));
 }
 
+static void fold_all(const Running& into, const Running& next, int64_t queries, int64_t padded) {
+    for (int64_t q = 0; q < queries; ++q)
+        if (!(next.sum[q] < 0)) fold(into, next, q, padded);  // below zero: it saw nothing of this chunk
+}
+
 // Tokens [begin, end) of one row and one key head: who sees what, in blocks of 16 keys at logical positions.
 template <int F>
 struct Strip {
@@ -685,15 +697,6 @@ static void deliver(const Strip<F>& strip, const Running& state) {
 static Running running(float* memory, int64_t queries, int64_t padded) {
     return {memory, memory + queries, memory + 2 * ((queries + 15) / 16 * 16), padded};
 }
-static int64_t running_floats(int64_t queries, int64_t padded) { return 2 * ((queries + 15) / 16 * 16) + queries * padded; }
-
-template <int F>
-static int32_t chunks_of(const Strip<F>& strip) {
-    int32_t most = 0;
-    for (int64_t t = strip.begin; t < strip.end; ++t) most = strip.at(t).logical > most ? strip.at(t).logical : most;
-    return most / CHUNK + 1;
-}
-
 template <int F>
 static void attend(const Strip<F>& strip, Shelf& own) {
     const Heads<F>& heads = strip.heads;
@@ -703,52 +706,43 @@ static void attend(const Strip<F>& strip, Shelf& own) {
     float* memory = own.memory[6].get<float>(2 * floats);
     const Running state = running(memory, count, heads.padded), next = running(memory + floats, count, heads.padded);
     for (int64_t q = 0; q < count; ++q) state.sum[q] = -1;
-    const int32_t chunks = chunks_of<F>(strip);
+    const int32_t chunks = chunks_of(*heads.call.tokens, strip.begin, strip.end);
     if (chunks == 1) {
         attend_chunk<F>(strip, 0, queries, state, own);
     } else {
         for (int32_t c = 0; c < chunks; ++c) {
             attend_chunk<F>(strip, c, queries, next, own);
-            for (int64_t q = 0; q < count; ++q)
-                if (next.sum[q] >= 0 || next.sum[q] != next.sum[q]) fold(state, next, q, heads.padded);
+            fold_all(state, next, count, heads.padded);
         }
     }
     deliver<F>(strip, state);
 }
 
-// Too few heads for the threads: the chunks of one strip are shared out, and folded in order afterwards.
+// The chunks of one row's keys are shared out, and folded in order afterwards.
 template <int F>
-static void attend_split(const Team& team, const Heads<F>& heads, const Range& tokens, Shelf& own) {
+static void attend_split(Team& team, const Heads<F>& heads, Shelf& own) {
     const AttentionCall& call = heads.call;
-    const Strip<F> shape(heads, tokens.begin, tokens.end, 0);
-    const int64_t count = shape.queries(), floats = running_floats(count, heads.padded);
-    const int32_t chunks = chunks_of<F>(shape);
-    uint8_t* queries = own.memory[5].get<uint8_t>(count * heads.padded * heads.size);
-    float* partials = call.partials->get<float>(0);
-    const Range mine = team.share(int64_t(call.cache->kv_heads) * chunks);
-    int32_t gathered = -1;
-    for (int64_t task = mine.begin; task < mine.end; ++task) {
-        const int32_t kv_head = int32_t(task / chunks);
-        const Strip<F> strip(heads, tokens.begin, tokens.end, kv_head);
-        if (gathered != kv_head) gather_queries<F>(heads, tokens.begin, tokens.end, kv_head, queries);
-        gathered = kv_head;
-        attend_chunk<F>(strip, int32_t(task % chunks), queries, running(partials + task * floats, count, heads.padded), own);
-    }
-    team.wait();
-    const Range heads_mine = team.share(call.cache->kv_heads);
-    for (int64_t kv_head = heads_mine.begin; kv_head < heads_mine.end; ++kv_head) {
-        const Strip<F> strip(heads, tokens.begin, tokens.end, int32_t(kv_head));
-        float* memory = own.memory[6].get<float>(floats);
-        const Running state = running(memory, count, heads.padded);
-        for (int64_t q = 0; q < count; ++q) state.sum[q] = -1;
-        for (int32_t c = 0; c < chunks; ++c) {
-            const Running next = running(partials + (kv_head * chunks + c) * floats, count, heads.padded);
-            for (int64_t q = 0; q < count; ++q)
-                if (next.sum[q] >= 0 || next.sum[q] != next.sum[q]) fold(state, next, q, heads.padded);
+    const int64_t tokens = call.tokens->count(), kv_heads = call.cache->kv_heads;
+    const int64_t count = tokens * heads.group, floats = running_floats(count, heads.padded);
+    const int32_t chunks = chunks_of(*call.tokens, 0, tokens);
+    team.each(kv_heads * chunks, 1, [&](int64_t first, int64_t last) {
+        uint8_t* queries = own.memory[5].get<uint8_t>(count * heads.padded * heads.size);
+        for (int64_t task = first; task < last; ++task) {
+            const Strip<F> strip(heads, 0, tokens, int32_t(task / chunks));
+            gather_queries<F>(heads, 0, tokens, strip.kv_head, queries);
+            attend_chunk<F>(strip, int32_t(task % chunks), queries, running(call.partials + task * floats, count, heads.padded), own);
         }
-        deliver<F>(strip, state);
-    }
-    team.wait();
+    });
+    team.each(kv_heads, 1, [&](int64_t first, int64_t last) {
+        for (int64_t kv_head = first; kv_head < last; ++kv_head) {
+            const Strip<F> strip(heads, 0, tokens, int32_t(kv_head));
+            const Running state = running(own.memory[6].get<float>(floats), count, heads.padded);
+            for (int64_t q = 0; q < count; ++q) state.sum[q] = -1;
+            for (int32_t c = 0; c < chunks; ++c)
+                fold_all(state, running(call.partials + (kv_head * chunks + c) * floats, count, heads.padded), count, heads.padded);
+            deliver<F>(strip, state);
+        }
+    });
 }
 
 // The tokens [begin, ...) of a row that are attended to together: not too many queries, and not too far apart.
@@ -763,42 +757,29 @@ static inline int64_t strip_end(const Tokens& tokens, int64_t begin, int64_t row
 }
 
 template <int F>
-static void attention_in(const Team& team, AttentionCall& call, Shelf& own) {
+static void attention_in(Team& team, const AttentionCall& call, Shelf& own) {
     const Heads<F> heads(call);
     const Tokens& tokens = *call.tokens;
-    const int64_t rows = int64_t(tokens.row_begin.size()) - 1, tasks = rows * call.cache->kv_heads;
-    const int64_t longest = rows == 1 ? tokens.list.back().logical : 0;
-    const bool split = tasks < team.size && longest >= 2 * CHUNK && tokens.count() * heads.group <= 64;
-    if (split || call.append_only) {
-        const Range mine = team.share(tasks);
-        for (int64_t task = mine.begin; task < mine.end; ++task) {
-            const int64_t row = task / call.cache->kv_heads;
-            if (call.qkv) append<F>(heads, tokens.row_begin[row], tokens.row_begin[row + 1], int32_t(task % call.cache->kv_heads));
+    const int32_t kv_heads = call.cache->kv_heads;
+    const int64_t tasks = (int64_t(tokens.row_begin.size()) - 1) * kv_heads;
+    const bool split = splits(tokens, *call.cache, call.heads, team.size);
+    team.each(tasks, team.grain(tasks, PIECES), [&](int64_t first, int64_t last) {
+        for (int64_t task = first; task < last; ++task) {
+            const int64_t row = task / kv_heads, end = tokens.row_begin[size_t(row) + 1];
+            const int32_t kv_head = int32_t(task % kv_heads);
+            int64_t begin = tokens.row_begin[size_t(row)];
+            if (call.qkv) append<F>(heads, begin, end, kv_head);
+            while (begin < end && !split) {
+                const int64_t stop = strip_end(tokens, begin, end, heads.group);
+                attend<F>(Strip<F>(heads, begin, stop, kv_head), own);
+                begin = stop;
+            }
         }
-        if (call.append_only) return;
-        if (team.rank == 0) {
-            const Strip<F> shape(heads, 0, tokens.count(), 0);
-            const int64_t floats = running_floats(shape.queries(), heads.padded);
-            call.partials->get<float>(floats * chunks_of<F>(shape) * call.cache->kv_heads);
-        }
-        team.wait();
-        attend_split<F>(team, heads, {0, tokens.count()}, own);
-        return;
-    }
-    const Range mine = team.share(tasks);
-    for (int64_t task = mine.begin; task < mine.end; ++task) {
-        const int64_t row = task / call.cache->kv_heads, end = tokens.row_begin[row + 1];
-        const int32_t kv_head = int32_t(task % call.cache->kv_heads);
-        if (call.qkv) append<F>(heads, tokens.row_begin[row], end, kv_head);
-        for (int64_t begin = tokens.row_begin[row]; begin < end;) {
-            const int64_t stop = strip_end(tokens, begin, end, heads.group);
-            attend<F>(Strip<F>(heads, begin, stop, kv_head), own);
-            begin = stop;
-        }
-    }
+    });
+    if (split) attend_split<F>(team, heads, own);
 }
 
-static void attention(const Team& team, AttentionCall& call, Shelf& own) {
+static void attention(Team& team, const AttentionCall& call, Shelf& own) {
     if (call.cache->format == FR_BF16) attention_in<FR_BF16>(team, call, own);
     else attention_in<FR_F32>(team, call, own);
 }

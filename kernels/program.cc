@@ -170,6 +170,13 @@ void* Scratch::bytes(int64_t count) {
     return memory_;
 }
 
+Step* Workspace::begin(int32_t threads, int64_t steps) {
+    if (int32_t(own.size()) < threads) own = std::vector<Shelf>(size_t(threads));
+    Step* first = steps_.get<Step>(steps);
+    for (int64_t i = 0; i < steps; ++i) new (first + i) Step();
+    return first;
+}
+
 void Tokens::read(const fr_feed& feed) {
     list.clear();
     row_begin.assign(1, 0);
@@ -204,7 +211,6 @@ class Forward {
     Forward(const fr_transformer& model, const fr_feed& feed, const fr_cache& cache, const fr_wanted& wanted, Workspace& work,
             int32_t threads)
         : model_(model), cache_(cache), wanted_(wanted), work_(work), tokens_(work.tokens), feed_(feed) {
-        work.reserve(threads);
         tokens_.read(feed);
         count_ = tokens_.count();
         auto& memory = work.shared.memory;
@@ -223,11 +229,20 @@ class Forward {
         final_ = inputs_for(model.head, int64_t(scored_.size()), memory[9], memory[10]);
         best_ = memory[11].get<float>(threads * int64_t(scored_.size()));
         best_at_ = memory[12].get<int64_t>(threads * int64_t(scored_.size()));
+        for (int64_t i = 0; i < threads * int64_t(scored_.size()); ++i) {
+            best_[i] = -std::numeric_limits<float>::infinity();
+            best_at_[i] = 0;
+        }
+        partials_ = memory[13].get<float>(partial_floats(tokens_, cache, model.heads, threads));
         // A few tokens are normalised by every thread for itself: cheaper than waiting for one another.
         alone_ = count_ <= 4;
     }
 
-    void run(const Team& team) {
+    // Steps that a forward takes: at most twelve per layer, and a few around them. Shared memory is read and written in steps alone: a
+    // thread that comes late may find that the others are layers ahead.
+    static int64_t steps(const fr_transformer& model) { return 12 * int64_t(model.layers) + 10; }
+
+    void run(Team team) {
         Shelf& own = work_.own[size_t(team.rank)];
         Inputs normal = normal_;
         if (alone_) {
@@ -240,18 +255,13 @@ class Forward {
             give_hidden(team, l);
             normalise(team, layer.attention_norm, normal, own);
             linear(team, layer.qkv, normal, qkv_, qkv_stride_, Into::store);
-            team.wait();
             attention(team, l, own);
-            team.wait();
             linear(team, layer.out, mixed_, residual_, stride_, Into::add);
-            team.wait();
             normalise(team, layer.mlp_norm, normal, own);
             Outputs gate{Into::gated, floats_, floats_stride_, &gated_};
             kernels().linear(team, layer.gate_up, normal, count_, gate);
-            team.wait();
             requantise(team, model_.mlp_width, gated_);
             linear(team, layer.down, gated_, residual_, stride_, Into::add);
-            team.wait();
         }
         score(team, own);
     }
@@ -281,26 +291,25 @@ class Forward {
         }
     }
 
-    void begin(const Team& team) {
-        const Range mine = team.share(count_);
-        for (int64_t t = mine.begin; t < mine.end; ++t) {
-            float* row = residual_ + t * stride_;
-            const int64_t id = tokens_.list[size_t(t)].id;
-            if (model_.embedding) {
-                const int64_t bytes = size_of(model_.embedding_format) * model_.width;
-                read_row(model_.embedding + id * bytes, model_.embedding_format, model_.width, row);
-            } else {
-                const Lane lane = lane_of(model_.head, id, 0);
-                for (int64_t k = 0; k < model_.width; ++k) row[k] = unpacked(model_.head, lane, k);
-            }
-            for (int64_t k = model_.width; k < stride_; ++k) row[k] = 0;
-        }
-        if (team.rank == 0) {
+    void begin(Team& team) {
+        team.each(count_, 1, [&](int64_t first, int64_t last) {
+            for (int64_t t = first; t < last; ++t) embed(tokens_.list[size_t(t)].id, residual_ + t * stride_);
+            if (first > 0) return;
             clear_padding(mixed_, count_, model_.heads * model_.head_dim, model_.layer[0].out.padded_in);
             clear_padding(gated_, count_, round_up(model_.mlp_width, 16), model_.layer[0].down.padded_in);
             clear_unscored();
+        });
+    }
+
+    void embed(int64_t id, float* row) {
+        if (model_.embedding) {
+            const int64_t bytes = size_of(model_.embedding_format) * model_.width;
+            read_row(model_.embedding + id * bytes, model_.embedding_format, model_.width, row);
+        } else {
+            const Lane lane = lane_of(model_.head, id, 0);
+            for (int64_t k = 0; k < model_.width; ++k) row[k] = unpacked(model_.head, lane, k);
         }
-        team.wait();
+        for (int64_t k = model_.width; k < stride_; ++k) row[k] = 0;
     }
 
     // Padding tokens get zeros, so that nothing downstream reads what was never written.
@@ -322,11 +331,12 @@ class Forward {
         }
     }
 
-    void give_hidden(const Team& team, int32_t layer) {
+    void give_hidden(Team& team, int32_t layer) {
         for (int32_t h = 0; h < wanted_.hidden_count; ++h) {
             if (wanted_.hidden_layers[h] != layer) continue;
-            const Range mine = team.share(count_);
-            for (int64_t t = mine.begin; t < mine.end; ++t) write_hidden(h, t, residual_ + t * stride_);
+            team.each(count_, team.grain(count_, 1), [&](int64_t first, int64_t last) {
+                for (int64_t t = first; t < last; ++t) write_hidden(h, t, residual_ + t * stride_);
+            });
         }
     }
 
@@ -335,64 +345,59 @@ class Forward {
         write_row(wanted_.hidden[h] + tokens_.list[size_t(token)].place * bytes, wanted_.hidden_format, model_.width, row);
     }
 
-    void normalise(const Team& team, const float* weight, Inputs& to, Shelf& own) {
-        const Range mine = alone_ ? Range{0, count_} : team.share(count_);
+    void normalise(Team& team, const float* weight, Inputs& to, Shelf& own) {
         float* row = own.memory[7].get<float>(stride_);
-        for (int64_t t = mine.begin; t < mine.end; ++t) {
-            kernels().norm(residual_ + t * stride_, weight, nullptr, row, model_.width, model_.norm_eps, false);
-            kernels().emit(row, model_.width, to, t);
-        }
-        if (!alone_) team.wait();
+        auto some = [&](int64_t first, int64_t last) {
+            for (int64_t t = first; t < last; ++t) {
+                kernels().norm(residual_ + t * stride_, weight, nullptr, row, model_.width, model_.norm_eps, false);
+                kernels().emit(row, model_.width, to, t);
+            }
+        };
+        if (alone_) some(0, count_);
+        else team.each(count_, team.grain(count_, 4), some);
     }
 
-    void linear(const Team& team, const fr_matrix& matrix, const Inputs& x, float* to, int64_t stride, Into into) {
+    void linear(Team& team, const fr_matrix& matrix, const Inputs& x, float* to, int64_t stride, Into into) {
         kernels().linear(team, matrix, x, count_, Outputs{into, to, stride});
     }
 
-    void attention(const Team& team, int32_t layer, Shelf& own) {
+    void attention(Team& team, int32_t layer, Shelf& own) {
         const fr_layer& l = model_.layer[layer];
-        AttentionCall call{&tokens_, &cache_, layer, model_.heads, l.window, model_.scale, qkv_, qkv_stride_, model_.cos, model_.sin,
-                           l.q_norm, l.k_norm, model_.norm_eps, nullptr, false, &mixed_, floats_, floats_stride_,
-                           &work_.shared.memory[13]};
+        const AttentionCall call{&tokens_, &cache_, layer, model_.heads, l.window, model_.scale, qkv_, qkv_stride_,
+                                 model_.cos, model_.sin, l.q_norm, l.k_norm, model_.norm_eps, nullptr, &mixed_, floats_,
+                                 floats_stride_, partials_};
         kernels().attention(team, call, own);
-        if (!floats_) return;
-        team.wait();
-        requantise(team, model_.heads * model_.head_dim, mixed_, false);
+        requantise(team, model_.heads * model_.head_dim, mixed_);
     }
 
     // For int8 products: rows of fp32 -> bytes and scales.
-    void requantise(const Team& team, int64_t width, Inputs& to, bool waits = true) {
+    void requantise(Team& team, int64_t width, Inputs& to) {
         if (!floats_) return;
-        const Range mine = team.share(count_);
-        for (int64_t t = mine.begin; t < mine.end; ++t) kernels().emit(floats_ + t * floats_stride_, width, to, t);
-        if (waits) team.wait();
+        team.each(count_, 1, [&](int64_t first, int64_t last) {
+            for (int64_t t = first; t < last; ++t) kernels().emit(floats_ + t * floats_stride_, width, to, t);
+        });
     }
 
-    void score(const Team& team, Shelf& own) {
+    void score(Team& team, Shelf& own) {
         float* row = own.memory[7].get<float>(stride_);
-        bool wants_normal = false;
-        for (int32_t h = 0; h < wanted_.hidden_count; ++h) wants_normal |= wanted_.hidden_layers[h] == model_.layers;
-        if (wants_normal) {
-            const Range mine = team.share(count_);
-            for (int64_t t = mine.begin; t < mine.end; ++t) {
-                kernels().norm(residual_ + t * stride_, model_.final_norm, nullptr, row, model_.width, model_.norm_eps, false);
-                for (int32_t h = 0; h < wanted_.hidden_count; ++h)
-                    if (wanted_.hidden_layers[h] == model_.layers) write_hidden(h, t, row);
+        auto normal = [&](int64_t t) {
+            kernels().norm(residual_ + t * stride_, model_.final_norm, nullptr, row, model_.width, model_.norm_eps, false);
+        };
+        for (int32_t h = 0; h < wanted_.hidden_count; ++h) {
+            if (wanted_.hidden_layers[h] != model_.layers) continue;
+            for (int64_t t = team.rank; t < count_; t += team.size) {
+                normal(t);
+                write_hidden(h, t, row);
             }
         }
         if (!wanted_.logits) return;
         const int64_t count = int64_t(scored_.size());
-        const Range mine = team.share(count);
-        for (int64_t i = mine.begin; i < mine.end; ++i) {
-            kernels().norm(residual_ + scored_[size_t(i)] * stride_, model_.final_norm, nullptr, row, model_.width, model_.norm_eps, false);
-            kernels().emit(row, model_.width, final_, i);
-        }
-        const Range panels = team.share(panels_of(model_.head));
-        for (int64_t i = 0; i < count; ++i) {
-            best_[team.rank * count + i] = -std::numeric_limits<float>::infinity();
-            best_at_[team.rank * count + i] = panels.begin * PANEL;
-        }
-        team.wait();
+        team.each(count, 1, [&](int64_t first, int64_t last) {
+            for (int64_t i = first; i < last; ++i) {
+                normal(scored_[size_t(i)]);
+                kernels().emit(row, model_.width, final_, i);
+            }
+        });
         Outputs to{Into::logits, wanted_.logits, 0, nullptr, places_.data(), model_.vocabulary, wanted_.best ? best_ : nullptr, best_at_};
         kernels().linear(team, model_.head, final_, count, to);
     }
@@ -404,7 +409,7 @@ class Forward {
     Tokens& tokens_;
     const fr_feed& feed_;
     int64_t count_, stride_, qkv_stride_, floats_stride_;
-    float *residual_, *qkv_, *floats_, *best_;
+    float *residual_, *qkv_, *floats_, *best_, *partials_;
     int64_t* best_at_;
     Inputs normal_, mixed_, gated_, final_;
     std::vector<int32_t> scored_, places_;
@@ -437,14 +442,15 @@ FR_API int64_t fr_packed_bytes(int32_t format, int32_t gated, int64_t out, int64
 
 FR_API void fr_pack(const fr_matrix* matrix, const uint8_t* source, int32_t source_format, int64_t at, int64_t count, int32_t part,
                     int32_t threads) {
-    together(threads, [&](const Team& team) {
-        const Range mine = team.share(count);
-        for (int64_t n = mine.begin; n < mine.end; ++n) {
-            const uint8_t* row = source + n * matrix->in * size_of(source_format);
-            const Lane place = lane_of(*matrix, at + n, part);
-            if (matrix->format == FR_INT8) pack_int8(*matrix, row, source_format, place);
-            else pack_floats(*matrix, row, source_format, place);
-        }
+    together(threads, workspace().begin(threads, 1), [&](Team team) {
+        team.each(count, 16, [&](int64_t first, int64_t last) {
+            for (int64_t n = first; n < last; ++n) {
+                const uint8_t* row = source + n * matrix->in * size_of(source_format);
+                const Lane place = lane_of(*matrix, at + n, part);
+                if (matrix->format == FR_INT8) pack_int8(*matrix, row, source_format, place);
+                else pack_floats(*matrix, row, source_format, place);
+            }
+        });
     });
 }
 
@@ -456,99 +462,95 @@ FR_API void fr_unpack(const fr_matrix* matrix, float* rows, int64_t at, int64_t 
 FR_API void fr_linear(const fr_matrix* matrix, const uint8_t* x, const uint8_t* residual, uint8_t* y, int32_t format, int64_t tokens,
                       int32_t threads) {
     Workspace& work = workspace();
-    work.reserve(threads);
+    Step* steps = work.begin(threads, 3);
     auto& memory = work.shared.memory;
     Inputs inputs = inputs_for(*matrix, tokens, memory[0], memory[1]);
     const int64_t out = matrix->out, stride = round_up(out, PANEL);
     float* sums = memory[2].get<float>(tokens * stride);
-    Inputs none;
-    together(threads, [&](const Team& team) {
-        Shelf& own = work.own[size_t(team.rank)];
-        float* row = own.memory[7].get<float>(matrix->in + 16);
-        const Range mine = team.share(tokens);
-        for (int64_t t = mine.begin; t < mine.end; ++t) {
-            read_row(x + t * matrix->in * size_of(format), format, matrix->in, row);
-            kernels().emit(row, matrix->in, inputs, t);
-            if (residual) {
+    const Outputs to{matrix->gated ? Into::gated : residual ? Into::add : Into::store, sums, stride};
+    together(threads, steps, [&](Team team) {
+        float* row = work.own[size_t(team.rank)].memory[7].get<float>(matrix->in);
+        team.each(tokens, 1, [&](int64_t first, int64_t last) {
+            for (int64_t t = first; t < last; ++t) {
+                read_row(x + t * matrix->in * size_of(format), format, matrix->in, row);
+                kernels().emit(row, matrix->in, inputs, t);
+                if (!residual) continue;
                 std::memset(sums + t * stride, 0, size_t(stride) * 4);
                 read_row(residual + t * out * size_of(format), format, out, sums + t * stride);
             }
-        }
-        team.wait();
-        kernels().linear(team, *matrix, inputs, tokens,
-                         Outputs{matrix->gated ? Into::gated : residual ? Into::add : Into::store, sums, stride, &none});
-        team.wait();
-        for (int64_t t = mine.begin; t < mine.end; ++t) write_row(y + t * out * size_of(format), format, out, sums + t * stride);
+        });
+        kernels().linear(team, *matrix, inputs, tokens, to);
+        team.each(tokens, 1, [&](int64_t first, int64_t last) {
+            for (int64_t t = first; t < last; ++t) write_row(y + t * out * size_of(format), format, out, sums + t * stride);
+        });
+    });
+}
+
+// `body(in, out)` for every row of x: fp32 copies, `in_width` wide and `out_width` wide.
+template <class Body>
+static void for_rows(const uint8_t* x, uint8_t* y, int32_t format, int64_t rows, int64_t in_width, int64_t out_width, int32_t threads,
+                     Body&& body) {
+    Workspace& work = workspace();
+    together(threads, work.begin(threads, 1), [&](Team team) {
+        Shelf& own = work.own[size_t(team.rank)];
+        float *in = own.memory[7].get<float>(in_width), *out = own.memory[8].get<float>(out_width);
+        team.each(rows, team.grain(rows, 4), [&](int64_t first, int64_t last) {
+            for (int64_t t = first; t < last; ++t) {
+                read_row(x + t * in_width * size_of(format), format, in_width, in);
+                body(in, out);
+                write_row(y + t * out_width * size_of(format), format, out_width, out);
+            }
+        });
     });
 }
 
 FR_API void fr_norm(const uint8_t* x, const float* weight, const float* bias, uint8_t* y, int32_t format, int64_t tokens, int64_t width,
                     float eps, int32_t centred, int32_t threads) {
-    Workspace& work = workspace();
-    work.reserve(threads);
-    together(threads, [&](const Team& team) {
-        Shelf& own = work.own[size_t(team.rank)];
-        float *in = own.memory[7].get<float>(width), *out = own.memory[8].get<float>(width);
-        const Range mine = team.share(tokens);
-        for (int64_t t = mine.begin; t < mine.end; ++t) {
-            read_row(x + t * width * size_of(format), format, width, in);
-            kernels().norm(in, weight, bias, out, width, eps, centred != 0);
-            write_row(y + t * width * size_of(format), format, width, out);
-        }
-    });
+    for_rows(x, y, format, tokens, width, width, threads,
+             [&](const float* in, float* out) { kernels().norm(in, weight, bias, out, width, eps, centred != 0); });
 }
 
 FR_API void fr_silu_gate(const uint8_t* gate_up, uint8_t* y, int32_t format, int64_t tokens, int64_t width, int32_t threads) {
-    Workspace& work = workspace();
-    work.reserve(threads);
-    together(threads, [&](const Team& team) {
-        Shelf& own = work.own[size_t(team.rank)];
-        float *in = own.memory[7].get<float>(2 * width), *out = own.memory[8].get<float>(width);
-        const Range mine = team.share(tokens);
-        for (int64_t t = mine.begin; t < mine.end; ++t) {
-            read_row(gate_up + t * 2 * width * size_of(format), format, 2 * width, in);
-            kernels().silu_gate(in, out, width);
-            write_row(y + t * width * size_of(format), format, width, out);
-        }
-    });
+    for_rows(gate_up, y, format, tokens, 2 * width, width, threads,
+             [&](const float* in, float* out) { kernels().silu_gate(in, out, width); });
 }
 
 FR_API void fr_attention(const uint8_t* q, const fr_feed* feed, const fr_cache* cache, int32_t layer, int32_t heads, int32_t window,
                          float scale, uint8_t* y, int32_t threads) {
     Workspace& work = workspace();
-    work.reserve(threads);
+    Step* steps = work.begin(threads, 5);
     work.tokens.read(*feed);
     const int64_t width = int64_t(heads) * cache->head_dim, count = work.tokens.count();
-    float* mixed = work.shared.memory[0].get<float>(count * width);
-    AttentionCall call{&work.tokens, cache, layer, heads, window, scale, nullptr, 0, nullptr, nullptr, nullptr, nullptr, 0, q, false,
-                       nullptr, mixed, width, &work.shared.memory[13]};
     const int64_t bytes = width * size_of(cache->format);
+    float* mixed = work.shared.memory[0].get<float>(count * width);
+    float* partials = work.shared.memory[1].get<float>(partial_floats(work.tokens, *cache, heads, threads));
+    const AttentionCall call{&work.tokens, cache, layer, heads, window, scale, nullptr, 0, nullptr, nullptr, nullptr, nullptr, 0, q,
+                             nullptr, mixed, width, partials};
     std::memset(y, 0, size_t(int64_t(feed->rows) * feed->count * bytes));
-    together(threads, [&](const Team& team) {
+    together(threads, steps, [&](Team team) {
         kernels().attention(team, call, work.own[size_t(team.rank)]);
-        team.wait();
-        const Range mine = team.share(count);
-        for (int64_t t = mine.begin; t < mine.end; ++t)
-            write_row(y + work.tokens.list[size_t(t)].place * bytes, cache->format, width, mixed + t * width);
+        team.each(count, team.grain(count, 4), [&](int64_t first, int64_t last) {
+            for (int64_t t = first; t < last; ++t)
+                write_row(y + work.tokens.list[size_t(t)].place * bytes, cache->format, width, mixed + t * width);
+        });
     });
 }
 
 FR_API void fr_top(const float* logits, int64_t tokens, int64_t vocabulary, int32_t k, float* values, int64_t* indices,
                    float* logsumexp, int32_t threads) {
-    together(int32_t(std::min<int64_t>(threads, tokens)), [&](const Team& team) {
-        const Range mine = team.share(tokens);
-        for (int64_t t = mine.begin; t < mine.end; ++t)
-            kernels().top(logits + t * vocabulary, vocabulary, k, values + t * k, indices + t * k, logsumexp + t);
+    together(threads, workspace().begin(threads, 1), [&](Team team) {
+        team.each(tokens, 1, [&](int64_t first, int64_t last) {
+            for (int64_t t = first; t < last; ++t)
+                kernels().top(logits + t * vocabulary, vocabulary, k, values + t * k, indices + t * k, logsumexp + t);
+        });
     });
 }
 
 FR_API void fr_forward(const fr_transformer* model, const fr_feed* feed, const fr_cache* cache, const fr_wanted* wanted,
                        int32_t threads) {
-    Forward forward(*model, *feed, *cache, *wanted, workspace(), threads);
-    int32_t size = 1;
-    together(threads, [&](const Team& team) {
-        if (team.rank == 0) size = team.size;
-        forward.run(team);
-    });
-    forward.finish(size);
+    Workspace& work = workspace();
+    Step* steps = work.begin(threads, Forward::steps(*model));
+    Forward forward(*model, *feed, *cache, *wanted, work, threads);
+    together(threads, steps, [&](Team team) { forward.run(team); });
+    forward.finish(threads);
 }

@@ -33,60 +33,70 @@ static inline void wake_all(std::atomic<int32_t>& word) {
 #endif
 }
 
-// All arrive, then all go on. Waiting threads spin for about the time a step of a forward takes; on a busy machine they then sleep,
-// because the thread they wait for may be waiting for their core.
-struct Barrier {
-    alignas(64) std::atomic<int32_t> arrived{0};
-    alignas(64) std::atomic<int32_t> round{0};
-    alignas(64) std::atomic<int32_t> sleepers{0};
+// One step of the work of a team: pieces are claimed one after the other by whoever is free, and the step is over when all are done.
+// Nobody waits for a thread that is not running: it finds no pieces left when it comes, and goes on.
+struct alignas(64) Step {
+    std::atomic<int32_t> claimed{0}, done{0}, sleepers{0};
 
-    void wait(int32_t size) {
-        const int32_t mine = round.load(std::memory_order_relaxed);
-        if (arrived.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
-            arrived.store(0, std::memory_order_relaxed);
-            round.store(mine + 1, std::memory_order_seq_cst);
-            if (sleepers.load(std::memory_order_seq_cst)) wake_all(round);
-            return;
-        }
+    void finish_one(int32_t pieces) {
+        if (done.fetch_add(1, std::memory_order_seq_cst) + 1 == pieces && sleepers.load(std::memory_order_seq_cst)) wake_all(done);
+    }
+
+    // Spin for about the time that a step takes; on a busy machine, sleep then.
+    void wait(int32_t pieces) {
         for (int32_t turns = 0; turns < SPINS; ++turns) {
-            if (round.load(std::memory_order_acquire) != mine) return;
+            if (done.load(std::memory_order_acquire) == pieces) return;
 #if defined(__x86_64__)
             _mm_pause();
 #endif
         }
         sleepers.fetch_add(1, std::memory_order_seq_cst);
-        while (round.load(std::memory_order_seq_cst) == mine) sleep_while(round, mine);
+        for (int32_t seen; (seen = done.load(std::memory_order_seq_cst)) != pieces;) sleep_while(done, seen);
         sleepers.fetch_sub(1, std::memory_order_seq_cst);
     }
 
     enum { SPINS = 4000 };
 };
 
-struct Range {
-    int64_t begin, end;
-};
-
+// Every thread of a team takes the same steps in the same order; `next` is the one that this thread takes next.
 struct Team {
     int32_t rank, size;
-    Barrier* barrier;
+    Step* next;
 
-    void wait() const {
-        if (size > 1) barrier->wait(size);
+    // `body(begin, end)` for all of 0 .. count, in pieces of `grain`, and wait until all of it is done.
+    template <class Body>
+    void each(int64_t count, int64_t grain, Body&& body) {
+        if (size == 1) {
+            if (count) body(int64_t(0), count);
+            return;
+        }
+        Step& step = *next++;
+        const int32_t pieces = int32_t((count + grain - 1) / grain);
+        for (int32_t piece; (piece = step.claimed.fetch_add(1, std::memory_order_relaxed)) < pieces;) {
+            const int64_t begin = piece * grain, end = begin + grain < count ? begin + grain : count;
+            body(begin, end);
+            step.finish_one(pieces);
+        }
+        step.wait(pieces);
     }
-    // This thread's part of `count` equal pieces of work.
-    Range share(int64_t count) const { return {count * rank / size, count * (rank + 1) / size}; }
+
+    // A grain that gives every thread a few pieces.
+    int64_t grain(int64_t count, int64_t pieces_each) const {
+        const int64_t each = count / (size * pieces_each);
+        return each > 1 ? each : 1;
+    }
 };
 
-// Run `body(team)` on `threads` threads. OpenMP keeps them: it is the runtime torch uses, so there is one pool for both.
+// Run `body(team)` on `threads` threads; `steps` is room for all the steps it takes, freshly made. OpenMP keeps the threads: it is the
+// runtime torch uses, so there is one pool for both.
 template <class Body>
-static void together(int32_t threads, Body&& body) {
-    Barrier barrier;
+static void together(int32_t threads, Step* steps, Body&& body) {
 #ifdef _OPENMP
     if (threads > 1 && !omp_in_parallel()) {
 #pragma omp parallel num_threads(threads)
-        body(Team{omp_get_thread_num(), omp_get_num_threads(), &barrier});
+        body(Team{omp_get_thread_num(), omp_get_num_threads(), steps});
         return;
     }
 #endif
-    body(Team{0, 1, &barrier});
+    body(Team{0, 1, steps});
 }

@@ -85,17 +85,19 @@ struct Workspace {
     Shelf shared;
     std::vector<Shelf> own;  // one per thread
 
-    void reserve(int32_t threads) {
-        if (int32_t(own.size()) < threads) own = std::vector<Shelf>(size_t(threads));
-    }
+    // Memory for so many threads, and `steps` fresh steps.
+    Step* begin(int32_t threads, int64_t steps);
+
+  private:
+    Scratch steps_;
 };
 
 // The operations of one instruction set. `Team` says which part of the work is this thread's.
 struct Kernels {
-    void (*linear)(const Team&, const fr_matrix&, const Inputs&, int64_t tokens, const Outputs&);
+    void (*linear)(Team&, const fr_matrix&, const Inputs&, int64_t tokens, const Outputs&);
     void (*norm)(const float* x, const float* weight, const float* bias, float* y, int64_t width, float eps, bool centred);
     void (*emit)(const float* row, int64_t width, Inputs& to, int64_t token);
-    void (*attention)(const Team&, struct AttentionCall&, Shelf& own);
+    void (*attention)(Team&, const struct AttentionCall&, Shelf& own);
     void (*silu_gate)(const float* gate_up, float* y, int64_t width);
     void (*top)(const float* logits, int64_t vocabulary, int32_t k, float* values, int64_t* indices, float* logsumexp);
 };
@@ -112,11 +114,29 @@ struct AttentionCall {
     const float *cos, *sin, *q_norm, *k_norm;
     float eps;
     const uint8_t* q;
-    bool append_only;
     Inputs* out;        // [tokens, heads * head_dim]
     float* out_floats;  // if set, written instead of `out`
     int64_t out_stride;
-    Scratch* partials;
+    float* partials;  // room for `partial_floats` of them
 };
+
+// The running softmax of some queries in one block of floats: largest score, sum, and mixed values of each.
+static inline int64_t running_floats(int64_t queries, int64_t padded) { return 2 * round_up(queries, 16) + queries * padded; }
+
+// Too few heads for the threads, and a long text: then its chunks are shared out, and folded in order afterwards.
+static inline bool splits(const Tokens& tokens, const fr_cache& cache, int32_t heads, int32_t threads) {
+    return tokens.row_begin.size() == 2 && cache.kv_heads < threads && tokens.list.back().logical >= 2 * CHUNK &&
+           tokens.count() * (heads / cache.kv_heads) <= 64;
+}
+static inline int32_t chunks_of(const Tokens& tokens, int64_t begin, int64_t end) {
+    int32_t most = 0;
+    for (int64_t t = begin; t < end; ++t) most = tokens.list[size_t(t)].logical > most ? tokens.list[size_t(t)].logical : most;
+    return most / CHUNK + 1;
+}
+static inline int64_t partial_floats(const Tokens& tokens, const fr_cache& cache, int32_t heads, int32_t threads) {
+    if (!splits(tokens, cache, heads, threads)) return 0;
+    const int64_t queries = tokens.count() * (heads / cache.kv_heads);
+    return running_floats(queries, round_up(cache.head_dim, PANEL)) * chunks_of(tokens, 0, tokens.count()) * cache.kv_heads;
+}
 
 extern const Kernels portable_kernels, avx2_kernels, avx512_kernels, avx512_bf16_kernels;

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from forerun import drafters
+from forerun.check.greedy import BIT_FOR_BIT
+from forerun.nn import native
 
 QUICK = ("--tokens", 60, "--rows", "1,3", "--max-new-tokens", 20, "--samples", 60, "--dtype", "fp32")
 
@@ -23,13 +26,19 @@ def liar(monkeypatch):
     monkeypatch.setitem(drafters.REGISTRY, "liar", "liars")
 
 
-def test_an_exact_drafter_passes(family, said, prompts):
+@pytest.mark.parametrize("kernels", ["torch", "native"])
+def test_an_exact_drafter_passes(family, said, prompts, kernels):
+    if kernels == "native" and (reason := native.why_not(torch.device("cpu"), torch.float32)):
+        pytest.skip(reason)
     drafter = f"small:{family / 'small'}"
-    found = said("check", family / "target", "--drafter", drafter, "--prompt-file", prompts, *QUICK)
+    how = ("--drafter", drafter, "--prompt-file", prompts, "--kernels", kernels)
+    found = said("check", family / "target", *how, *QUICK)
     assert found["passed"] is True and found["lossy"] is False and found["dtype"] == "float32"
     assert [(one["rows"], one["tokens"], one["passed"]) for one in found["greedy"]] == [(1, 60, True), (3, 60, True)]
     assert found["sampled"] and all(one["passed"] and one["p"] >= 0.001 for one in found["sampled"])
-    assert all(0 < one["bound"] < 1e-3 for one in found["greedy"])
+    for one in found["greedy"]:
+        assert one["bound"] == 0 if kernels == "native" else 0 < one["bound"] < 1e-3
+        assert one["verdict"].endswith(BIT_FOR_BIT) == (kernels == "native")
 
 
 def test_the_verdict_in_words(family, forerun, prompts):

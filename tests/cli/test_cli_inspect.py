@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import transformers
+
+from forerun.nn import native
 
 
 def test_the_machine(said):
@@ -14,14 +17,36 @@ def test_the_machine(said):
 
 
 def test_a_model(family, said):
-    found = said("inspect", family / "target", "--dtype", "fp32")
+    found = said("inspect", family / "target", "--dtype", "fp32", "--kernels", "torch")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(family / "target")
     model = found["model"]
     assert model["parameters"] == theirs.num_parameters() and model["weight_bytes"] == 4 * model["parameters"]
     assert model["cache_bytes_per_token"] == 2 * 2 * 2 * 8 * 4
     assert (model["context"], model["vocabulary"], model["eos"]) == (1024, 600, [2])
-    assert model["architecture"] == "LlamaForCausalLM" and model["runs_on"] == "forerun's own transformer"
+    assert model["architecture"] == "LlamaForCausalLM" and model["runs_on"] == "forerun's own transformer, torch"
     assert model["tokenizer"] is True and found["machine"]["dtype_reason"] == "asked for"
+
+
+def test_a_model_on_native_kernels(family, said):
+    if reason := native.why_not(torch.device("cpu"), torch.float32):
+        pytest.skip(reason)
+    found = said("inspect", family / "target", "--dtype", "fp32", "--kernels", "native")
+    plain = said("inspect", family / "target", "--dtype", "fp32", "--kernels", "torch")["model"]
+    assert found["machine"]["native_kernels"] in native.ISAS
+    assert found["model"]["runs_on"] == "forerun's own transformer, native kernels (float32 weights)"
+    assert found["model"]["parameters"] == plain["parameters"]
+    rounded = said("inspect", family / "target", "--weights", "int8")["model"]
+    assert rounded["parameters"] == plain["parameters"] and rounded["weight_bytes"] < found["model"]["weight_bytes"]
+
+
+def test_without_native_kernels_the_reason_is_told(family, said, forerun, monkeypatch):
+    monkeypatch.setattr(native, "_opened", lambda: (None, "they were not built"))
+    machine = said("inspect")["machine"]
+    assert machine["native_kernels"] == "none" and machine["native_kernels_reason"] == "they were not built"
+    assert said("inspect", family / "target")["model"]["runs_on"] == "forerun's own transformer, torch"
+    for option in (("--kernels", "native"), ("--weights", "int8")):
+        code, _, err = forerun("inspect", family / "target", *option)
+        assert code == 2 and "they were not built" in err
 
 
 def test_a_foreign_model_without_a_tokenizer(tmp_path, said):

@@ -11,7 +11,7 @@ from typer.main import get_command
 from forerun.cli import app
 
 SAMPLING = "--max-new-tokens --temperature --top-k --top-p --min-p --seed"
-MACHINE = "--dtype --device"
+MACHINE = "--dtype --device --kernels --weights"
 OPTIONS = {
     "demo": f"{SAMPLING} {MACHINE} --model --drafter --drafters --prompts --rounds --json --plot",
     "generate": f"{SAMPLING} {MACHINE} --drafter --prompt-file --repetition-penalty --presence-penalty"

@@ -10,6 +10,8 @@ from forerun.check.texts import PlainText, finished, with_rows
 from forerun.engine import Engine, Output
 from forerun.sampling import SamplingParams
 
+BIT_FOR_BIT = "; no logit moves by a bit when tokens are read together"
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -57,7 +59,7 @@ class Greedy:
         head = f"greedy, {side_by_side}: "
         over = f"{self.tokens} tokens over {self.prompts} prompts"
         if self.identical:
-            return f"{head}identical, {over}"
+            return f"{head}identical, {over}{BIT_FOR_BIT if self.bound == 0 else ''}"
         if self.passed:
             count, first = len(self.divergences), self.divergences[0]
             ties = "1 tie" if count == 1 else f"{count} ties"

@@ -123,12 +123,13 @@ def _checked(folder: Path, config: TransformerConfig) -> tuple[TransformerConfig
 
 
 def _tensors(folder: Path, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-    """These tensors of a folder, one at a time."""
+    """These tensors of a folder, one at a time: the file is mapped anew for each, or all of it would stay in memory."""
     for path in weight_files(folder):
         with opened(path) as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                if name in names:
-                    yield name, file.get_tensor(name)
+            held = [name for name in file.keys() if name in names]  # noqa: SIM118 (not a dict)
+        for name in held:
+            with opened(path) as file:
+                yield name, file.get_tensor(name)
 
 
 def _demand_same(folder: Path, table: Mapping[str, Place], held: Mapping[str, Stored]) -> None:

@@ -31,7 +31,8 @@ class Arena:
     """One block of zeroed memory for all matrices of a model, on huge pages where the system has them."""
 
     def __init__(self, size: int):
-        self._map = mmap.mmap(-1, max(size, 1) + HUGE_PAGE)
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+        self._map = mmap.mmap(-1, max(size, 1) + HUGE_PAGE, **private)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.used = 0
