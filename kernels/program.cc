@@ -274,7 +274,10 @@ class Forward {
             int64_t at = best_at_[i];
             for (int32_t r = 1; r < threads; ++r) {
                 const float other = best_[r * count + i];
-                if (other > best || (other != other && best == best)) best = other, at = best_at_[r * count + i];
+                const int64_t other_at = best_at_[r * count + i];
+                const bool nan = best != best, other_nan = other != other;
+                const bool equal = other == best || (nan && other_nan);
+                if (equal ? other_at < at : other_nan || (!nan && other > best)) best = other, at = other_at;
             }
             wanted_.best[places_[size_t(i)]] = at;
         }

@@ -107,7 +107,7 @@ def test_what_comes_next_is_known_after_any_lag(sizes: list[int], data: st.DataO
         for _ in range(data.draw(st.integers(0, 6))):
             model.prefill(row, slot)
     for _ in range(2):  # the second time everything is read already
-        found = model.next_logits(rows)
+        found = model.next_scores(rows).logits_BNV[:, 0]
         assert (found == torch.stack([table.logits(row.tokens) for row in rows])).all()
     assert model.cache.lengths == sizes
 
@@ -133,18 +133,18 @@ def test_a_prompt_of_more_than_a_whole_chunk_is_read(chunk: int, monkeypatch: py
     model = model_of(rows, table)
     assert_scores(model, table, rows, tree_for(rows, [[-1, 0, 0], [-1]]))
     again = model_of(rows, table)
-    assert (again.next_logits(rows) == torch.stack([table.logits(row.tokens) for row in rows])).all()
+    assert (again.next_scores(rows).logits_BNV[:, 0] == torch.stack([table.logits(row.tokens) for row in rows])).all()
 
 
 def test_a_few_missing_tokens_are_read_in_one_forward_for_all_rows() -> None:
     rows = [row_of(text(index, 20 + index)) for index in range(4)]
     table = network()
     model = model_of(rows, table)
-    model.next_logits(rows)
+    model.next_scores(rows).logits_BNV[:, 0]
     for index, row in enumerate(rows):
         row.tokens += text(index, min(index + 1, SHORT))
     table.forwards = 0
-    model.next_logits(rows)
+    model.next_scores(rows).logits_BNV[:, 0]
     assert table.forwards == 1
 
 
@@ -184,7 +184,7 @@ def grow(model: Model, tree: TokenTree, levels: list[list[list[int]]]) -> dict[t
                 places[row, node] = held + offset
                 for other in tree.topology.path(row, node)[1:]:
                     visible[row, offset, places[row, other]] = True
-        logits = model.grow(tokens, depths, visible)
+        logits = model.grow(tokens, depths, visible).logits_BNV
         found |= {(row, node): logits[row, i] for row, nodes in enumerate(level) for i, node in enumerate(nodes)}
         held += width
     return found
@@ -202,7 +202,7 @@ def test_growing_level_by_level_is_scoring_the_whole_tree(sizes: list[int], data
         for depth in range(1, int(depths.max()) + 1)
     ]
     model = model_of(rows, table, scratch=64)
-    model.next_logits(rows)
+    model.next_scores(rows).logits_BNV[:, 0]
     found = grow(model, tree, levels)
     for row, right in enumerate(expected(table, rows, tree)):
         for node in range(1, tree.sizes[row]):
@@ -213,17 +213,17 @@ def test_a_chain_grows_token_by_token_without_a_mask_and_is_kept_in_part() -> No
     table = network()
     rows = [row_of(text(0, 7)), row_of(text(1, 3))]
     model = model_of(rows, table)
-    model.next_logits(rows)
+    model.next_scores(rows).logits_BNV[:, 0]
     drawn = [text(5, 3), text(6, 3)]
     for depth in range(1, 4):
         tokens = torch.tensor([[chain[depth - 1]] for chain in drawn])
-        logits = model.grow(tokens, np.full((2, 1), depth))[:, 0]
+        logits = model.grow(tokens, np.full((2, 1), depth)).logits_BNV[:, 0]
         right = [table.logits(row.tokens + chain[:depth]) for row, chain in zip(rows, drawn, strict=True)]
         assert (logits == torch.stack(right)).all()
     model.keep([[0, 1, 2, 3], []])  # the place 3 was never read: it is left out
     assert model.cache.lengths == [10, 3]
     rows[0].tokens += drawn[0]
-    assert (model.next_logits(rows) == torch.stack([table.logits(row.tokens) for row in rows])).all()
+    assert (model.next_scores(rows).logits_BNV[:, 0] == torch.stack([table.logits(row.tokens) for row in rows])).all()
 
 
 def test_a_prompt_is_read_rightly_after_a_forward_that_nobody_judged() -> None:
@@ -286,7 +286,7 @@ class ModelMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.rows)
     @rule()
     def ask_what_comes_next(self) -> None:
-        found = self.model.next_logits(self.rows)
+        found = self.model.next_scores(self.rows).logits_BNV[:, 0]
         assert (found == torch.stack([self.table.logits(row.tokens) for row in self.rows])).all()
 
     @precondition(lambda self: self.rows)

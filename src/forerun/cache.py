@@ -54,6 +54,7 @@ class Cache:
         """Slots allocated."""
         return self._slots
 
+    @torch.inference_mode(False)  # rows are moved and released outside of it too
     def reserve(self, slots: int, capacity: int) -> None:
         """Make room for `slots` rows of `capacity` entries (scratch included). Allocates only when either grows."""
         if slots <= self._slots and capacity <= self.capacity:

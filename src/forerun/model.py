@@ -30,12 +30,17 @@ SHORT = 8
 class Scores:
     """What a model says about a tree: logits [B, N, V] after every node, and the hidden states asked for, [B, N, D].
 
-    best_BN: the most probable token after every node, where the network knows it already.
+    best: the most probable token after every node, [B, N] (the first of equals).
     """
 
     logits_BNV: Tensor
     hidden: dict[int, Tensor] = field(default_factory=dict)
     best_BN: Tensor | None = None
+
+    @property
+    def best(self) -> Tensor:
+        """[B, N]; many a network has found it already."""
+        return self.logits_BNV.argmax(-1) if self.best_BN is None else self.best_BN
 
 
 class Model:
@@ -74,7 +79,6 @@ class Model:
     def release(self, slot: int, ready: int | None = None) -> None:
         self.cache.release(slot, ready)
 
-    @torch.inference_mode()
     def prefill(self, row: Row, slot: int, layers: Collection[int] = ()) -> dict[int, Tensor] | None:
         """Read one chunk of a row's tokens up to, but without, the newest.
 
@@ -87,7 +91,6 @@ class Model:
             return None
         return self._commit([part], slot, layers).hidden
 
-    @torch.inference_mode()
     def score(self, tree: TokenTree, rows: Sequence[Row], layers: Collection[int] = ()) -> Scores:
         """One forward over all nodes of all rows. The nodes stay in scratch until `keep` says which were right.
 
@@ -102,24 +105,24 @@ class Model:
         read = self._grow(tree.tokens_BN, topology.depths_BN, sees, layers, np.asarray(tree.sizes))
         return Scores(read.logits_BNV, read.hidden, read.best_BN)
 
-    @torch.inference_mode()
-    def next_logits(self, rows: Sequence[Row]) -> Tensor:
-        """Catch up with all committed tokens and score what comes next, [B, V]: how a draft model begins a draft."""
+    def next_scores(self, rows: Sequence[Row]) -> Scores:
+        """Catch up with all committed tokens and score what comes next (N is 1): how a draft model begins a draft."""
         self._held = 0
         for slot, row in enumerate(rows):
             self.cache.truncate(slot, len(row.tokens) - 1)
         self._catch_up([row.tokens if self._behind(row, slot, SHORT) else None for slot, row in enumerate(rows)], SHORT)
         parts = [row.tokens[self.cache.lengths[slot] :] for slot, row in enumerate(rows)]
-        return self._commit(parts).logits_BNV[:, 0]
+        read = self._commit(parts)
+        return Scores(read.logits_BNV, best_BN=read.best_BN)
 
-    @torch.inference_mode()
-    def grow(self, tokens_BN: Tensor, depths_BN: Ints, visible_BNM: np.ndarray | None = None) -> Tensor:
-        """Read uncommitted tokens that follow those already in scratch, and score them, [B, N, V].
+    def grow(self, tokens_BN: Tensor, depths_BN: Ints, visible_BNM: np.ndarray | None = None) -> Scores:
+        """Read uncommitted tokens that follow those already in scratch, and score them.
 
         depths: 1 for children of the newest committed token, and so on. visible_BNM: which of the M scratch entries (these
         N included) each of them sees; None: all before itself (a chain).
         """
-        return self._grow(tokens_BN, depths_BN - 1, visible_BNM, ()).logits_BNV
+        read = self._grow(tokens_BN, depths_BN - 1, visible_BNM, ())
+        return Scores(read.logits_BNV, best_BN=read.best_BN)
 
     def keep(self, paths: Sequence[Sequence[int]]) -> None:
         """Commit these scratch entries of each row, in order, and forget the rest."""
@@ -146,7 +149,7 @@ class Model:
         """Read committed tokens of rows `start ..`, ragged, and score the last of each."""
         longest = max(map(len, parts))
         feed = self._feed(
-            torch.tensor([part + [0] * (longest - len(part)) for part in parts], device=self.device),
+            torch.from_numpy(np.array([part + [0] * (longest - len(part)) for part in parts])).to(self.device),
             np.broadcast_to(np.arange(longest), (len(parts), longest)),
             None,
             np.asarray([len(part) for part in parts]),

@@ -87,22 +87,22 @@ class Chain(DraftModel):
         chains: list[list[int]] = [[row.tokens[-1]] for row in rows]
         steps: list[Tensor] = []
         confidence: list[Tensor] = []
-        logits_B1V = self.model.next_logits(rows)[:, None]
+        scores = self.model.next_scores(rows)
         for depth in range(1, longest + 1):
             if takes_best:
-                token_B1 = logits_B1V.argmax(-1)
+                token_B1 = scores.best
             else:
-                steps.append(draft_laws(logits_B1V, rows, [[chain[1:]] for chain in chains]))
+                steps.append(draft_laws(scores.logits_BNV, rows, [[chain[1:]] for chain in chains]))
                 token_B1 = draw(steps[-1], rows, chance, depth)
             for chain, drawn in zip(chains, token_B1.tolist(), strict=True):
                 chain += drawn
             if self.stopping.looks:
-                confidence.append(logits_B1V.float().softmax(-1).gather(-1, token_B1[..., None])[..., 0])
+                confidence.append(scores.logits_BNV.float().softmax(-1).gather(-1, token_B1[..., None])[..., 0])
                 goes_on = self.stopping.goes_on(torch.cat(confidence, -1)).tolist()
                 sizes = [size if on else min(size, 1 + depth) for size, on in zip(sizes, goes_on, strict=True)]
             if depth >= max(sizes) - 1:
                 break
-            logits_B1V = self.model.grow(token_B1, np.full((len(rows), 1), depth))
+            scores = self.model.grow(token_B1, np.full((len(rows), 1), depth))
         self._places = [[-1, *range(size - 1)] for size in sizes]
         tokens = [chain[:size] for chain, size in zip(chains, sizes, strict=True)]
         if is_greedy:
@@ -171,7 +171,7 @@ class _Growing(DraftModel):
                 tokens[index, offset], depths[index, offset] = row.tokens[node], row.depths[node]
                 visible[index, offset, [row.places[n] for n in row.path(row.parents[node])]] = True
                 row.places[node] = held + offset
-        return self.model.grow(torch.from_numpy(tokens).to(device), depths, visible)
+        return self.model.grow(torch.from_numpy(tokens).to(device), depths, visible).logits_BNV
 
 
 class TopTree(_Growing):
@@ -185,7 +185,7 @@ class TopTree(_Growing):
         rows = context.rows
         grown = [Grown([row.tokens[-1]]) for row in rows]
         frontiers: list[list[int]] = [[0] for _ in rows]
-        logits, held = self.model.next_logits(rows)[:, None], 0
+        logits, held = self.model.next_scores(rows).logits_BNV, 0
         deepest = min(self.depth, max(depths))
         for level in range(1, deepest + 1):
             best = logits.float().log_softmax(-1).topk(min(self.width, logits.shape[-1]), -1)
@@ -233,7 +233,7 @@ class SampledTree(_Growing):
         grown = [Grown([row.tokens[-1]]) for row in rows]
         groups: list[dict[int, Tensor]] = [{} for _ in rows]
         frontiers: list[list[int]] = [[0] for _ in rows]
-        logits, held = self.model.next_logits(rows)[:, None], 0
+        logits, held = self.model.next_scores(rows).logits_BNV, 0
         for level, width in enumerate(self.widths, 1):
             frontiers = [nodes if level <= most else [] for nodes, most in zip(frontiers, depths, strict=True)]
             if not any(frontiers):

@@ -125,6 +125,7 @@ class Foreign:
     def windows(self) -> frozenset[int]:
         return frozenset(window for window in self._masks.values() if window is not None)
 
+    @torch.inference_mode()
     def forward(self, feed: Feed, cache: Cache, hidden_layers: Collection[int] = ()) -> Read:
         """See `Network.forward`. Logits come in the dtype in which the model gives them."""
         last = None if feed.last_B is None else torch.from_numpy(feed.last_B).to(feed.device)

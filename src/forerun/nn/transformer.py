@@ -124,6 +124,7 @@ class Transformer(nn.Module):
                     weight.copy_(torch.randn(weight.shape, generator=generator) * std)
         return self
 
+    @torch.inference_mode()
     def forward(self, feed: Feed, cache: Cache, hidden_layers: Collection[int] = ()) -> Read:
         """Read `feed` into the cache and score it.
 
