@@ -26,11 +26,12 @@ class BuildKernels(build_ext):
     def get_export_symbols(self, ext: Extension) -> list[str]:
         return []
 
-    def run(self) -> None:
+    def build_extension(self, ext: Extension) -> None:
         try:
-            super().run()
-        except Exception as error:
-            print(f"forerun: the native kernels were not built, torch will be used instead ({error})", file=sys.stderr)
+            super().build_extension(ext)
+        except Exception as error:  # whatever a compiler or its absence brings about
+            reason = str(error).splitlines()[0][:200]
+            print(f"forerun: the native kernels were not built, torch will be used instead: {reason}", file=sys.stderr)
 
 
 def kernels() -> list[Extension]:
@@ -44,7 +45,7 @@ def kernels() -> list[Extension]:
             depends=sorted(str(path) for path in Path("kernels").glob("*.h")),
             extra_compile_args=FLAGS + extra,
             extra_link_args=["-fopenmp", *extra],
-            optional=True,
+            optional=True,  # it is no error if there is no file in the end
         )
     ]
 

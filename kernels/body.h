@@ -248,9 +248,11 @@ static void tile_int8(const uint8_t* group, const uint8_t* x, int64_t stride, co
     const uint8_t* w = group + 256;
     W sum[T][2];
 #pragma GCC unroll 32
-    for (int t = 0; t < T; ++t) sum[t][0] = sum[t][1] = all_words(0);
+    for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) sum[t][v] = all_words(0);
     for (int k = 0; k < GROUP / 4; ++k, w += 128, x += 4) {
-        const W low = load_words(w), high = load_words(w + 64);
+        const W weights[2] = {load_words(w), load_words(w + 64)};
         __builtin_prefetch(w + AHEAD);
         __builtin_prefetch(w + AHEAD + 64);
 #pragma GCC unroll 32
@@ -258,12 +260,14 @@ static void tile_int8(const uint8_t* group, const uint8_t* x, int64_t stride, co
             int32_t word;
             __builtin_memcpy(&word, x + t * stride, 4);
             const W input = all_words(word);
-            sum[t][0] = dot_int8(sum[t][0], low, input);
-            sum[t][1] = dot_int8(sum[t][1], high, input);
+#pragma GCC unroll 2
+            for (int v = 0; v < 2; ++v) sum[t][v] = dot_int8(sum[t][v], weights[v], input);
         }
     }
+#pragma GCC unroll 32
     for (int t = 0; t < T; ++t) {
         const V scale = all(scales[t * scale_stride]);
+#pragma GCC unroll 2
         for (int v = 0; v < 2; ++v) {
             float* at = sums + t * PANEL + v * 16;
             store(at, fma(int_to_float(subtract_words(sum[t][v], bias[v])), mul(load(weight_scales + v * 16), scale), load(at)));
@@ -273,17 +277,17 @@ static void tile_int8(const uint8_t* group, const uint8_t* x, int64_t stride, co
 
 static void linear_int8(Team& team, const fr_matrix& matrix, const Inputs& x, int64_t tokens, const Outputs& to) {
     using Function = void (*)(const uint8_t*, const uint8_t*, int64_t, const float*, int64_t, float*);
+    // Taller tiles need more registers than GCC 12 manages: two of eight beat one of twelve.
+    constexpr int tallest = FR_ISA >= 2 ? 8 : 4;
+    static const Function heights[] = {tile_int8<1>, tile_int8<2>, tile_int8<3>, tile_int8<4>,
 #if FR_ISA >= 2
-    static const Function heights[TALLEST] = {tile_int8<1>, tile_int8<2>, tile_int8<3>,  tile_int8<4>,  tile_int8<5>,
-                                              tile_int8<6>, tile_int8<7>, tile_int8<8>,  tile_int8<9>,  tile_int8<10>,
-                                              tile_int8<11>, tile_int8<12>, tile_int8<13>, tile_int8<14>};
-#else
-    static const Function heights[TALLEST] = {tile_int8<1>, tile_int8<2>, tile_int8<3>, tile_int8<4>};
+                                       tile_int8<5>, tile_int8<6>, tile_int8<7>, tile_int8<8>
 #endif
+    };
     const int64_t groups = matrix.padded_in / GROUP, group_bytes = 256 + GROUP * PANEL;
-    const int64_t panels = panels_of(matrix), blocks = (tokens + TALLEST - 1) / TALLEST;
+    const int64_t panels = panels_of(matrix), blocks = (tokens + tallest - 1) / tallest;
     team.each(panels, team.grain(panels, PIECES), [&](int64_t first, int64_t last) {
-        alignas(64) float sums[TALLEST * PANEL];
+        alignas(64) float sums[tallest * PANEL];
         for (int64_t panel = first; panel < last; ++panel) {
             for (int64_t b = 0; b < blocks; ++b) {
                 const int64_t begin = tokens * b / blocks, height = tokens * (b + 1) / blocks - begin;

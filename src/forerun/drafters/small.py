@@ -25,6 +25,7 @@ from forerun.drafter import Context, Drafter
 from forerun.drafters import Workshop
 from forerun.errors import DrafterError
 from forerun.model import Model, Scores
+from forerun.nn.ops import top_log_probs
 from forerun.row import Row
 from forerun.sampling import Prefix, edited, laws
 from forerun.stopping import Fixed, Stopping
@@ -188,8 +189,8 @@ class TopTree(_Growing):
         logits, held = self.model.next_scores(rows).logits_BNV, 0
         deepest = min(self.depth, max(depths))
         for level in range(1, deepest + 1):
-            best = logits.float().log_softmax(-1).topk(min(self.width, logits.shape[-1]), -1)
-            values, tokens = best.values.tolist(), best.indices.tolist()
+            log_probs, best = top_log_probs(logits, min(self.width, logits.shape[-1]))
+            values, tokens = log_probs.tolist(), best.tolist()
             for index, row in enumerate(grown):
                 if level <= depths[index]:
                     frontiers[index] = self._extend(row, frontiers[index], values[index], tokens[index])

@@ -1,18 +1,34 @@
 """The few operations a forward is made of, in plain torch.
 
-This file is the reference: any faster implementation must agree with it. Shapes use the legend of the project: `B` rows,
-`N` tokens per row, `S` cache entries read, `D` width, `H` attention heads, `E` width of one head.
+This file is the reference: the native kernels (`nn/native.py`) must agree with it, and take over for packed weights. Shapes use
+the legend of the project: `B` rows, `N` tokens per row, `S` cache entries read, `D` width, `H` attention heads, `E` width of
+one head, `V` vocabulary.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from forerun.nn import native
+from forerun.nn.native import Packed
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias`; weight is [out, in] as in every published checkpoint."""
+
+def linear(x: Tensor, weight: Tensor | Packed, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias`; weight is [out, in] as in every published checkpoint, or packed (with its bias in it)."""
+    if isinstance(weight, Packed):
+        return native.linear(x, weight)
     return F.linear(x, weight, bias)
+
+
+def top_log_probs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k most probable tokens of every row [..., V]: natural logarithms of their probabilities, and their ids, [..., k]."""
+    if logits.dtype == torch.float32 and native.why_not(logits.device, logits.dtype) is None:
+        values, tokens, total = native.top(logits, k)
+        return values - total[..., None], tokens
+    best = logits.float().log_softmax(-1).topk(k, -1)
+    return best.values, best.indices
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
