@@ -25,12 +25,24 @@ struct TileCall {
     float* sums;  // [T][NV * 16], `sums_stride` floats from token to token
     int64_t sums_stride;
     bool fresh;  // start from zero instead of from what is there
+    const uint8_t* ahead = nullptr;  // memory to fetch meanwhile, `ahead_step` bytes further with every word; null: the weights AHEAD
+    int64_t ahead_step = 0;
 };
 
 // How far ahead weights are fetched, in bytes. Measured: 4 KiB is too late for main memory under 12 tokens, 32 KiB too early.
 enum { AHEAD = 12288 };
 
-template <int F, int T, int NV>
+// What to fetch while pass `pass` of several over a panel is made: its share of the next panel, or the memory would rest whenever a
+// panel is read again.
+struct Fetch {
+    const uint8_t* from;
+    int64_t step;
+};
+static inline Fetch share_of_next(const uint8_t* panel, int64_t bytes, int64_t words, int64_t pass, int64_t passes) {
+    return {panel + bytes + bytes / passes * pass, bytes / passes / words};
+}
+
+template <int F, int T, int NV, bool SPREAD>
 static void tile(const TileCall& call) {
     V sum[T][NV];
 #pragma GCC unroll 32
@@ -39,14 +51,16 @@ static void tile(const TileCall& call) {
         for (int v = 0; v < NV; ++v) sum[t][v] = call.fresh ? zero() : load(call.sums + t * call.sums_stride + v * 16);
     const uint8_t* w = call.weights;
     const uint8_t* x = call.x;
-    const int64_t step = call.step, stride = call.stride;
+    const uint8_t* ahead = call.ahead;
+    const int64_t step = call.step, stride = call.stride, ahead_step = call.ahead_step;
     for (int64_t k = 0; k < call.words; ++k, w += step, x += 4) {
         W weights[NV];
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) {
             weights[v] = load_words(w + v * 64);
-            __builtin_prefetch(w + v * 64 + AHEAD);
+            __builtin_prefetch((SPREAD ? ahead : w + AHEAD) + v * 64);
         }
+        if (SPREAD) ahead += ahead_step;
 #pragma GCC unroll 32
         for (int t = 0; t < T; ++t) {
             int32_t word;
@@ -66,20 +80,21 @@ using TileFunction = void (*)(const TileCall&);
 
 #if FR_ISA >= 2
 enum { TALLEST = 14, WIDEST = 2 };
-#define FR_TILES(F, NV)                                                                                                      \
-    {tile<F, 1, NV>, tile<F, 2, NV>, tile<F, 3, NV>, tile<F, 4, NV>, tile<F, 5, NV>, tile<F, 6, NV>, tile<F, 7, NV>,          \
-     tile<F, 8, NV>, tile<F, 9, NV>, tile<F, 10, NV>, tile<F, 11, NV>, tile<F, 12, NV>, tile<F, 13, NV>, tile<F, 14, NV>}
 #else
 enum { TALLEST = 4, WIDEST = 1 };
-#define FR_TILES(F, NV) {tile<F, 1, NV>, tile<F, 2, NV>, tile<F, 3, NV>, tile<F, 4, NV>}
 #endif
 
+// tile<F, 1 .. TALLEST, NV, SPREAD>, by height.
+template <int F, int NV, bool SPREAD, int... HEIGHTS>
+static TileFunction tile_of(int64_t height, std::integer_sequence<int, HEIGHTS...>) {
+    static const TileFunction all[] = {tile<F, HEIGHTS + 1, NV, SPREAD>...};
+    return all[height - 1];
+}
+
+// `tokens` x `vectors` * 16 outputs, in as few tiles of nearly equal height as possible.
 template <int F>
 static void tiles(TileCall call, int64_t tokens, int vectors) {
-    static const TileFunction one[TALLEST] = FR_TILES(F, 1);
-#if FR_ISA >= 2
-    static const TileFunction two[TALLEST] = FR_TILES(F, 2);
-#endif
+    const std::make_integer_sequence<int, TALLEST> heights{};
     const int64_t blocks = (tokens + TALLEST - 1) / TALLEST;
     const TileCall first = call;
     for (int64_t b = 0; b < blocks; ++b) {
@@ -88,13 +103,9 @@ static void tiles(TileCall call, int64_t tokens, int vectors) {
         for (int v = 0; v < vectors; v += WIDEST) {
             call.weights = first.weights + v * 64;
             call.sums = first.sums + begin * first.sums_stride + v * 16;
-#if FR_ISA >= 2
-            if (v + 2 <= vectors) {
-                two[height - 1](call);
-                continue;
-            }
-#endif
-            one[height - 1](call);
+            if (v + WIDEST > vectors) tile_of<F, 1, false>(height, heights)(call);
+            else if (call.ahead) tile_of<F, WIDEST, true>(height, heights)(call);
+            else tile_of<F, WIDEST, false>(height, heights)(call);
         }
     }
 }
@@ -232,7 +243,13 @@ static void linear_floats(Team& team, const fr_matrix& matrix, const Inputs& x, 
         for (int64_t panel = first; panel < last; ++panel) {
             for (int64_t b = 0; b < blocks; ++b) {
                 const int64_t begin = tokens * b / blocks, height = tokens * (b + 1) / blocks - begin;
-                TileCall call{matrix.data + panel * words * 128, 128, words, x.data + begin * x.stride, x.stride, sums, PANEL, true};
+                const uint8_t* weights = matrix.data + panel * words * 128;
+                TileCall call{weights, 128, words, x.data + begin * x.stride, x.stride, sums, PANEL, true};
+                if (blocks > 1) {
+                    const Fetch next = share_of_next(weights, words * 128, words, b, blocks);
+                    call.ahead = next.from;
+                    call.ahead_step = next.step;
+                }
                 tiles<F>(call, height, 2);
                 finish(matrix, panel, sums, begin, height, to, team.rank, tokens);
             }
@@ -242,7 +259,8 @@ static void linear_floats(Team& team, const fr_matrix& matrix, const Inputs& x, 
 
 // One group of 128 inputs: exact in integers, then scaled and added.
 template <int T>
-static void tile_int8(const uint8_t* group, const uint8_t* x, int64_t stride, const float* scales, int64_t scale_stride, float* sums) {
+static void tile_int8(const uint8_t* group, Fetch ahead, const uint8_t* x, int64_t stride, const float* scales, int64_t scale_stride,
+                      float* sums) {
     const float* weight_scales = (const float*)group;
     const W bias[2] = {shift_left_7(load_words(group + 128)), shift_left_7(load_words(group + 192))};
     const uint8_t* w = group + 256;
@@ -253,8 +271,9 @@ static void tile_int8(const uint8_t* group, const uint8_t* x, int64_t stride, co
         for (int v = 0; v < 2; ++v) sum[t][v] = all_words(0);
     for (int k = 0; k < GROUP / 4; ++k, w += 128, x += 4) {
         const W weights[2] = {load_words(w), load_words(w + 64)};
-        __builtin_prefetch(w + AHEAD);
-        __builtin_prefetch(w + AHEAD + 64);
+        __builtin_prefetch(ahead.from);
+        __builtin_prefetch(ahead.from + 64);
+        ahead.from += ahead.step;
 #pragma GCC unroll 32
         for (int t = 0; t < T; ++t) {
             int32_t word;
@@ -276,7 +295,7 @@ static void tile_int8(const uint8_t* group, const uint8_t* x, int64_t stride, co
 }
 
 static void linear_int8(Team& team, const fr_matrix& matrix, const Inputs& x, int64_t tokens, const Outputs& to) {
-    using Function = void (*)(const uint8_t*, const uint8_t*, int64_t, const float*, int64_t, float*);
+    using Function = void (*)(const uint8_t*, Fetch, const uint8_t*, int64_t, const float*, int64_t, float*);
     // Taller tiles need more registers than GCC 12 manages: two of eight beat one of twelve.
     constexpr int tallest = FR_ISA >= 2 ? 8 : 4;
     static const Function heights[] = {tile_int8<1>, tile_int8<2>, tile_int8<3>, tile_int8<4>,
@@ -292,9 +311,13 @@ static void linear_int8(Team& team, const fr_matrix& matrix, const Inputs& x, in
             for (int64_t b = 0; b < blocks; ++b) {
                 const int64_t begin = tokens * b / blocks, height = tokens * (b + 1) / blocks - begin;
                 for (int64_t i = 0; i < height * PANEL; i += 16) store(sums + i, zero());
+                const uint8_t* weights = matrix.data + panel * groups * group_bytes;
+                const int64_t bytes = groups * group_bytes, words = groups * GROUP / 4;
+                const Fetch next = blocks > 1 ? share_of_next(weights, bytes, words, b, blocks) : Fetch{weights + AHEAD, 128};
                 for (int64_t g = 0; g < groups; ++g) {
-                    heights[height - 1](matrix.data + (panel * groups + g) * group_bytes, x.data + begin * x.stride + g * GROUP,
-                                        x.stride, x.scales + begin * x.scale_stride + g, x.scale_stride, sums);
+                    const Fetch part{next.from + g * next.step * GROUP / 4, next.step};
+                    heights[height - 1](weights + g * group_bytes, part, x.data + begin * x.stride + g * GROUP, x.stride,
+                                        x.scales + begin * x.scale_stride + g, x.scale_stride, sums);
                 }
                 finish(matrix, panel, sums, begin, height, to, team.rank, tokens);
             }
@@ -564,6 +587,17 @@ struct Strip {
     int64_t queries() const { return (end - begin) * heads.group; }
 };
 
+// Ask for the keys and values of a block: an entry of one head is too short for the processor to see where this is going.
+enum { BLOCKS_AHEAD = 4 };
+template <int F>
+static void fetch_block(const Heads<F>& heads, int32_t slot, int32_t kv_head, int32_t block) {
+    for (int32_t which = 0; which < 2; ++which) {
+        const uint8_t* row = heads.base(which, slot, kv_head) + int64_t(block) * BLOCK * heads.entry_stride;
+        for (int32_t i = 0; i < BLOCK; ++i, row += heads.entry_stride)
+            for (int64_t at = 0; at < heads.head_dim * heads.size; at += 64) __builtin_prefetch(row + at);
+    }
+}
+
 // One chunk of CHUNK keys for the queries of a strip. Leaves sum < 0 for queries that see none of it.
 template <int F>
 static void attend_chunk(const Strip<F>& strip, int32_t chunk, const uint8_t* queries, const Running& out, Shelf& own) {
@@ -585,6 +619,7 @@ static void attend_chunk(const Strip<F>& strip, int32_t chunk, const uint8_t* qu
     const Token& any = strip.at(strip.begin);
     for (int32_t b = from; b < to; ++b) {
         const int32_t column = b - chunk_first;
+        fetch_block<F>(heads, any.slot, strip.kv_head, b + BLOCKS_AHEAD);
         for (int32_t which = 0; which < 2; ++which) {
             const uint8_t* base = heads.base(which, any.slot, strip.kv_head) + int64_t(b) * BLOCK * heads.entry_stride;
             for (int32_t i = 0; i < BLOCK; ++i) rows[i] = base + i * heads.entry_stride;

@@ -1,4 +1,6 @@
 // The kernels for processors with AVX2 and FMA.
+#include <utility>
+
 #include "work.h"
 #if defined(__x86_64__)
 #include <immintrin.h>

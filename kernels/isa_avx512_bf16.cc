@@ -1,4 +1,6 @@
 // The kernels for processors with AVX-512 and its bf16 and int8 products.
+#include <utility>
+
 #include "work.h"
 #if defined(__x86_64__)
 #include <immintrin.h>

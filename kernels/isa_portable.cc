@@ -1,4 +1,6 @@
 // The kernels in plain C++, for every processor.
+#include <utility>
+
 #include "work.h"
 #define FR_ISA 0
 namespace portable {
