@@ -92,6 +92,9 @@ struct Workspace {
     Scratch steps_;
 };
 
+// This thread's workspace. One forward at a time uses it: threads of a team share the workspace of the thread that called.
+Workspace& workspace();
+
 // The operations of one instruction set. `Team` says which part of the work is this thread's.
 struct Kernels {
     void (*linear)(Team&, const fr_matrix&, const Inputs&, int64_t tokens, const Outputs&);
@@ -139,4 +142,5 @@ static inline int64_t partial_floats(const Tokens& tokens, const fr_cache& cache
     return running_floats(queries, round_up(cache.head_dim, PANEL)) * chunks_of(tokens, 0, tokens.count()) * cache.kv_heads;
 }
 
+const Kernels& kernels();  // of the active instruction set
 extern const Kernels portable_kernels, avx2_kernels, avx512_kernels, avx512_bf16_kernels;

@@ -1,7 +1,7 @@
 """The one transformer again, on native kernels: the same config and weights, packed; a whole forward is one call.
 
 A call per operation would cost more than the arithmetic of a small model (decision 10 in docs/decisions.md), so the layers are
-walked in C++ (kernels/program.cc). `nn/transformer.py` stays the readable version and the oracle.
+walked in C++ (kernels/forward.cc). `nn/transformer.py` stays the readable version and the oracle.
 
 Activations are rounded to bf16 only as inputs of products; the residual stream, norms, scores and logits are fp32.
 """

@@ -1,0 +1,138 @@
+// The C ABI: choosing an instruction set, packing weights, single operations. The forward of a transformer is in forward.cc.
+#include <cstring>
+
+#include "formats.h"
+
+namespace {
+
+int32_t best_isa() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) return FR_AVX512_BF16;
+    if (avx512) return FR_AVX512;
+    if (avx2) return FR_AVX2;
+#endif
+    return FR_PORTABLE;
+}
+
+const Kernels* const every[] = {&portable_kernels, &avx2_kernels, &avx512_kernels, &avx512_bf16_kernels};
+int32_t active = best_isa();
+
+}  // namespace
+
+const Kernels& kernels() { return *every[active]; }
+
+FR_API int32_t fr_version() { return 1; }
+FR_API int32_t fr_isa_best() { return best_isa(); }
+FR_API int32_t fr_isa_active() { return active; }
+FR_API int32_t fr_isa_use(int32_t isa) {
+    if (isa < FR_PORTABLE || isa > best_isa()) return 0;
+    active = isa;
+    return 1;
+}
+
+FR_API void fr_pack(const fr_matrix* matrix, const uint8_t* source, int32_t source_format, int64_t at, int64_t count, int32_t part,
+                    int32_t threads) {
+    together(threads, workspace().begin(threads, 1), [&](Team team) {
+        team.each(count, 16, [&](int64_t first, int64_t last) {
+            for (int64_t n = first; n < last; ++n) {
+                pack_row(*matrix, source + n * matrix->in * size_of(source_format), source_format, lane_of(*matrix, at + n, part));
+            }
+        });
+    });
+}
+
+FR_API void fr_unpack(const fr_matrix* matrix, float* rows, int64_t at, int64_t count, int32_t part) {
+    for (int64_t n = 0; n < count; ++n)
+        for (int64_t k = 0; k < matrix->in; ++k) rows[n * matrix->in + k] = unpacked(*matrix, lane_of(*matrix, at + n, part), k);
+}
+
+FR_API void fr_linear(const fr_matrix* matrix, const uint8_t* x, const uint8_t* residual, uint8_t* y, int32_t format, int64_t tokens,
+                      int32_t threads) {
+    Workspace& work = workspace();
+    Step* steps = work.begin(threads, 3);
+    auto& memory = work.shared.memory;
+    Inputs inputs = inputs_for(*matrix, tokens, memory[0], memory[1]);
+    const int64_t out = matrix->out, stride = round_up(out, PANEL);
+    float* sums = memory[2].get<float>(tokens * stride);
+    const Outputs to{matrix->gated ? Into::gated : residual ? Into::add : Into::store, sums, stride};
+    together(threads, steps, [&](Team team) {
+        float* row = work.own[size_t(team.rank)].memory[7].get<float>(matrix->in);
+        team.each(tokens, 1, [&](int64_t first, int64_t last) {
+            for (int64_t t = first; t < last; ++t) {
+                read_row(x + t * matrix->in * size_of(format), format, matrix->in, row);
+                kernels().emit(row, matrix->in, inputs, t);
+                if (!residual) continue;
+                std::memset(sums + t * stride, 0, size_t(stride) * 4);
+                read_row(residual + t * out * size_of(format), format, out, sums + t * stride);
+            }
+        });
+        kernels().linear(team, *matrix, inputs, tokens, to);
+        team.each(tokens, 1, [&](int64_t first, int64_t last) {
+            for (int64_t t = first; t < last; ++t) write_row(y + t * out * size_of(format), format, out, sums + t * stride);
+        });
+    });
+}
+
+// `body(in, out)` for every row of x: fp32 copies, `in_width` wide and `out_width` wide.
+template <class Body>
+static void for_rows(const uint8_t* x, uint8_t* y, int32_t format, int64_t rows, int64_t in_width, int64_t out_width, int32_t threads,
+                     Body&& body) {
+    Workspace& work = workspace();
+    together(threads, work.begin(threads, 1), [&](Team team) {
+        Shelf& own = work.own[size_t(team.rank)];
+        float *in = own.memory[7].get<float>(in_width), *out = own.memory[8].get<float>(out_width);
+        team.each(rows, team.grain(rows, 4), [&](int64_t first, int64_t last) {
+            for (int64_t t = first; t < last; ++t) {
+                read_row(x + t * in_width * size_of(format), format, in_width, in);
+                body(in, out);
+                write_row(y + t * out_width * size_of(format), format, out_width, out);
+            }
+        });
+    });
+}
+
+FR_API void fr_norm(const uint8_t* x, const float* weight, const float* bias, uint8_t* y, int32_t format, int64_t tokens, int64_t width,
+                    float eps, int32_t centred, int32_t threads) {
+    for_rows(x, y, format, tokens, width, width, threads,
+             [&](const float* in, float* out) { kernels().norm(in, weight, bias, out, width, eps, centred != 0); });
+}
+
+FR_API void fr_silu_gate(const uint8_t* gate_up, uint8_t* y, int32_t format, int64_t tokens, int64_t width, int32_t threads) {
+    for_rows(gate_up, y, format, tokens, 2 * width, width, threads,
+             [&](const float* in, float* out) { kernels().silu_gate(in, out, width); });
+}
+
+FR_API void fr_attention(const uint8_t* q, const fr_feed* feed, const fr_cache* cache, int32_t layer, int32_t heads, int32_t window,
+                         float scale, uint8_t* y, int32_t threads) {
+    Workspace& work = workspace();
+    Step* steps = work.begin(threads, 5);
+    work.tokens.read(*feed);
+    const int64_t width = int64_t(heads) * cache->head_dim, count = work.tokens.count();
+    const int64_t bytes = width * size_of(cache->format);
+    float* mixed = work.shared.memory[0].get<float>(count * width);
+    float* partials = work.shared.memory[1].get<float>(partial_floats(work.tokens, *cache, heads, threads));
+    const AttentionCall call{&work.tokens, cache, layer, heads, window, scale, nullptr, 0, nullptr, nullptr, nullptr, nullptr, 0, q,
+                             nullptr, mixed, width, partials};
+    std::memset(y, 0, size_t(int64_t(feed->rows) * feed->count * bytes));
+    together(threads, steps, [&](Team team) {
+        kernels().attention(team, call, work.own[size_t(team.rank)]);
+        team.each(count, team.grain(count, 4), [&](int64_t first, int64_t last) {
+            for (int64_t t = first; t < last; ++t)
+                write_row(y + work.tokens.list[size_t(t)].place * bytes, cache->format, width, mixed + t * width);
+        });
+    });
+}
+
+FR_API void fr_top(const float* logits, int64_t tokens, int64_t vocabulary, int32_t k, float* values, int64_t* indices,
+                   float* logsumexp, int32_t threads) {
+    together(threads, workspace().begin(threads, 1), [&](Team team) {
+        team.each(tokens, 1, [&](int64_t first, int64_t last) {
+            for (int64_t t = first; t < last; ++t)
+                kernels().top(logits + t * vocabulary, vocabulary, k, values + t * k, indices + t * k, logsumexp + t);
+        });
+    });
+}

@@ -1,0 +1,507 @@
+// Attention over the slot cache, straight from its entries: no mask, no padding. Keys are visited in blocks of 16 and chunks of 256 at
+// logical positions (committed entries, then the ancestors by depth), so a token's bits do not depend on which entries hold its tree.
+
+// Rotate one head (rotate-half convention), after normalising it if `weight` says so. y may be x.
+static void rotate(const float* x, float* y, int64_t head_dim, const float* cos, const float* sin, const float* weight, float eps) {
+    float normal[512];
+    if (weight) {
+        norm(x, weight, nullptr, normal, head_dim, eps, false);
+        x = normal;
+    }
+    const int64_t half = head_dim / 2;
+    for (int64_t i = 0; i < half; i += 16) {
+        const int64_t rest = half - i;
+        V a = load_some(x + i, rest), b = load_some(x + half + i, rest);
+        V c = load_some(cos + i, rest), s = load_some(sin + i, rest);
+        store_some(y + i, sub(mul(a, c), mul(b, s)), rest);
+        store_some(y + half + i, fma(a, s, mul(b, c)), rest);
+    }
+}
+
+template <int F>
+static void store_row(uint8_t* to, const float* row, int64_t width) {
+    if (F == FR_F32) {
+        __builtin_memcpy(to, row, size_t(width) * 4);
+        return;
+    }
+    int64_t i = 0;
+    for (; i + 16 <= width; i += 16) to_bf16((uint16_t*)to + i, load(row + i));
+    if (i < width) {
+        uint16_t rest[16];
+        to_bf16(rest, load_some(row + i, width - i));
+        __builtin_memcpy((uint16_t*)to + i, rest, size_t(width - i) * 2);
+    }
+}
+
+template <int F>
+struct Heads {
+    const AttentionCall& call;
+    int64_t head_dim, padded, words, size, entry_stride;  // `padded`: to 32 elements; `size`: bytes per element
+    int32_t group;
+
+    explicit Heads(const AttentionCall& c)
+        : call(c),
+          head_dim(c.cache->head_dim),
+          padded((head_dim + PANEL - 1) / PANEL * PANEL),
+          words(padded / per_word<F>()),
+          size(F == FR_BF16 ? 2 : 4),
+          entry_stride(c.cache->kv_heads * head_dim * size),
+          group(c.heads / c.cache->kv_heads) {}
+
+    uint8_t* base(int32_t which, int32_t slot, int32_t head) const {
+        const fr_cache& cache = *call.cache;
+        const int64_t slots = (int64_t(call.layer) * 2 + which) * cache.slots + slot;
+        return cache.store + (slots * cache.capacity * cache.kv_heads + head) * head_dim * size;
+    }
+};
+
+// Write the keys and values of tokens [begin, end) of one head to the cache.
+template <int F>
+static void append(const Heads<F>& heads, int64_t begin, int64_t end, int32_t kv_head) {
+    const AttentionCall& call = heads.call;
+    const int64_t dim = heads.head_dim;
+    float key[512];
+    for (int64_t t = begin; t < end; ++t) {
+        const Token& token = call.tokens->list[size_t(t)];
+        const float* row = call.qkv + t * call.qkv_stride;
+        const float* angles[2] = {call.cos + token.position * (dim / 2), call.sin + token.position * (dim / 2)};
+        rotate(row + (call.heads + kv_head) * dim, key, dim, angles[0], angles[1], call.k_norm, call.eps);
+        store_row<F>(heads.base(0, token.slot, kv_head) + token.entry * heads.entry_stride, key, dim);
+        store_row<F>(heads.base(1, token.slot, kv_head) + token.entry * heads.entry_stride,
+                     row + (call.heads + call.cache->kv_heads + kv_head) * dim, dim);
+    }
+}
+
+// The queries of tokens [begin, end) that share a key head, [token, group][padded], rotated if they are not yet.
+template <int F>
+static void gather_queries(const Heads<F>& heads, int64_t begin, int64_t end, int32_t kv_head, uint8_t* queries) {
+    const AttentionCall& call = heads.call;
+    const int64_t dim = heads.head_dim;
+    float rotated[512 + 32] = {0};
+    for (int64_t t = begin; t < end; ++t) {
+        const Token& token = call.tokens->list[size_t(t)];
+        for (int32_t g = 0; g < heads.group; ++g, queries += heads.padded * heads.size) {
+            const int32_t head = kv_head * heads.group + g;
+            if (call.qkv) {
+                rotate(call.qkv + t * call.qkv_stride + head * dim, rotated, dim, call.cos + token.position * (dim / 2),
+                       call.sin + token.position * (dim / 2), call.q_norm, call.eps);
+                store_row<F>(queries, rotated, heads.padded);
+            } else {
+                __builtin_memset(queries, 0, size_t(heads.padded * heads.size));
+                __builtin_memcpy(queries, call.q + (int64_t(token.place) * call.heads + head) * dim * heads.size,
+                                 size_t(dim * heads.size));
+            }
+        }
+    }
+}
+
+#if FR_ISA >= 2
+// 16 rows of 16 words -> 16 columns.
+static inline void transpose(W r[16], uint8_t* to, int64_t step) {
+    W t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        W a = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88), b = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+        W c = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd), d = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+        store_words(to + i * step, _mm512_shuffle_i32x4(a, b, 0x88));
+        store_words(to + (4 + i) * step, _mm512_shuffle_i32x4(c, d, 0x88));
+        store_words(to + (8 + i) * step, _mm512_shuffle_i32x4(a, b, 0xdd));
+        store_words(to + (12 + i) * step, _mm512_shuffle_i32x4(c, d, 0xdd));
+    }
+}
+#endif
+
+// Sixteen keys (null: zeros) as weights of a product: [words][16 keys], `step` bytes from word to word.
+template <int F>
+static void pack_keys(const Heads<F>& heads, const uint8_t* const rows[BLOCK], uint8_t* to, int64_t step) {
+    const int64_t bytes = heads.head_dim * heads.size;
+#if FR_ISA >= 2
+    for (int64_t w = 0; w < heads.words; w += 16) {
+        const int64_t rest = (bytes - w * 4) / 2;
+        const __mmask32 mask = rest >= 32 ? ~__mmask32(0) : rest <= 0 ? 0 : (__mmask32(1) << rest) - 1;
+        W r[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) r[i] = rows[i] ? _mm512_maskz_loadu_epi16(mask, rows[i] + w * 4) : _mm512_setzero_si512();
+        transpose(r, to + w * step, step);
+    }
+#else
+    for (int64_t w = 0; w < heads.words; ++w) {
+        for (int i = 0; i < BLOCK; ++i) {
+            uint32_t word = 0;
+            const int64_t rest = bytes - w * 4;
+            if (rows[i] && rest > 0) __builtin_memcpy(&word, rows[i] + w * 4, size_t(rest < 4 ? rest : 4));
+            __builtin_memcpy(to + w * step + i * 4, &word, 4);
+        }
+    }
+#endif
+}
+
+// Sixteen values (null: zeros) as weights of a product with the keys as inputs: [16 / per_word][padded dims].
+template <int F>
+static void pack_values(const Heads<F>& heads, const uint8_t* const rows[BLOCK], uint8_t* to) {
+    const int64_t bytes = heads.head_dim * heads.size, step = heads.padded * 4;
+    if (F == FR_F32) {
+        for (int i = 0; i < BLOCK; ++i) {
+            __builtin_memset(to + i * step, 0, size_t(step));
+            if (rows[i]) __builtin_memcpy(to + i * step, rows[i], size_t(bytes));
+        }
+        return;
+    }
+    for (int i = 0; i < BLOCK; i += 2, to += step) {
+#if FR_ISA >= 2
+        const W index = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35,
+                                         3, 34, 2, 33, 1, 32, 0);
+        const W upper = _mm512_add_epi16(index, _mm512_set1_epi16(16));
+        for (int64_t e = 0; e < heads.padded; e += 32) {
+            const int64_t rest = heads.head_dim - e;
+            const __mmask32 mask = rest >= 32 ? ~__mmask32(0) : rest <= 0 ? 0 : (__mmask32(1) << rest) - 1;
+            const W a = rows[i] ? _mm512_maskz_loadu_epi16(mask, rows[i] + e * 2) : _mm512_setzero_si512();
+            const W b = rows[i + 1] ? _mm512_maskz_loadu_epi16(mask, rows[i + 1] + e * 2) : _mm512_setzero_si512();
+            store_words(to + e * 4, _mm512_permutex2var_epi16(a, index, b));
+            store_words(to + e * 4 + 64, _mm512_permutex2var_epi16(a, upper, b));
+        }
+#else
+        uint16_t* pairs = (uint16_t*)to;
+        for (int64_t e = 0; e < heads.padded; ++e) {
+            pairs[2 * e] = rows[i] && e < heads.head_dim ? ((const uint16_t*)rows[i])[e] : 0;
+            pairs[2 * e + 1] = rows[i + 1] && e < heads.head_dim ? ((const uint16_t*)rows[i + 1])[e] : 0;
+        }
+#endif
+    }
+}
+
+// Where the sixteen keys (or values) of one block lie for one token; null for those it does not see.
+template <int F>
+static void rows_of_block(const Heads<F>& heads, const Token& token, int32_t kv_head, int32_t which, int32_t block, int32_t first,
+                          const uint8_t* rows[BLOCK]) {
+    const uint8_t* base = heads.base(which, token.slot, kv_head);
+    for (int32_t i = 0; i < BLOCK; ++i) {
+        const int32_t key = block * BLOCK + i;
+        rows[i] = key >= first && key <= token.logical ? base + token.entry_of(key) * heads.entry_stride : nullptr;
+    }
+}
+
+// The running softmax of some queries: largest score, sum of exponentials, and the sum of values [padded] of each.
+struct Running {
+    float* largest;
+    float* sum;
+    float* mixed;
+    int64_t stride;
+};
+
+// Fold the next chunk of keys into what came before. Always from the left, so any split of the work gives the same bits.
+static void fold(const Running& into, const Running& next, int64_t query, int64_t padded) {
+    float* mixed = into.mixed + query * into.stride;
+    const float* more = next.mixed + query * next.stride;
+    if (into.sum[query] < 0) {  // nothing came before
+        into.largest[query] = next.largest[query];
+        into.sum[query] = next.sum[query];
+        for (int64_t e = 0; e < padded; e += 16) store(mixed + e, load(more + e));
+        return;
+    }
+    const float largest = into.largest[query] > next.largest[query] ? into.largest[query] : next.largest[query];
+    const V before = exponential(all(into.largest[query] - largest)), now = exponential(all(next.largest[query] - largest));
+    float weights[2][16];
+    store(weights[0], before);
+    store(weights[1], now);
+    into.largest[query] = largest;
+    into.sum[query] = into.sum[query] * weights[0][0] + next.sum[query] * weights[1][0];
+    for (int64_t e = 0; e < padded; e += 16)
+        store(mixed + e, fma(load(more + e), now, mul(load(mixed + e), before)));
+}
+
+static void fold_all(const Running& into, const Running& next, int64_t queries, int64_t padded) {
+    for (int64_t q = 0; q < queries; ++q)
+        if (!(next.sum[q] < 0)) fold(into, next, q, padded);  // below zero: it saw nothing of this chunk
+}
+
+// Tokens [begin, end) of one row and one key head: who sees what, in blocks of 16 keys at logical positions.
+template <int F>
+struct Strip {
+    const Heads<F>& heads;
+    int64_t begin, end;
+    int32_t kv_head;
+    int32_t first_shared, last_shared;  // blocks [first, last) that every one of these tokens sees completely, in the same place
+
+    Strip(const Heads<F>& h, int64_t b, int64_t e, int32_t head) : heads(h), begin(b), end(e), kv_head(head) {
+        int32_t from = 0, to = 0x7fffffff;
+        for (int64_t t = begin; t < end; ++t) {
+            const Token& token = at(t);
+            const int32_t low = (first_key(token) + BLOCK - 1) / BLOCK;
+            const int32_t high = (token.path ? token.length : token.logical + 1) / BLOCK;
+            from = low > from ? low : from;
+            to = high < to ? high : to;
+        }
+        first_shared = from;
+        last_shared = to > from ? to : from;
+    }
+    const Token& at(int64_t t) const { return heads.call.tokens->list[size_t(t)]; }
+    int32_t first_key(const Token& token) const {
+        const int32_t window = heads.call.window;
+        return window > 0 && token.logical >= window ? token.logical - window + 1 : 0;
+    }
+    int64_t queries() const { return (end - begin) * heads.group; }
+};
+
+// One chunk of CHUNK keys for the queries of a strip. Leaves sum < 0 for queries that see none of it.
+template <int F>
+static void attend_chunk(const Strip<F>& strip, int32_t chunk, const uint8_t* queries, const Running& out, Shelf& own) {
+    const Heads<F>& heads = strip.heads;
+    const int32_t per_chunk = CHUNK / BLOCK, chunk_first = chunk * per_chunk, chunk_last = chunk_first + per_chunk;
+    const int32_t from = strip.first_shared > chunk_first ? strip.first_shared : chunk_first;
+    const int32_t to = strip.last_shared < chunk_last ? strip.last_shared : chunk_last;
+    const int32_t shared = to > from ? to - from : 0;
+    const int64_t count = strip.queries(), query_bytes = heads.padded * heads.size;
+    uint8_t* keys = own.memory[0].get<uint8_t>(heads.words * CHUNK * 4);
+    uint8_t* values = own.memory[1].get<uint8_t>(CHUNK / per_word<F>() * heads.padded * 4);
+    float* scores = own.memory[2].get<float>(count * CHUNK);
+    uint8_t* weights = own.memory[3].get<uint8_t>(count * CHUNK * heads.size);
+    uint8_t* block = own.memory[4].get<uint8_t>(BLOCK * heads.padded * 4);
+    const uint8_t* rows[BLOCK];
+    const int64_t key_step = CHUNK * 4, weight_stride = CHUNK * heads.size;
+    const int64_t value_words = BLOCK / per_word<F>(), value_step = heads.padded * 4;
+
+    const Token& any = strip.at(strip.begin);
+    for (int32_t b = from; b < to; ++b) {
+        const int32_t column = b - chunk_first;
+        for (int32_t which = 0; which < 2; ++which) {
+            const uint8_t* base = heads.base(which, any.slot, strip.kv_head) + int64_t(b) * BLOCK * heads.entry_stride;
+            for (int32_t i = 0; i < BLOCK; ++i) rows[i] = base + i * heads.entry_stride;
+            if (which == 0) pack_keys<F>(heads, rows, keys + column * 64, key_step);
+            else pack_values<F>(heads, rows, values + column * value_words * value_step);
+        }
+    }
+    if (shared) {
+        TileCall call{keys + (from - chunk_first) * 64, key_step, heads.words, queries, query_bytes,
+                      scores + (from - chunk_first) * BLOCK, CHUNK, true};
+        tiles<F>(call, count, shared);
+    }
+    // Blocks that belong to one token alone: the ends of what it sees.
+    for (int64_t t = strip.begin; t < strip.end; ++t) {
+        const Token& token = strip.at(t);
+        const int32_t low = strip.first_key(token), first = low / BLOCK > chunk_first ? low / BLOCK : chunk_first;
+        const int32_t last = token.logical / BLOCK + 1 < chunk_last ? token.logical / BLOCK + 1 : chunk_last;
+        const int64_t query = (t - strip.begin) * heads.group;
+        for (int32_t b = first; b < last; ++b) {
+            if (b >= from && b < from + shared) continue;
+            rows_of_block<F>(heads, token, strip.kv_head, 0, b, low, rows);
+            pack_keys<F>(heads, rows, block, 64);
+            TileCall call{block, 64, heads.words, queries + query * query_bytes, query_bytes,
+                          scores + query * CHUNK + (b - chunk_first) * BLOCK, CHUNK, true};
+            tiles<F>(call, heads.group, 1);
+        }
+        for (int32_t g = 0; g < heads.group; ++g) {
+            float* row = scores + (query + g) * CHUNK;
+            float& largest = out.largest[query + g];
+            if (first >= last) {
+                out.sum[query + g] = -1;
+                continue;
+            }
+            V most = all(-__builtin_inff());
+            for (int32_t b = first; b < last; ++b) {
+                float* lane = row + (b - chunk_first) * BLOCK;
+                V score = mul(load(lane), all(heads.call.scale));
+                store(lane, score);
+                const int32_t key = b * BLOCK;
+                if (key < low || key + BLOCK - 1 > token.logical) {
+                    for (int32_t i = 0; i < BLOCK; ++i)
+                        if (key + i < low || key + i > token.logical) lane[i] = -__builtin_inff();
+                    score = load(lane);
+                }
+                most = larger(score, most);
+            }
+            largest = largest_of(most);
+            V sum = zero();
+            for (int32_t b = first; b < last; ++b) {
+                const int64_t at = (b - chunk_first) * BLOCK;
+                const V weight = exponential(sub(load(row + at), all(largest)));
+                sum = add(sum, weight);
+                uint8_t* to_row = weights + (query + g) * weight_stride + at * heads.size;
+                if (F == FR_BF16) to_bf16((uint16_t*)to_row, weight);
+                else store((float*)to_row, weight);
+            }
+            out.sum[query + g] = sum_of(sum);
+            float* mixed = out.mixed + (query + g) * out.stride;
+            for (int64_t e = 0; e < heads.padded; e += 16) store(mixed + e, zero());
+        }
+    }
+    // Values, in ascending order of keys: a token's own blocks below, the shared ones, its own above.
+    auto own_values = [&](int64_t t, int32_t begin, int32_t end) {
+        const Token& token = strip.at(t);
+        const int64_t query = (t - strip.begin) * heads.group;
+        for (int32_t b = begin; b < end; ++b) {
+            rows_of_block<F>(heads, token, strip.kv_head, 1, b, strip.first_key(token), rows);
+            pack_values<F>(heads, rows, block);
+            TileCall call{block, value_step, value_words, weights + query * weight_stride + (b - chunk_first) * BLOCK * heads.size,
+                          weight_stride, out.mixed + query * out.stride, out.stride, false};
+            tiles<F>(call, heads.group, int(heads.padded / 16));
+        }
+    };
+    auto first_of = [&](int64_t t) {
+        const int32_t block_of = strip.first_key(strip.at(t)) / BLOCK;
+        return block_of > chunk_first ? block_of : chunk_first;
+    };
+    auto last_of = [&](int64_t t) {
+        const int32_t block_after = strip.at(t).logical / BLOCK + 1;
+        return block_after < chunk_last ? block_after : chunk_last;
+    };
+    if (!shared) {
+        for (int64_t t = strip.begin; t < strip.end; ++t) own_values(t, first_of(t), last_of(t));
+        return;
+    }
+    for (int64_t t = strip.begin; t < strip.end; ++t) own_values(t, first_of(t), from);
+    TileCall call{values + (from - chunk_first) * value_words * value_step, value_step, shared * value_words,
+                  weights + (from - chunk_first) * BLOCK * heads.size, weight_stride, out.mixed, out.stride, false};
+    tiles<F>(call, count, int(heads.padded / 16));
+    for (int64_t t = strip.begin; t < strip.end; ++t) own_values(t, from + shared, last_of(t));
+}
+
+// Divide by the sums and hand the heads on.
+template <int F>
+static void deliver(const Strip<F>& strip, const Running& state) {
+    const Heads<F>& heads = strip.heads;
+    const AttentionCall& call = heads.call;
+    for (int64_t query = 0; query < strip.queries(); ++query) {
+        const int64_t t = strip.begin + query / heads.group;
+        const int64_t head = strip.kv_head * heads.group + query % heads.group;
+        float* mixed = state.mixed + query * state.stride;
+        const V whole = all(state.sum[query]);
+        for (int64_t e = 0; e < heads.padded; e += 16) store(mixed + e, div(load(mixed + e), whole));
+        if (call.out_floats) {
+            __builtin_memcpy(call.out_floats + t * call.out_stride + head * heads.head_dim, mixed, size_t(heads.head_dim) * 4);
+        } else {
+            uint8_t* row = call.out->data + t * call.out->stride;
+            if (call.out->format == FR_BF16) store_row<FR_BF16>(row + head * heads.head_dim * 2, mixed, heads.head_dim);
+            else store_row<FR_F32>(row + head * heads.head_dim * 4, mixed, heads.head_dim);
+        }
+    }
+}
+
+static Running running(float* memory, int64_t queries, int64_t padded) {
+    return {memory, memory + queries, memory + 2 * ((queries + 15) / 16 * 16), padded};
+}
+// Read what a chunk holds for some heads once, entry after entry, so that it lies in the cache when the heads take their parts of it one
+// by one: the parts of one head are too short and too far apart for the processor to see where this is going.
+template <int F>
+static void touch_chunk(const Strip<F>& strip, int32_t chunk, int32_t first_head, int32_t last_head) {
+    const Heads<F>& heads = strip.heads;
+    const int32_t first = strip.first_shared * BLOCK, last = strip.last_shared * BLOCK;
+    const int32_t begin = first > chunk * CHUNK ? first : chunk * CHUNK, end = last < (chunk + 1) * CHUNK ? last : (chunk + 1) * CHUNK;
+    const int64_t bytes = (last_head - first_head) * heads.head_dim * heads.size;
+    uint32_t sink = 0;
+    for (int32_t which = 0; which < 2; ++which) {
+        const uint8_t* row = heads.base(which, strip.at(strip.begin).slot, first_head) + begin * heads.entry_stride;
+        for (int32_t key = begin; key < end; ++key, row += heads.entry_stride)
+            for (int64_t i = 0; i < bytes; i += 64) sink += row[i];
+    }
+    asm volatile("" ::"r"(sink));
+}
+
+// Attention of one strip for key heads [first_head, last_head).
+template <int F>
+static void attend(Strip<F> strip, int32_t first_head, int32_t last_head, Shelf& own) {
+    const Heads<F>& heads = strip.heads;
+    const int32_t some = last_head - first_head, chunks = chunks_of(*heads.call.tokens, strip.begin, strip.end);
+    const int64_t count = strip.queries(), floats = running_floats(count, heads.padded);
+    const int64_t query_bytes = count * heads.padded * heads.size;
+    uint8_t* queries = own.memory[5].get<uint8_t>(some * query_bytes);
+    float* memory = own.memory[6].get<float>((some + 1) * floats);
+    const Running next = running(memory + some * floats, count, heads.padded);
+    for (int32_t h = 0; h < some; ++h) {
+        gather_queries<F>(heads, strip.begin, strip.end, first_head + h, queries + h * query_bytes);
+        const Running state = running(memory + h * floats, count, heads.padded);
+        for (int64_t q = 0; q < count; ++q) state.sum[q] = -1;
+    }
+    for (int32_t c = 0; c < chunks; ++c) {
+        if (some > 1) touch_chunk<F>(strip, c, first_head, last_head);
+        for (int32_t h = 0; h < some; ++h) {
+            strip.kv_head = first_head + h;
+            attend_chunk<F>(strip, c, queries + h * query_bytes, next, own);
+            fold_all(running(memory + h * floats, count, heads.padded), next, count, heads.padded);
+        }
+    }
+    for (int32_t h = 0; h < some; ++h) {
+        strip.kv_head = first_head + h;
+        deliver<F>(strip, running(memory + h * floats, count, heads.padded));
+    }
+}
+
+// The chunks of one row's keys are shared out, and folded in order afterwards.
+template <int F>
+static void attend_split(Team& team, const Heads<F>& heads, Shelf& own) {
+    const AttentionCall& call = heads.call;
+    const int64_t tokens = call.tokens->count(), kv_heads = call.cache->kv_heads;
+    const int64_t count = tokens * heads.group, floats = running_floats(count, heads.padded);
+    const int32_t chunks = chunks_of(*call.tokens, 0, tokens);
+    team.each(kv_heads * chunks, 1, [&](int64_t first, int64_t last) {
+        uint8_t* queries = own.memory[5].get<uint8_t>(count * heads.padded * heads.size);
+        for (int64_t task = first; task < last; ++task) {
+            const Strip<F> strip(heads, 0, tokens, int32_t(task / chunks));
+            gather_queries<F>(heads, 0, tokens, strip.kv_head, queries);
+            attend_chunk<F>(strip, int32_t(task % chunks), queries, running(call.partials + task * floats, count, heads.padded), own);
+        }
+    });
+    team.each(kv_heads, 1, [&](int64_t first, int64_t last) {
+        for (int64_t kv_head = first; kv_head < last; ++kv_head) {
+            const Strip<F> strip(heads, 0, tokens, int32_t(kv_head));
+            const Running state = running(own.memory[6].get<float>(floats), count, heads.padded);
+            for (int64_t q = 0; q < count; ++q) state.sum[q] = -1;
+            for (int32_t c = 0; c < chunks; ++c)
+                fold_all(state, running(call.partials + (kv_head * chunks + c) * floats, count, heads.padded), count, heads.padded);
+            deliver<F>(strip, state);
+        }
+    });
+}
+
+// The tokens [begin, ...) of a row that are attended to together: not too many queries, and not too far apart.
+static inline int64_t strip_end(const Tokens& tokens, int64_t begin, int64_t row_end, int32_t group) {
+    const int64_t tallest = group >= 32 ? 2 : 64 / group;
+    int64_t end = begin + 1;
+    const Token& first = tokens.list[size_t(begin)];
+    while (end < row_end && end - begin < tallest &&
+           (first.path || tokens.list[size_t(end)].logical / BLOCK - (first.logical + 1) / BLOCK < 2))
+        ++end;
+    return end;
+}
+
+template <int F>
+static void attention_in(Team& team, const AttentionCall& call, Shelf& own) {
+    const Heads<F> heads(call);
+    const Tokens& tokens = *call.tokens;
+    const int32_t kv_heads = call.cache->kv_heads;
+    const int64_t tasks = (int64_t(tokens.row_begin.size()) - 1) * kv_heads;
+    const bool split = splits(tokens, *call.cache, call.heads, team.size);
+    team.each(tasks, team.grain(tasks, tasks == kv_heads ? 1 : PIECES), [&](int64_t first, int64_t last) {
+        for (int64_t task = first; task < last;) {
+            const int64_t row = task / kv_heads, end = tokens.row_begin[size_t(row) + 1];
+            const int32_t first_head = int32_t(task % kv_heads);
+            const int32_t last_head = int32_t(first_head + (last - task) < kv_heads ? first_head + (last - task) : kv_heads);
+            int64_t begin = tokens.row_begin[size_t(row)];
+            for (int32_t head = first_head; head < last_head && call.qkv; ++head) append<F>(heads, begin, end, head);
+            while (begin < end && !split) {
+                const int64_t stop = strip_end(tokens, begin, end, heads.group);
+                attend<F>(Strip<F>(heads, begin, stop, first_head), first_head, last_head, own);
+                begin = stop;
+            }
+            task += last_head - first_head;
+        }
+    });
+    if (split) attend_split<F>(team, heads, own);
+}
+
+static void attention(Team& team, const AttentionCall& call, Shelf& own) {
+    if (call.cache->format == FR_BF16) attention_in<FR_BF16>(team, call, own);
+    else attention_in<FR_F32>(team, call, own);
+}

@@ -1,0 +1,232 @@
+// The forward of a transformer, in one call.
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "formats.h"
+
+namespace {
+
+class Forward {
+  public:
+    Forward(const fr_transformer& model, const fr_feed& feed, const fr_cache& cache, const fr_wanted& wanted, Workspace& work,
+            int32_t threads)
+        : model_(model), cache_(cache), wanted_(wanted), work_(work), tokens_(work.tokens), feed_(feed) {
+        tokens_.read(feed);
+        count_ = tokens_.count();
+        auto& memory = work.shared.memory;
+        stride_ = round_up(model.width, PANEL);
+        qkv_stride_ = round_up((model.heads + 2 * model.kv_heads) * model.head_dim, PANEL);
+        residual_ = memory[0].get<float>(count_ * stride_);
+        qkv_ = memory[1].get<float>(count_ * qkv_stride_);
+        const fr_layer& layer = model.layer[0];
+        normal_ = inputs_for(layer.qkv, count_, memory[2], memory[3]);
+        mixed_ = inputs_for(layer.out, count_, memory[4], memory[5]);
+        gated_ = inputs_for(layer.down, count_, memory[6], memory[7]);
+        const int64_t widest = round_up(std::max<int64_t>(model.mlp_width, model.heads * model.head_dim), GROUP);
+        floats_ = layer.down.format == FR_INT8 ? memory[8].get<float>(count_ * widest) : nullptr;
+        floats_stride_ = widest;
+        choose_scored();
+        final_ = inputs_for(model.head, int64_t(scored_.size()), memory[9], memory[10]);
+        best_ = memory[11].get<float>(threads * int64_t(scored_.size()));
+        best_at_ = memory[12].get<int64_t>(threads * int64_t(scored_.size()));
+        for (int64_t i = 0; i < threads * int64_t(scored_.size()); ++i) {
+            best_[i] = -std::numeric_limits<float>::infinity();
+            best_at_[i] = 0;
+        }
+        partials_ = memory[13].get<float>(partial_floats(tokens_, cache, model.heads, threads));
+        // A few tokens are normalised by every thread for itself: cheaper than waiting for one another.
+        alone_ = count_ <= 4;
+    }
+
+    // Steps that a forward takes: at most twelve per layer, and a few around them. Shared memory is read and written in steps alone: a
+    // thread that comes late may find that the others are layers ahead.
+    static int64_t steps(const fr_transformer& model) { return 12 * int64_t(model.layers) + 10; }
+
+    void run(Team team) {
+        Shelf& own = work_.own[size_t(team.rank)];
+        Inputs normal = normal_;
+        if (alone_) {
+            normal.data = own.memory[8].get<uint8_t>(count_ * normal.stride);
+            normal.scales = own.memory[9].get<float>(count_ * normal.scale_stride);
+        }
+        begin(team);
+        for (int32_t l = 0; l < model_.layers; ++l) {
+            const fr_layer& layer = model_.layer[l];
+            give_hidden(team, l);
+            normalise(team, layer.attention_norm, normal, own);
+            linear(team, layer.qkv, normal, qkv_, qkv_stride_, Into::store);
+            attention(team, l, own);
+            linear(team, layer.out, mixed_, residual_, stride_, Into::add);
+            normalise(team, layer.mlp_norm, normal, own);
+            Outputs gate{Into::gated, floats_, floats_stride_, &gated_};
+            kernels().linear(team, layer.gate_up, normal, count_, gate);
+            requantise(team, model_.mlp_width, gated_);
+            linear(team, layer.down, gated_, residual_, stride_, Into::add);
+        }
+        score(team, own);
+    }
+
+    void finish(int32_t threads) {
+        if (!wanted_.best) return;
+        const int64_t count = int64_t(scored_.size());
+        for (int64_t i = 0; i < count; ++i) {
+            float best = best_[i];
+            int64_t at = best_at_[i];
+            for (int32_t r = 1; r < threads; ++r) {
+                const float other = best_[r * count + i];
+                const int64_t other_at = best_at_[r * count + i];
+                const bool nan = best != best, other_nan = other != other;
+                const bool equal = other == best || (nan && other_nan);
+                if (equal ? other_at < at : other_nan || (!nan && other > best)) best = other, at = other_at;
+            }
+            wanted_.best[places_[size_t(i)]] = at;
+        }
+    }
+
+  private:
+    void choose_scored() {
+        for (int64_t t = 0; t < count_; ++t) {
+            const Token& token = tokens_.list[size_t(t)];
+            const int32_t in_row = token.place - token.row * feed_.count;
+            if (wanted_.last && wanted_.last[token.row] != in_row) continue;
+            scored_.push_back(int32_t(t));
+            places_.push_back(wanted_.last ? token.row : token.place);
+        }
+    }
+
+    void begin(Team& team) {
+        team.each(count_, 1, [&](int64_t first, int64_t last) {
+            for (int64_t t = first; t < last; ++t) embed(tokens_.list[size_t(t)].id, residual_ + t * stride_);
+            if (first > 0) return;
+            clear_padding(mixed_, count_, model_.heads * model_.head_dim, model_.layer[0].out.padded_in);
+            clear_padding(gated_, count_, round_up(model_.mlp_width, 16), model_.layer[0].down.padded_in);
+            clear_unscored();
+        });
+    }
+
+    void embed(int64_t id, float* row) {
+        if (model_.embedding) {
+            const int64_t bytes = size_of(model_.embedding_format) * model_.width;
+            read_row(model_.embedding + id * bytes, model_.embedding_format, model_.width, row);
+        } else {
+            const Lane lane = lane_of(model_.head, id, 0);
+            for (int64_t k = 0; k < model_.width; ++k) row[k] = unpacked(model_.head, lane, k);
+        }
+        for (int64_t k = model_.width; k < stride_; ++k) row[k] = 0;
+    }
+
+    // Padding tokens get zeros, so that nothing downstream reads what was never written.
+    void clear_unscored() {
+        if (count_ == int64_t(feed_.rows) * feed_.count) return;
+        if (!wanted_.last) {
+            for (int32_t row = 0; row < feed_.rows; ++row) {
+                const int64_t from = int64_t(row) * feed_.count + feed_.counts[row], n = feed_.count - feed_.counts[row];
+                if (wanted_.logits) std::memset(wanted_.logits + from * model_.vocabulary, 0, size_t(n * model_.vocabulary) * 4);
+                if (wanted_.best) std::memset(wanted_.best + from, 0, size_t(n) * 8);
+            }
+        }
+        for (int32_t h = 0; h < wanted_.hidden_count; ++h) {
+            const int64_t bytes = size_of(wanted_.hidden_format) * model_.width;
+            for (int32_t row = 0; row < feed_.rows; ++row) {
+                const int64_t from = int64_t(row) * feed_.count + feed_.counts[row], n = feed_.count - feed_.counts[row];
+                std::memset(wanted_.hidden[h] + from * bytes, 0, size_t(n * bytes));
+            }
+        }
+    }
+
+    void give_hidden(Team& team, int32_t layer) {
+        for (int32_t h = 0; h < wanted_.hidden_count; ++h) {
+            if (wanted_.hidden_layers[h] != layer) continue;
+            team.each(count_, team.grain(count_, 1), [&](int64_t first, int64_t last) {
+                for (int64_t t = first; t < last; ++t) write_hidden(h, t, residual_ + t * stride_);
+            });
+        }
+    }
+
+    void write_hidden(int32_t h, int64_t token, const float* row) {
+        const int64_t bytes = size_of(wanted_.hidden_format) * model_.width;
+        write_row(wanted_.hidden[h] + tokens_.list[size_t(token)].place * bytes, wanted_.hidden_format, model_.width, row);
+    }
+
+    void normalise(Team& team, const float* weight, Inputs& to, Shelf& own) {
+        float* row = own.memory[7].get<float>(stride_);
+        auto some = [&](int64_t first, int64_t last) {
+            for (int64_t t = first; t < last; ++t) {
+                kernels().norm(residual_ + t * stride_, weight, nullptr, row, model_.width, model_.norm_eps, false);
+                kernels().emit(row, model_.width, to, t);
+            }
+        };
+        if (alone_) some(0, count_);
+        else team.each(count_, team.grain(count_, 4), some);
+    }
+
+    void linear(Team& team, const fr_matrix& matrix, const Inputs& x, float* to, int64_t stride, Into into) {
+        kernels().linear(team, matrix, x, count_, Outputs{into, to, stride});
+    }
+
+    void attention(Team& team, int32_t layer, Shelf& own) {
+        const fr_layer& l = model_.layer[layer];
+        const AttentionCall call{&tokens_, &cache_, layer, model_.heads, l.window, model_.scale, qkv_, qkv_stride_,
+                                 model_.cos, model_.sin, l.q_norm, l.k_norm, model_.norm_eps, nullptr, &mixed_, floats_,
+                                 floats_stride_, partials_};
+        kernels().attention(team, call, own);
+        requantise(team, model_.heads * model_.head_dim, mixed_);
+    }
+
+    // For int8 products: rows of fp32 -> bytes and scales.
+    void requantise(Team& team, int64_t width, Inputs& to) {
+        if (!floats_) return;
+        team.each(count_, 1, [&](int64_t first, int64_t last) {
+            for (int64_t t = first; t < last; ++t) kernels().emit(floats_ + t * floats_stride_, width, to, t);
+        });
+    }
+
+    void score(Team& team, Shelf& own) {
+        float* row = own.memory[7].get<float>(stride_);
+        auto normal = [&](int64_t t) {
+            kernels().norm(residual_ + t * stride_, model_.final_norm, nullptr, row, model_.width, model_.norm_eps, false);
+        };
+        for (int32_t h = 0; h < wanted_.hidden_count; ++h) {
+            if (wanted_.hidden_layers[h] != model_.layers) continue;
+            for (int64_t t = team.rank; t < count_; t += team.size) {
+                normal(t);
+                write_hidden(h, t, row);
+            }
+        }
+        if (!wanted_.logits) return;
+        const int64_t count = int64_t(scored_.size());
+        team.each(count, 1, [&](int64_t first, int64_t last) {
+            for (int64_t i = first; i < last; ++i) {
+                normal(scored_[size_t(i)]);
+                kernels().emit(row, model_.width, final_, i);
+            }
+        });
+        Outputs to{Into::logits, wanted_.logits, 0, nullptr, places_.data(), model_.vocabulary, wanted_.best ? best_ : nullptr, best_at_};
+        kernels().linear(team, model_.head, final_, count, to);
+    }
+
+    const fr_transformer& model_;
+    const fr_cache& cache_;
+    const fr_wanted& wanted_;
+    Workspace& work_;
+    Tokens& tokens_;
+    const fr_feed& feed_;
+    int64_t count_, stride_, qkv_stride_, floats_stride_;
+    float *residual_, *qkv_, *floats_, *best_, *partials_;
+    int64_t* best_at_;
+    Inputs normal_, mixed_, gated_, final_;
+    std::vector<int32_t> scored_, places_;
+    bool alone_;
+};
+
+}  // namespace
+
+FR_API void fr_forward(const fr_transformer* model, const fr_feed* feed, const fr_cache* cache, const fr_wanted* wanted,
+                       int32_t threads) {
+    Workspace& work = workspace();
+    Step* steps = work.begin(threads, Forward::steps(*model));
+    Forward forward(*model, *feed, *cache, *wanted, work, threads);
+    together(threads, steps, [&](Team team) { forward.run(team); });
+    forward.finish(threads);
+}
