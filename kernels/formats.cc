@@ -49,13 +49,16 @@ void pack_int8(const fr_matrix& matrix, const uint8_t* source, int32_t source_fo
     for (int64_t g = 0; g * GROUP < matrix.padded_in; ++g) {
         const int64_t rest = matrix.in - g * GROUP, count = rest < 0 ? 0 : rest < GROUP ? rest : int64_t(GROUP);
         read_row(source + g * GROUP * size_of(source_format), source_format, count, row);
-        float largest = 0;
-        for (int64_t i = 0; i < count; ++i) largest = std::fmax(largest, std::fabs(row[i]));
+        float largest = 0, poison = 0;  // a weight that is not finite makes the scale NaN
+        for (int64_t i = 0; i < count; ++i) {
+            largest = std::fmax(largest, std::fabs(row[i]));
+            poison += row[i] * 0;
+        }
         uint8_t* group = matrix.data + (place.panel * (matrix.padded_in / GROUP) + g) * GROUP_BYTES;
-        const float scale = largest / 127;
+        const float scale = largest / 127 + poison;
         int32_t sum = 0;
         for (int64_t i = 0; i < GROUP; ++i) {
-            const int32_t value = i < count && scale > 0 ? int32_t(std::nearbyint(row[i] / scale)) : 0;
+            const int32_t value = i < count && scale > 0 ? int32_t(std::fmin(std::nearbyint(row[i] / scale), 127.0f)) : 0;
             group[256 + (i / 4) * 128 + place.lane * 4 + i % 4] = uint8_t(int8_t(value));
             sum += value;
         }

@@ -12,9 +12,12 @@ static void finish(const fr_matrix& matrix, int64_t panel, const float* sums, in
         const int64_t token = begin + t;
         if (to.into == Into::gated) {
             const V value = mul(silu(low), high);
+            if (to.floats) {
+                store(to.floats + token * to.stride + panel * 16, value);
+                continue;
+            }
             uint8_t* row = to.next->data + token * to.next->stride;
-            if (to.floats) store(to.floats + token * to.stride + panel * 16, value);
-            else if (to.next->format == FR_BF16) to_bf16((uint16_t*)row + panel * 16, value);
+            if (to.next->format == FR_BF16) to_bf16((uint16_t*)row + panel * 16, value);
             else store((float*)row + panel * 16, value);
         } else if (to.into == Into::logits) {
             float* row = to.floats + int64_t(to.places[token]) * to.columns;
