@@ -13,7 +13,8 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = sorted(str(path) for path in Path("kernels").glob("*.cc"))
 # -ffp-contract=off: the kernels say themselves where a product and a sum are fused, so that every path rounds alike.
-FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-g0", "-w"]
+FLAGS = ["-std=c++20", "-O3", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-g0", "-Wall"]
+FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC's own intrinsics
 SANITIZERS = ["-g", "-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 
@@ -30,8 +31,12 @@ class BuildKernels(build_ext):
         try:
             super().build_extension(ext)
         except Exception as error:  # whatever a compiler or its absence brings about
-            reason = str(error).splitlines()[0][:200]
+            reason = " ".join(str(error).split())[:300]
             print(f"forerun: the native kernels were not built, torch will be used instead: {reason}", file=sys.stderr)
+            note = Path(self.build_lib, *ext.name.split(".")).with_suffix(".txt")
+            for path in (note, Path("src", *ext.name.split(".")).with_suffix(".txt")) if self.inplace else (note,):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(reason + "\n")  # what `forerun inspect` will say
 
 
 def kernels() -> list[Extension]:

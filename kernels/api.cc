@@ -25,7 +25,10 @@ int32_t active = best_isa();
 
 const Kernels& kernels() { return *every[active]; }
 
-FR_API int32_t fr_version() { return 1; }
+FR_API void fr_sizes(int32_t* sizes) {
+    const size_t all[] = {sizeof(fr_matrix), sizeof(fr_feed), sizeof(fr_cache), sizeof(fr_layer), sizeof(fr_transformer), sizeof(fr_wanted)};
+    for (size_t i = 0; i < sizeof(all) / sizeof(all[0]); ++i) sizes[i] = int32_t(all[i]);
+}
 FR_API int32_t fr_isa_best() { return best_isa(); }
 FR_API int32_t fr_isa_active() { return active; }
 FR_API int32_t fr_isa_use(int32_t isa) {
@@ -115,8 +118,16 @@ FR_API void fr_attention(const uint8_t* q, const fr_feed* feed, const fr_cache* 
     const int64_t bytes = width * size_of(cache->format);
     float* mixed = work.shared.memory[0].get<float>(count * width);
     float* partials = work.shared.memory[1].get<float>(partial_floats(work.tokens, *cache, heads, threads));
-    const AttentionCall call{&work.tokens, cache, layer, heads, window, scale, nullptr, 0, nullptr, nullptr, nullptr, nullptr, 0, q,
-                             nullptr, mixed, width, partials};
+    const AttentionCall call{.tokens = &work.tokens,
+                             .cache = cache,
+                             .layer = layer,
+                             .heads = heads,
+                             .window = window,
+                             .scale = scale,
+                             .q = q,
+                             .out_floats = mixed,
+                             .out_stride = width,
+                             .partials = partials};
     std::memset(y, 0, size_t(int64_t(feed->rows) * feed->count * bytes));
     together(threads, steps, [&](Team team) {
         kernels().attention(team, call, work.own[size_t(team.rank)]);

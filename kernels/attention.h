@@ -3,7 +3,7 @@
 
 // Rotate one head (rotate-half convention), after normalising it if `weight` says so. y may be x.
 static void rotate(const float* x, float* y, int64_t head_dim, const float* cos, const float* sin, const float* weight, float eps) {
-    float normal[512];
+    float normal[WIDEST_HEAD];
     if (weight) {
         norm(x, weight, nullptr, normal, head_dim, eps, false);
         x = normal;
@@ -60,7 +60,7 @@ template <int F>
 static void append(const Heads<F>& heads, int64_t begin, int64_t end, int32_t kv_head) {
     const AttentionCall& call = heads.call;
     const int64_t dim = heads.head_dim;
-    float key[512];
+    float key[WIDEST_HEAD];
     for (int64_t t = begin; t < end; ++t) {
         const Token& token = call.tokens->list[size_t(t)];
         const float* row = call.qkv + t * call.qkv_stride;
@@ -77,7 +77,7 @@ template <int F>
 static void gather_queries(const Heads<F>& heads, int64_t begin, int64_t end, int32_t kv_head, uint8_t* queries) {
     const AttentionCall& call = heads.call;
     const int64_t dim = heads.head_dim;
-    float rotated[512 + 32] = {0};
+    float rotated[WIDEST_HEAD + PANEL] = {0};
     for (int64_t t = begin; t < end; ++t) {
         const Token& token = call.tokens->list[size_t(t)];
         for (int32_t g = 0; g < heads.group; ++g, queries += heads.padded * heads.size) {

@@ -63,8 +63,9 @@ struct fr_transformer {
     fr_matrix head;
     const uint8_t* embedding;    // [vocabulary, width] row by row in `embedding_format`; null: taken from the packed head
     int32_t embedding_format, vocabulary;
-    const float* cos;            // [positions, head_dim / 2]
+    const float* cos;            // [table_length, head_dim / 2]
     const float* sin;
+    int64_t table_length;
 };
 
 // What a forward shall write. logits: fp32 [rows, count or 1, vocabulary]; best: the index of the largest logit (the first of
@@ -85,7 +86,8 @@ enum fr_isa : int32_t { FR_PORTABLE = 0, FR_AVX2 = 1, FR_AVX512 = 2, FR_AVX512_B
 FR_API int32_t fr_isa_best();
 FR_API int32_t fr_isa_active();
 FR_API int32_t fr_isa_use(int32_t isa);
-FR_API int32_t fr_version();
+// The sizes of fr_matrix, fr_feed, fr_cache, fr_layer, fr_transformer and fr_wanted, so that a caller can tell a library of another version.
+FR_API void fr_sizes(int32_t* sizes);
 
 // Bytes that a packed matrix needs, and filling it: rows [begin, begin + count) of a row-major source (bf16 or fp32), which become
 // outputs `at ..` of the matrix (for gated matrices: `part` 0 the gates, 1 the values). Padding must have been zeroed before.
@@ -107,6 +109,7 @@ FR_API void fr_attention(const uint8_t* q, const fr_feed* feed, const fr_cache* 
 FR_API void fr_top(const float* logits, int64_t tokens, int64_t vocabulary, int32_t k, float* values, int64_t* indices,
                    float* logsumexp, int32_t threads);
 
-// A whole forward in one call.
-FR_API void fr_forward(const fr_transformer* model, const fr_feed* feed, const fr_cache* cache, const fr_wanted* wanted,
+// A whole forward in one call. Says what was wrong, and has done nothing then.
+enum fr_error : int32_t { FR_FINE = 0, FR_BAD_TOKEN = 1, FR_BAD_PLACE = 2, FR_BAD_POSITION = 3, FR_NO_MEMORY = 4 };
+FR_API int32_t fr_forward(const fr_transformer* model, const fr_feed* feed, const fr_cache* cache, const fr_wanted* wanted,
                        int32_t threads);

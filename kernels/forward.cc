@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <new>
 
 #include "formats.h"
 
@@ -35,12 +36,17 @@ class Forward {
             best_at_[i] = 0;
         }
         partials_ = memory[13].get<float>(partial_floats(tokens_, cache, model.heads, threads));
+        clear_padding(mixed_, count_, model.heads * model.head_dim, model.layer[0].out.padded_in);
+        clear_padding(gated_, count_, round_up(model.mlp_width, 16), model.layer[0].down.padded_in);
+        if (int64_t(scored_.size()) < int64_t(feed.rows) * (wanted.last ? 1 : feed.count) || count_ < int64_t(feed.rows) * feed.count)
+            clear_padding_tokens();
         // A few tokens are normalised by every thread for itself: cheaper than waiting for one another.
         alone_ = count_ <= 4;
     }
 
     // Steps that a forward takes: at most twelve per layer, and a few around them. Shared memory is read and written in steps alone: a
-    // thread that comes late may find that the others are layers ahead.
+    // thread that comes late may find that the others are layers ahead. (`alone_` norms are read outside of them. A late thread may
+    // read a residual that is being written then, but only when the product that it reads it for has no pieces left.)
     static int64_t steps(const fr_transformer& model) { return 12 * int64_t(model.layers) + 10; }
 
     void run(Team team) {
@@ -98,10 +104,6 @@ class Forward {
     void begin(Team& team) {
         team.each(count_, 1, [&](int64_t first, int64_t last) {
             for (int64_t t = first; t < last; ++t) embed(tokens_.list[size_t(t)].id, residual_ + t * stride_);
-            if (first > 0) return;
-            clear_padding(mixed_, count_, model_.heads * model_.head_dim, model_.layer[0].out.padded_in);
-            clear_padding(gated_, count_, round_up(model_.mlp_width, 16), model_.layer[0].down.padded_in);
-            clear_unscored();
         });
     }
 
@@ -116,21 +118,21 @@ class Forward {
         for (int64_t k = model_.width; k < stride_; ++k) row[k] = 0;
     }
 
-    // Padding tokens get zeros, so that nothing downstream reads what was never written.
-    void clear_unscored() {
-        if (count_ == int64_t(feed_.rows) * feed_.count) return;
-        if (!wanted_.last) {
-            for (int32_t row = 0; row < feed_.rows; ++row) {
-                const int64_t from = int64_t(row) * feed_.count + feed_.counts[row], n = feed_.count - feed_.counts[row];
-                if (wanted_.logits) std::memset(wanted_.logits + from * model_.vocabulary, 0, size_t(n * model_.vocabulary) * 4);
-                if (wanted_.best) std::memset(wanted_.best + from, 0, size_t(n) * 8);
-            }
+    // Padding gets zeros, so that nothing downstream reads what was never written.
+    void clear_padding_tokens() {
+        const int64_t rows = feed_.rows, scores = wanted_.last ? rows : rows * feed_.count;
+        std::vector<char> scored(size_t(scores), 0);
+        for (int32_t place : places_) scored[size_t(place)] = 1;
+        for (int64_t place = 0; place < scores; ++place) {
+            if (scored[size_t(place)]) continue;
+            if (wanted_.logits) std::memset(wanted_.logits + place * model_.vocabulary, 0, size_t(model_.vocabulary) * 4);
+            if (wanted_.best) wanted_.best[place] = 0;
         }
+        const int64_t bytes = size_of(wanted_.hidden_format) * model_.width;
         for (int32_t h = 0; h < wanted_.hidden_count; ++h) {
-            const int64_t bytes = size_of(wanted_.hidden_format) * model_.width;
-            for (int32_t row = 0; row < feed_.rows; ++row) {
-                const int64_t from = int64_t(row) * feed_.count + feed_.counts[row], n = feed_.count - feed_.counts[row];
-                std::memset(wanted_.hidden[h] + from * bytes, 0, size_t(n * bytes));
+            for (int64_t row = 0; row < rows; ++row) {
+                const int64_t padding = feed_.count - feed_.counts[row], from = row * feed_.count + feed_.counts[row];
+                std::memset(wanted_.hidden[h] + from * bytes, 0, size_t(padding * bytes));
             }
         }
     }
@@ -167,9 +169,23 @@ class Forward {
 
     void attention(Team& team, int32_t layer, Shelf& own) {
         const fr_layer& l = model_.layer[layer];
-        const AttentionCall call{&tokens_, &cache_, layer, model_.heads, l.window, model_.scale, qkv_, qkv_stride_,
-                                 model_.cos, model_.sin, l.q_norm, l.k_norm, model_.norm_eps, nullptr, &mixed_, floats_,
-                                 floats_stride_, partials_};
+        const AttentionCall call{.tokens = &tokens_,
+                                 .cache = &cache_,
+                                 .layer = layer,
+                                 .heads = model_.heads,
+                                 .window = l.window,
+                                 .scale = model_.scale,
+                                 .qkv = qkv_,
+                                 .qkv_stride = qkv_stride_,
+                                 .cos = model_.cos,
+                                 .sin = model_.sin,
+                                 .q_norm = l.q_norm,
+                                 .k_norm = l.k_norm,
+                                 .eps = model_.norm_eps,
+                                 .out = &mixed_,
+                                 .out_floats = floats_,
+                                 .out_stride = floats_stride_,
+                                 .partials = partials_};
         kernels().attention(team, call, own);
         requantise(team, model_.heads * model_.head_dim, mixed_);
     }
@@ -222,11 +238,36 @@ class Forward {
 
 }  // namespace
 
-FR_API void fr_forward(const fr_transformer* model, const fr_feed* feed, const fr_cache* cache, const fr_wanted* wanted,
-                       int32_t threads) {
-    Workspace& work = workspace();
-    Step* steps = work.begin(threads, Forward::steps(*model));
-    Forward forward(*model, *feed, *cache, *wanted, work, threads);
-    together(threads, steps, [&](Team team) { forward.run(team); });
-    forward.finish(threads);
+namespace {
+
+// Whether everything stays inside the vocabulary, the cache and the tables.
+int32_t checked(const fr_transformer& model, const fr_feed& feed, const fr_cache& cache) {
+    if (feed.start < 0 || feed.start + feed.rows > cache.slots) return FR_BAD_PLACE;
+    for (int32_t row = 0; row < feed.rows; ++row) {
+        const int64_t end = int64_t(feed.lengths[row]) + feed.held + feed.counts[row];
+        if (feed.counts[row] < 0 || feed.counts[row] > feed.count || feed.lengths[row] < 0 || end > cache.capacity) return FR_BAD_PLACE;
+        for (int32_t i = 0; i < feed.counts[row]; ++i) {
+            const int64_t place = int64_t(row) * feed.count + i;
+            if (feed.tokens[place] < 0 || feed.tokens[place] >= model.vocabulary) return FR_BAD_TOKEN;
+            if (feed.positions[place] < 0 || feed.positions[place] >= model.table_length) return FR_BAD_POSITION;
+        }
+    }
+    return FR_FINE;
+}
+
+}  // namespace
+
+FR_API int32_t fr_forward(const fr_transformer* model, const fr_feed* feed, const fr_cache* cache, const fr_wanted* wanted,
+                          int32_t threads) {
+    if (const int32_t error = checked(*model, *feed, *cache)) return error;
+    try {
+        Workspace& work = workspace();
+        Step* steps = work.begin(threads, Forward::steps(*model));
+        Forward forward(*model, *feed, *cache, *wanted, work, threads);
+        together(threads, steps, [&](Team team) { forward.run(team); });
+        forward.finish(threads);
+    } catch (const std::bad_alloc&) {
+        return FR_NO_MEMORY;
+    }
+    return FR_FINE;
 }

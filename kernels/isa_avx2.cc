@@ -4,11 +4,18 @@
 #include "work.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
 #pragma GCC target("avx2,fma")
+#endif
 #define FR_ISA 1
 namespace avx2 {
 #include "body.h"
 }
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
 const Kernels avx2_kernels = {avx2::linear, avx2::norm,      avx2::emit,
                                      avx2::attention, avx2::silu_gate, avx2::top};
 #else

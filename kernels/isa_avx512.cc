@@ -4,11 +4,18 @@
 #include "work.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#endif
 #define FR_ISA 2
 namespace avx512 {
 #include "body.h"
 }
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
 const Kernels avx512_kernels = {avx512::linear, avx512::norm,      avx512::emit,
                                      avx512::attention, avx512::silu_gate, avx512::top};
 #else

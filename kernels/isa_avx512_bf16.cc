@@ -4,11 +4,18 @@
 #include "work.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma"))), apply_to = function)
+#else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma")
+#endif
 #define FR_ISA 3
 namespace avx512_bf16 {
 #include "body.h"
 }
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
 const Kernels avx512_bf16_kernels = {avx512_bf16::linear, avx512_bf16::norm,      avx512_bf16::emit,
                                      avx512_bf16::attention, avx512_bf16::silu_gate, avx512_bf16::top};
 #else

@@ -1,6 +1,6 @@
 // Linear layers: panels of 32 outputs are claimed by threads, tokens go through them in tiles.
 
-enum { PIECES = 2 };  // per thread and product: few enough to be cheap, enough to even out threads of unequal speed
+constexpr int64_t PIECES = 2;  // per thread and product: few enough to be cheap, enough to even out threads of unequal speed
 
 // Add what the product of one panel is to be added to, and write it where it goes. sums: [tokens][32].
 static void finish(const fr_matrix& matrix, int64_t panel, const float* sums, int64_t begin, int64_t tokens, const Outputs& to,

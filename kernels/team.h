@@ -55,7 +55,7 @@ struct alignas(64) Step {
         sleepers.fetch_sub(1, std::memory_order_seq_cst);
     }
 
-    enum { SPINS = 4000 };
+    static constexpr int32_t SPINS = 4000;  // pauses: 40 microseconds or more, by processor
 };
 
 // Every thread of a team takes the same steps in the same order; `next` is the one that this thread takes next.

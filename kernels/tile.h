@@ -24,7 +24,7 @@ struct TileCall {
 };
 
 // How far ahead weights are fetched, in bytes. Measured: 4 KiB is too late for main memory under 12 tokens, 32 KiB too early.
-enum { AHEAD = 12288 };
+constexpr int64_t AHEAD = 12288;
 
 // What to fetch while pass `pass` of several over a panel is made: its share of the next panel, or the memory would rest whenever a
 // panel is read again.
@@ -73,9 +73,9 @@ static void tile(const TileCall& call) {
 using TileFunction = void (*)(const TileCall&);
 
 #if FR_ISA >= 2
-enum { TALLEST = 14, WIDEST = 2 };
+constexpr int32_t TALLEST = 14, WIDEST = 2;
 #else
-enum { TALLEST = 4, WIDEST = 1 };
+constexpr int32_t TALLEST = 4, WIDEST = 1;
 #endif
 
 // tile<F, 1 .. TALLEST, NV, SPREAD>, by height.

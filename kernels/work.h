@@ -7,7 +7,7 @@
 #include "forerun_kernels.h"
 #include "team.h"
 
-enum { PANEL = 32, GROUP = 128, BLOCK = 16, CHUNK = 256 };
+constexpr int32_t PANEL = 32, GROUP = 128, BLOCK = 16, CHUNK = 256, WIDEST_HEAD = 512;
 
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -108,19 +108,19 @@ struct Kernels {
 // Attention of all tokens over one layer of the cache. Queries come from `qkv` (fp32 [tokens, qkv_stride], not yet rotated, keys and
 // values are appended first) or, when that is null, ready from `q` in the cache's format.
 struct AttentionCall {
-    const Tokens* tokens;
-    const fr_cache* cache;
-    int32_t layer, heads, window;
-    float scale;
-    const float* qkv;
-    int64_t qkv_stride;
-    const float *cos, *sin, *q_norm, *k_norm;
-    float eps;
-    const uint8_t* q;
-    Inputs* out;        // [tokens, heads * head_dim]
-    float* out_floats;  // if set, written instead of `out`
-    int64_t out_stride;
-    float* partials;  // room for `partial_floats` of them
+    const Tokens* tokens = nullptr;
+    const fr_cache* cache = nullptr;
+    int32_t layer = 0, heads = 0, window = 0;
+    float scale = 0;
+    const float* qkv = nullptr;
+    int64_t qkv_stride = 0;
+    const float *cos = nullptr, *sin = nullptr, *q_norm = nullptr, *k_norm = nullptr;
+    float eps = 0;
+    const uint8_t* q = nullptr;
+    Inputs* out = nullptr;        // [tokens, heads * head_dim]
+    float* out_floats = nullptr;  // if set, written instead of `out`
+    int64_t out_stride = 0;
+    float* partials = nullptr;  // room for `partial_floats` of them
 };
 
 // The running softmax of some queries in one block of floats: largest score, sum, and mixed values of each.
@@ -128,7 +128,7 @@ static inline int64_t running_floats(int64_t queries, int64_t padded) { return 2
 
 // Too few heads for the threads, and a long text: then its chunks are shared out, and folded in order afterwards.
 static inline bool splits(const Tokens& tokens, const fr_cache& cache, int32_t heads, int32_t threads) {
-    return tokens.row_begin.size() == 2 && cache.kv_heads < threads && tokens.list.back().logical >= 2 * CHUNK &&
+    return tokens.row_begin.size() == 2 && tokens.count() > 0 && cache.kv_heads < threads && tokens.list.back().logical >= 2 * CHUNK &&
            tokens.count() * (heads / cache.kv_heads) <= 64;
 }
 static inline int32_t chunks_of(const Tokens& tokens, int64_t begin, int64_t end) {

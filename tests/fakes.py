@@ -27,6 +27,7 @@ class TableNetwork:
     """Logits are a function of the prefix, looked up by hash. The cache holds token ids as keys and positions as values, so a
     wrong mask, a wrong position or a wrongly kept path is an assertion error or another law, never luck."""
 
+    kernels = "torch"
     device = torch.device("cpu")
     dtype = torch.float64
     windows: frozenset[int] = frozenset()

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
+from forerun.drafter import Drafter
 from forerun.drafters import Description, Workshop, build
 from forerun.engine import Engine, check_fit
 from forerun.errors import CheckpointError, ForerunError
 from forerun.model import Model
 from forerun.nn.dtype import dtype_of
-from forerun.nn.load import load_like, load_network
+from forerun.nn.load import load_network
 from forerun.text import HuggingFaceTokenizer
 
 
@@ -44,10 +45,16 @@ def load(
     place = device_of(device)
     kind = dtype_of(dtype, place)
     target = Model(load_network(str(path), kind, place, kernels, weights), scratch=1)
-    workshop = Workshop(target, lambda checkpoint: load_like(target.network, checkpoint))
-    made = build(drafter, workshop)
-    check_fit(target, made)
+    made = drafter_for(target, drafter, kernels, weights)
     return Engine(target, made, tokenizer_of(path), end_tokens(path), max_rows)
+
+
+def drafter_for(target: Model, drafter: str | Description, kernels: str = "auto", weights: str = "auto") -> Drafter:
+    """A drafter for a target, its networks in the target's dtype; "native" binds the target alone. Raises as `load`."""
+    kind, place, chosen = target.network.dtype, target.device, "torch" if kernels == "torch" else "auto"
+    made = build(drafter, Workshop(target, lambda path: load_network(path, kind, place, chosen, weights)))
+    check_fit(target, made)
+    return made
 
 
 def device_of(name: str) -> torch.device:

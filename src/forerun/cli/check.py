@@ -53,8 +53,9 @@ def check(
     plan = Plan(tokens=tokens, rows=_sizes(rows), length=max_new_tokens, samples=samples, params=law, seed=seed or 0)
     describe(drafter)  # a wrong name is cheaper to find before the model is read
     prompts = _prompts(prompt_file)
-    plain = engines.load(model, "none", engines.Machine(dtype, device, kernels, weights))
-    report = examine(plain, engines.beside(plain, drafter), prompts, plan)
+    machine = engines.Machine(dtype, device, kernels, weights)
+    plain = engines.load(model, "none", machine)
+    report = examine(plain, engines.beside(plain, drafter, machine), prompts, plan)
     if as_json:
         print_json(report.as_dict())
     else:

@@ -78,9 +78,9 @@ def demo(
 ) -> None:
     """Generate with plain decoding and with each drafter: the text, then a table of what it cost.
 
-    `identical` compares token ids with plain decoding. In bf16 a near-tie can flip, because a forward of several tokens
-    rounds differently from one of a single token; then the table says how many tokens were equal before. In fp32
-    (--dtype fp32) every drafter is identical; `forerun check` tells a tie from a mistake.
+    `identical` compares token ids with plain decoding. With native kernels (see `forerun inspect`) and in fp32 every drafter
+    is identical. On torch in bf16 a near-tie can flip, because a forward of several tokens rounds differently from one of a
+    single token; then the table says how many tokens were equal before, and `forerun check` tells a tie from a mistake.
     """
     from forerun.cli.engines import Machine
     from forerun.cli.files import demand_place
@@ -137,7 +137,7 @@ def _engines(model: str, specs: Sequence[str], machine: Machine, strict: bool) -
     engines = {"none": load(model, "none", machine)}
     for spec in specs[1:]:
         try:
-            engines[spec] = beside(engines["none"], spec)
+            engines[spec] = beside(engines["none"], spec, machine)
         except ForerunError as error:
             if strict:
                 raise
@@ -170,7 +170,11 @@ def _compare(
     title = f"{amount}; {machine}"
     _print_table(console, result.rows, title)
     if any(row.identical is False for row in result.rows):
-        console.print(FLIPPED if network.dtype.itemsize == 2 else WRONG, style="dim", highlight=False)
+        console.print(
+            FLIPPED if network.kernels == "torch" and network.dtype.itemsize == 2 else WRONG,
+            style="dim",
+            highlight=False,
+        )
     if json_file:
         _write_json(json_file, result, {"dtype": str(network.dtype).removeprefix("torch."), "title": title})
     if plot:

@@ -8,9 +8,8 @@ import transformers
 from huggingface_hub.utils.tqdm import enable_progress_bars
 
 from forerun import assembly
-from forerun.drafters import Workshop, build, describe
-from forerun.engine import Engine, check_fit
-from forerun.nn.load import load_like
+from forerun.drafters import describe
+from forerun.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -37,13 +36,10 @@ def quiet() -> None:
     enable_progress_bars()
 
 
-def beside(engine: Engine, spec: str) -> Engine:
+def beside(engine: Engine, spec: str, machine: Machine) -> Engine:
     """An engine with the same target and another drafter. Of all the engines on one target only one may have work.
 
     Raises DrafterError or CheckpointError as `forerun.load` does.
     """
-    target = engine.target
-    workshop = Workshop(target, lambda checkpoint: load_like(target.network, checkpoint))
-    drafter = build(spec, workshop)
-    check_fit(target, drafter)
-    return Engine(target, drafter, engine.tokenizer, engine.eos, engine.max_rows)
+    drafter = assembly.drafter_for(engine.target, spec, machine.kernels, machine.weights)
+    return Engine(engine.target, drafter, engine.tokenizer, engine.eos, engine.max_rows)

@@ -95,16 +95,20 @@ def describe(path: str, dtype: torch.dtype, device: torch.device, kernels: str, 
     from forerun.assembly import end_tokens, tokenizer_of
     from forerun.cli.engines import quiet
     from forerun.nn.folder import checkpoint_folder, read_config
-    from forerun.nn.load import load_network
+    from forerun.nn.load import load_network, why_torch
+    from forerun.nn.translate import translate
 
     quiet()
     config = read_config(checkpoint_folder(path))
+    folder = checkpoint_folder(path)
+    reason = why_torch(translate(config, folder), dtype, device, kernels, weights)
     network = load_network(path, dtype, device, kernels, weights)
     shape = network.cache_shape
     return {
         "path": path,
         "architecture": (config.architectures or [config.model_type])[0],
         **_size(network),
+        **({"not_on_native_kernels": reason} if reason else {}),
         "cache_bytes_per_token": 2 * shape.layers * shape.kv_heads * shape.head_dim * network.dtype.itemsize,
         "layers": shape.layers,
         "kv_heads": shape.kv_heads,

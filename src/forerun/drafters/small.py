@@ -189,7 +189,8 @@ class TopTree(_Growing):
         logits, held = self.model.next_scores(rows).logits_BNV, 0
         deepest = min(self.depth, max(depths))
         for level in range(1, deepest + 1):
-            log_probs, best = top_log_probs(logits, min(self.width, logits.shape[-1]))
+            width = min(self.width, logits.shape[-1])
+            log_probs, best = top_log_probs(logits, width, self.model.network.kernels)
             values, tokens = log_probs.tolist(), best.tolist()
             for index, row in enumerate(grown):
                 if level <= depths[index]:

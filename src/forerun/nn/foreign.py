@@ -102,6 +102,8 @@ def _read(
 class Foreign:
     """A transformers model as a `Network`. See the module's text. `name` is what errors call it."""
 
+    kernels = "torch"
+
     def __init__(self, model: transformers.PreTrainedModel, name: str):
         self.model = model
         config = model.config.get_text_config(decoder=True)

@@ -49,7 +49,7 @@ def load_network(
     folder = checkpoint_folder(path_or_hub_id)
     outside = read_config(folder)
     config = translate(outside, folder)
-    reason = _why_torch(config, dtype, device, kernels, weights)
+    reason = why_torch(config, dtype, device, kernels, weights)
     if config is None:
         return load_foreign(folder, outside, dtype, device)
     if reason is None:
@@ -57,31 +57,30 @@ def load_network(
     return load_transformer(folder, config, dtype, device)
 
 
-def load_like(network: Network, path_or_hub_id: str | Path) -> Network:
-    """Another network, to run as this one does."""
-    if isinstance(network, PackedTransformer):
-        weights = "int8" if network.weights == torch.int8 else "auto"
-        return load_network(path_or_hub_id, network.dtype, network.device, "auto", weights)
-    return load_network(path_or_hub_id, network.dtype, network.device)
-
-
-def _why_torch(
+def why_torch(
     config: TransformerConfig | None, dtype: torch.dtype, device: torch.device, kernels: str, weights: str
 ) -> str | None:
-    """Why a network runs on torch, or None where native kernels carry it."""
+    """Why a network runs on torch (a foreign one: with config None), or None where native kernels carry it.
+
+    Raises ForerunError where that is not what was asked for.
+    """
     if kernels not in KERNELS or weights not in WEIGHTS:
         raise ForerunError(
             f"there are no kernels {kernels!r} with weights {weights!r}: "
             f"choose kernels out of {', '.join(KERNELS)} and weights out of {', '.join(WEIGHTS)}"
         )
-    reason: str | None = "torch was asked for"
-    if kernels != "torch":
-        foreign = "they know the Llama family, and this model is another"
-        reason = foreign if config is None else native.why_not(device, dtype)
+    if kernels == "torch":
+        reason: str | None = "torch was asked for"
+    elif config is None:
+        reason = "they know the Llama family, and this model is another"
+    elif config.head_dim > native.WIDEST_HEAD:
+        reason = f"they know heads of up to {native.WIDEST_HEAD}, and this model has {config.head_dim}"
+    else:
+        reason = native.why_not(device, dtype, at_any_speed=kernels == "native")
     if reason and kernels == "native":
-        raise ForerunError(f"native kernels cannot run this: {reason}; use --kernels torch")
+        raise ForerunError(f"native kernels cannot run this: {reason}; use --kernels auto")
     if reason and weights == "int8":
-        raise ForerunError(f"int8 weights need the native kernels: {reason}")
+        raise ForerunError(f"int8 weights need the native kernels: {reason}; use --weights auto")
     return reason
 
 

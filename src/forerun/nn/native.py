@@ -19,10 +19,9 @@ from torch import Tensor
 
 from forerun.errors import ForerunError
 
-VERSION = 1
 FORMATS = {torch.bfloat16: 0, torch.float32: 1, torch.int8: 2}
 ISAS = ("portable", "avx2", "avx512", "avx512-bf16")
-PANEL, GROUP = 32, 128
+PANEL, GROUP, WIDEST_HEAD = 32, 128, 512
 
 
 class Matrix(ctypes.Structure):
@@ -105,6 +104,7 @@ class TransformerRecord(ctypes.Structure):
         ("vocabulary", c_int32),
         ("cos", c_void_p),
         ("sin", c_void_p),
+        ("table_length", c_int64),
     )
 
 
@@ -122,8 +122,9 @@ class WantedRecord(ctypes.Structure):
     )
 
 
+RECORDS = (Matrix, FeedRecord, CacheRecord, LayerRecord, TransformerRecord, WantedRecord)
 SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
-    "fr_version": (c_int32, ()),
+    "fr_sizes": (None, (c_void_p,)),
     "fr_isa_best": (c_int32, ()),
     "fr_isa_active": (c_int32, ()),
     "fr_isa_use": (c_int32, (c_int32,)),
@@ -135,7 +136,7 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "fr_silu_gate": (None, (c_void_p, c_void_p, c_int32, c_int64, c_int64, c_int32)),
     "fr_attention": (None, (*(c_void_p,) * 3, c_int32, c_int32, c_int32, c_float, c_void_p, c_int32)),
     "fr_top": (None, (c_void_p, c_int64, c_int64, c_int32, *(c_void_p,) * 3, c_int32)),
-    "fr_forward": (None, (*(c_void_p,) * 4, c_int32)),
+    "fr_forward": (c_int32, (*(c_void_p,) * 4, c_int32)),
 }
 
 
@@ -147,7 +148,7 @@ def _opened() -> tuple[ctypes.CDLL | None, str]:
         return None, "FORERUN_KERNELS is 0"
     path = Path(chosen) if chosen else Path(__file__).with_name("_kernels.so")
     if not path.exists():
-        return None, "they were not built: install forerun again where a C++ compiler is (g++ or clang++)"
+        return None, f"FORERUN_KERNELS names {path}, which is not there" if chosen else _why_not_built(path)
     try:
         library = ctypes.CDLL(str(path))
         for name, (result, arguments) in SIGNATURES.items():
@@ -155,9 +156,17 @@ def _opened() -> tuple[ctypes.CDLL | None, str]:
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
         return None, f"{path} cannot be loaded ({error}): install forerun again"
-    if library.fr_version() != VERSION:
+    sizes = (c_int32 * len(RECORDS))()
+    library.fr_sizes(sizes)
+    if list(sizes) != [ctypes.sizeof(record) for record in RECORDS]:
         return None, f"{path} belongs to another version of forerun: install forerun again"
     return library, ""
+
+
+def _why_not_built(path: Path) -> str:
+    note = path.with_suffix(".txt")
+    reason = f" ({note.read_text().strip()})" if note.exists() else ""
+    return f"they were not built{reason}: install forerun again where a C++ compiler is (g++ or clang++)"
 
 
 def library() -> ctypes.CDLL:
@@ -168,8 +177,11 @@ def library() -> ctypes.CDLL:
     return found
 
 
-def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What keeps the kernels from being the better choice for a network of this kind; None: nothing."""
+def why_not(device: torch.device, dtype: torch.dtype, at_any_speed: bool = False) -> str | None:
+    """What keeps the kernels from running a network of this kind, or from being the better choice; None: nothing.
+
+    at_any_speed: only what keeps them from running at all.
+    """
     if device.type != "cpu":
         return f"they run on the CPU, not on {device}"
     if dtype not in (torch.bfloat16, torch.float32):
@@ -177,7 +189,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     found, reason = _opened()
     if found is None:
         return reason
-    if found.fr_isa_best() == 0:
+    if found.fr_isa_best() == 0 and not at_any_speed:
         return "this processor has no AVX2, and torch is faster than the portable kernels"
     return None
 
@@ -279,6 +291,10 @@ def linear(x: Tensor, weight: Packed, residual: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias (+ residual)`; for gated weights `silu(x @ gate.T) * (x @ value.T)`. Any leading dimensions."""
     x = x.contiguous()
     y = torch.empty((*x.shape[:-1], weight.out), dtype=x.dtype)
+    if x.shape[-1] != weight.record.in_:
+        raise ValueError(f"inputs of width {x.shape[-1]} for a matrix of {weight.record.in_}")
+    if residual is not None and (weight.record.gated or residual.shape != y.shape or residual.dtype != y.dtype):
+        raise ValueError("a residual has the shape and the dtype of the product, which is not gated")
     added = None if residual is None else residual.contiguous()
     library().fr_linear(
         ctypes.byref(weight.record),
@@ -294,6 +310,8 @@ def linear(x: Tensor, weight: Packed, residual: Tensor | None = None) -> Tensor:
 
 def norm(x: Tensor, weight: Tensor, eps: float, bias: Tensor | None = None, centred: bool = False) -> Tensor:
     """RMS norm over the last dimension, or with `centred` layer norm; weight and bias are fp32."""
+    if any(part is not None and (part.dtype != torch.float32 or part.shape != x.shape[-1:]) for part in (weight, bias)):
+        raise ValueError(f"weight and bias of a norm are fp32 [{x.shape[-1]}]")
     x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     library().fr_norm(
         x.data_ptr(),
@@ -330,6 +348,8 @@ def top(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """The k largest of every row (equal ones by index) as values and indices [..., k], and log-sum-exp [...]. fp32."""
     logits = logits.contiguous()
     shape, vocabulary = logits.shape[:-1], logits.shape[-1]
+    if logits.dtype != torch.float32 or not 1 <= k <= vocabulary:
+        raise ValueError(f"the {k} largest of {vocabulary} {logits.dtype} numbers")
     values, indices = torch.empty((*shape, k)), torch.empty((*shape, k), dtype=torch.int64)
     total = torch.empty(shape)
     library().fr_top(
@@ -360,6 +380,8 @@ def attention(
     """Attention [B, N, heads * head_dim] of queries [B, N, heads, head_dim] over a cache `store` that holds their keys and
     values already (see `Cache.store`); the other arguments are those of `Feed`. Padding gives zeros."""
     rows, count, heads, width = q.shape
+    if width > WIDEST_HEAD or q.dtype != store.dtype:
+        raise ValueError(f"heads of at most {WIDEST_HEAD}, queries and cache of one dtype")
     q, y = q.contiguous(), torch.empty((rows, count, heads * width), dtype=q.dtype)
     small = [np.ascontiguousarray(a, np.int32) for a in (np.full(rows, count) if counts is None else counts, lengths)]
     positions = np.zeros(rows * count, np.int32)

@@ -14,9 +14,12 @@ from forerun.nn.feed import Feed, Read
 class Network(Protocol):
     """Anything that reads a `Feed` and scores it: our `Transformer`, or a `Foreign` model.
 
-    max_length: the most tokens a row may have. windows: the sliding-window sizes for which `forward` needs a mask of its
-    own.
+    kernels: "native" or "torch", what a forward runs on. max_length: the most tokens a row may have. windows: the
+    sliding-window sizes for which `forward` needs a mask of its own.
     """
+
+    @property
+    def kernels(self) -> str: ...
 
     @property
     def dtype(self) -> torch.dtype: ...

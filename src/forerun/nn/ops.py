@@ -7,7 +7,6 @@ one head, `V` vocabulary.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,9 +21,11 @@ def linear(x: Tensor, weight: Tensor | Packed, bias: Tensor | None = None) -> Te
     return F.linear(x, weight, bias)
 
 
-def top_log_probs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k most probable tokens of every row [..., V]: natural logarithms of their probabilities, and their ids, [..., k]."""
-    if logits.dtype == torch.float32 and native.why_not(logits.device, logits.dtype) is None:
+def top_log_probs(logits: Tensor, k: int, kernels: str = "torch") -> tuple[Tensor, Tensor]:
+    """The k most probable tokens of every row [..., V]: natural logarithms of their probabilities, and their ids, [..., k].
+
+    kernels: those of the network that gave the logits ("native": fp32 on the CPU)."""
+    if kernels == "native":
         values, tokens, total = native.top(logits, k)
         return values - total[..., None], tokens
     best = logits.float().log_softmax(-1).topk(k, -1)

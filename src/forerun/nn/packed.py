@@ -11,7 +11,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 import torch
@@ -24,6 +26,12 @@ from forerun.nn.native import FeedRecord, LayerRecord, Packed, TransformerRecord
 from forerun.nn.transformer import TransformerConfig, rope_tables
 
 HUGE_PAGE = 2 << 20
+ERRORS = {
+    1: IndexError("a token is outside the vocabulary"),
+    2: IndexError("the cache has no room for these tokens: reserve more"),
+    3: IndexError("a position is beyond the longest text"),
+    4: MemoryError("no memory for the scratch space of a forward"),
+}
 CPU = torch.device("cpu")
 
 
@@ -33,7 +41,7 @@ class Arena:
     def __init__(self, size: int):
         private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
         self._map = mmap.mmap(-1, max(size, 1) + HUGE_PAGE, **private)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(AttributeError, OSError):  # a system without huge pages
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.used = 0
         self._begin = padded(np.frombuffer(self._map, np.uint8).ctypes.data, HUGE_PAGE)
@@ -73,8 +81,13 @@ class PackedTransformer:
     """
 
     device = CPU
+    kernels = "native"
 
     def __init__(self, config: TransformerConfig, dtype: torch.dtype, weights: torch.dtype | None = None):
+        if config.head_dim > native.WIDEST_HEAD or dtype not in native.FORMATS:
+            raise ValueError(
+                f"heads of {config.head_dim} in {dtype}: the kernels know {native.WIDEST_HEAD} in bf16 or fp32"
+            )
         self.config, self.dtype = config, dtype
         self.weights = weights or dtype
         table = shapes(config)
@@ -88,10 +101,10 @@ class PackedTransformer:
         if not (config.tied and self.weights == dtype):
             self.embedding = torch.empty(config.vocab_size, config.width, dtype=dtype)
         self.norms = {name: torch.zeros(size) for name, size in _norm_sizes(config).items()}
-        self._tables: tuple[Tensor, Tensor] | None = None
+        self._tables: list[tuple[Tensor, Tensor]] = []
+        self._growing = Lock()
         self._record = TransformerRecord()
         self._layer_records = (LayerRecord * config.layers)()
-        self._ints = np.empty(1024, np.int32)
 
     def _matrix(self, shape: Shape) -> Packed:
         size = Packed.bytes_for(self.weights, shape.out, shape.in_, shape.gated)
@@ -200,44 +213,53 @@ class PackedTransformer:
             wanted.hidden = ctypes.cast(places, ctypes.c_void_p)
         self._turn_up_to(cache.capacity)
         tokens, sees = feed.tokens_BN.contiguous(), feed.sees_BNM
-        record = FeedRecord(rows, count, feed.start, feed.held, tokens=tokens.data_ptr())
-        record.counts, record.lengths, record.positions, last = self._integers(feed)
+        if tokens.dtype != torch.int64 or tokens.shape != feed.where_BN.shape:
+            raise ValueError(f"tokens are int64 and have positions: {tokens.dtype} {list(tokens.shape)}")
+        ints = _integers(feed)
+        begin = ints.ctypes.data
+        record = FeedRecord(rows, count, feed.start, feed.held, begin, begin + 4 * rows, tokens.data_ptr())
+        record.positions = begin + 12 * rows
         if feed.last_B is not None:
-            wanted.last = last
+            wanted.last = begin + 8 * rows
         if sees is not None:
+            if sees.shape != (rows, count, feed.held + count):
+                raise ValueError(f"{sees.shape} says what {rows} x {count} tokens see of {feed.held + count} entries")
             sees = np.ascontiguousarray(sees, np.bool_)
             record.sees = sees.ctypes.data
-        native.library().fr_forward(
+        error = native.library().fr_forward(
             ctypes.byref(self._record),
             ctypes.byref(record),
             ctypes.byref(native.cache_record(cache.store)),
             ctypes.byref(wanted),
             torch.get_num_threads(),
         )
+        if error:
+            raise ERRORS[error]
         return Read(logits, hidden, best)
 
-    def _integers(self, feed: Feed) -> tuple[int, int, int, int]:
-        """counts, lengths, positions and last, side by side in memory of ours: their addresses."""
-        rows, count = feed.where_BN.shape
-        size = 3 * rows + rows * count
-        if size > len(self._ints):
-            self._ints = np.empty(2 * size, np.int32)
-        ints = self._ints
-        ints[:rows] = count if feed.counts_B is None else feed.counts_B
-        ints[rows : 2 * rows] = feed.lengths_B
-        if feed.last_B is not None:
-            ints[2 * rows : 3 * rows] = feed.last_B
-        ints[3 * rows : size] = feed.where_BN.ravel()
-        base = ints.ctypes.data
-        return base, base + 4 * rows, base + 12 * rows, base + 8 * rows
-
     def _turn_up_to(self, length: int) -> None:
-        """Rotary tables [length, head_dim / 2] for every position the cache may hold."""
+        """Rotary tables [length, head_dim / 2] for every position the cache may hold. Old ones are kept: another thread may
+        be reading them."""
         length = min(length, self.max_length)
-        if self._tables is None or len(self._tables[0]) < length:
-            cos, sin = rope_tables(self.config, length)
-            self._tables = cos.contiguous(), sin.contiguous()
-            self._record.cos, self._record.sin = (table.data_ptr() for table in self._tables)
+        if self._record.table_length >= length:
+            return
+        with self._growing:
+            length = min(max(length, 2 * self._record.table_length), self.max_length)
+            cos, sin = (table.contiguous() for table in rope_tables(self.config, length))
+            self._tables.append((cos, sin))
+            self._record.cos, self._record.sin = cos.data_ptr(), sin.data_ptr()
+            self._record.table_length = length
+
+
+def _integers(feed: Feed) -> np.ndarray:
+    """counts, lengths, last [B] and positions [B * N], one behind the other."""
+    rows, count = feed.where_BN.shape
+    ints = np.empty(3 * rows + rows * count, np.int32)
+    ints[:rows] = count if feed.counts_B is None else feed.counts_B
+    ints[rows : 2 * rows] = feed.lengths_B
+    ints[2 * rows : 3 * rows] = 0 if feed.last_B is None else feed.last_B
+    ints[3 * rows :] = feed.where_BN.ravel()
+    return ints
 
 
 def pack(model: torch.nn.Module, weights: torch.dtype | None = None) -> PackedTransformer:
@@ -245,7 +267,7 @@ def pack(model: torch.nn.Module, weights: torch.dtype | None = None) -> PackedTr
     config: TransformerConfig = model.config  # type: ignore[assignment]
     made = PackedTransformer(config, next(model.parameters()).dtype, weights)
     for name, value in model.named_parameters():
-        made.put(name, value.detach())
+        made.put(name, value.detach().cpu())
     return made.ready()
 
 

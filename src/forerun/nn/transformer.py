@@ -77,6 +77,8 @@ class Layer(nn.Module):
 class Transformer(nn.Module):
     """A decoder-only transformer with fused projections. Weights come from `nn/load.py` or from training."""
 
+    kernels = "torch"
+
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.config = config
