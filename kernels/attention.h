@@ -255,118 +255,146 @@ struct Strip {
     int64_t queries() const { return (end - begin) * heads.group; }
 };
 
-// One chunk of CHUNK keys for the queries of a strip. Leaves sum < 0 for queries that see none of it.
+// One chunk of CHUNK keys for the queries of a strip: scores of all of them, a softmax of its own, and the values mixed by it. Blocks that
+// every token of the strip sees whole are packed once; the ends of what a token sees are packed for it alone, with zeros for the rest.
 template <int F>
-static void attend_chunk(const Strip<F>& strip, int32_t chunk, const uint8_t* queries, const Running& out, Shelf& own) {
-    const Heads<F>& heads = strip.heads;
-    const int32_t per_chunk = CHUNK / BLOCK, chunk_first = chunk * per_chunk, chunk_last = chunk_first + per_chunk;
-    const int32_t from = strip.first_shared > chunk_first ? strip.first_shared : chunk_first;
-    const int32_t to = strip.last_shared < chunk_last ? strip.last_shared : chunk_last;
-    const int32_t shared = to > from ? to - from : 0;
-    const int64_t count = strip.queries(), query_bytes = heads.padded * heads.size;
-    uint8_t* keys = own.memory[0].get<uint8_t>(heads.words * CHUNK * 4);
-    uint8_t* values = own.memory[1].get<uint8_t>(CHUNK / per_word<F>() * heads.padded * 4);
-    float* scores = own.memory[2].get<float>(count * CHUNK);
-    uint8_t* weights = own.memory[3].get<uint8_t>(count * CHUNK * heads.size);
-    uint8_t* block = own.memory[4].get<uint8_t>(BLOCK * heads.padded * 4);
-    const uint8_t* rows[BLOCK];
-    const int64_t key_step = CHUNK * 4, weight_stride = CHUNK * heads.size;
-    const int64_t value_words = BLOCK / per_word<F>(), value_step = heads.padded * 4;
+struct Chunk {
+    const Strip<F>& strip;
+    const Heads<F>& heads;
+    const Running& out;
+    const uint8_t* queries;
+    const int32_t begin, end;               // blocks of this chunk
+    const int32_t first_shared, last_shared;  // of these, the shared ones
+    const int64_t query_bytes, key_step = CHUNK * 4, weight_stride, value_words = BLOCK / per_word<F>(), value_step;
+    uint8_t *keys, *values, *weights, *block;
+    float* scores;
 
-    const Token& any = strip.at(strip.begin);
-    for (int32_t b = from; b < to; ++b) {
-        const int32_t column = b - chunk_first;
-        for (int32_t which = 0; which < 2; ++which) {
-            const uint8_t* base = heads.base(which, any.slot, strip.kv_head) + int64_t(b) * BLOCK * heads.entry_stride;
-            for (int32_t i = 0; i < BLOCK; ++i) rows[i] = base + i * heads.entry_stride;
-            if (which == 0) pack_keys<F>(heads, rows, keys + column * 64, key_step);
-            else pack_values<F>(heads, rows, values + column * value_words * value_step);
+    Chunk(const Strip<F>& s, int32_t chunk, const uint8_t* q, const Running& o, Shelf& own)
+        : strip(s),
+          heads(s.heads),
+          out(o),
+          queries(q),
+          begin(chunk * (CHUNK / BLOCK)),
+          end(begin + CHUNK / BLOCK),
+          first_shared(s.first_shared > begin ? s.first_shared : begin),
+          last_shared(limited(s.last_shared < end ? s.last_shared : end, first_shared)),
+          query_bytes(heads.padded * heads.size),
+          weight_stride(CHUNK * heads.size),
+          value_step(heads.padded * 4),
+          keys(own.memory[0].get<uint8_t>(heads.words * CHUNK * 4)),
+          values(own.memory[1].get<uint8_t>(CHUNK / per_word<F>() * heads.padded * 4)),
+          weights(own.memory[3].get<uint8_t>(s.queries() * CHUNK * heads.size)),
+          block(own.memory[4].get<uint8_t>(BLOCK * heads.padded * 4)),
+          scores(own.memory[2].get<float>(s.queries() * CHUNK)) {}
+
+    static int32_t limited(int32_t last, int32_t first) { return last > first ? last : first; }
+    bool is_shared(int32_t b) const { return b >= first_shared && b < last_shared; }
+    int64_t query_of(int64_t t) const { return (t - strip.begin) * heads.group; }
+    int32_t column(int32_t b) const { return (b - begin) * BLOCK; }
+
+    // The blocks of this chunk that a token sees something of: [first, last).
+    int32_t first_of(const Token& token) const { return limited(strip.first_key(token) / BLOCK, begin); }
+    int32_t last_of(const Token& token) const {
+        const int32_t after = token.logical / BLOCK + 1;
+        return after < end ? after : end;
+    }
+
+    void pack_shared() const {
+        const uint8_t* rows[BLOCK];
+        const int32_t slot = strip.at(strip.begin).slot;
+        for (int32_t b = first_shared; b < last_shared; ++b) {
+            for (int32_t which = 0; which < 2; ++which) {
+                const uint8_t* base = heads.base(which, slot, strip.kv_head) + int64_t(b) * BLOCK * heads.entry_stride;
+                for (int32_t i = 0; i < BLOCK; ++i) rows[i] = base + i * heads.entry_stride;
+                if (which == 0) pack_keys<F>(heads, rows, keys + column(b) * 4, key_step);
+                else pack_values<F>(heads, rows, values + (b - begin) * value_words * value_step);
+            }
         }
     }
-    if (shared) {
-        TileCall call{keys + (from - chunk_first) * 64, key_step, heads.words, queries, query_bytes,
-                      scores + (from - chunk_first) * BLOCK, CHUNK, true};
-        tiles<F>(call, count, shared);
+
+    void score_shared() const {
+        if (first_shared == last_shared) return;
+        const int32_t at = column(first_shared);
+        tiles<F>({keys + at * 4, key_step, heads.words, queries, query_bytes, scores + at, CHUNK, true}, strip.queries(),
+                 last_shared - first_shared);
     }
-    // Blocks that belong to one token alone: the ends of what it sees.
-    for (int64_t t = strip.begin; t < strip.end; ++t) {
+
+    void score_own(int64_t t) const {
         const Token& token = strip.at(t);
-        const int32_t low = strip.first_key(token), first = low / BLOCK > chunk_first ? low / BLOCK : chunk_first;
-        const int32_t last = token.logical / BLOCK + 1 < chunk_last ? token.logical / BLOCK + 1 : chunk_last;
-        const int64_t query = (t - strip.begin) * heads.group;
-        for (int32_t b = first; b < last; ++b) {
-            if (b >= from && b < from + shared) continue;
-            rows_of_block<F>(heads, token, strip.kv_head, 0, b, low, rows);
+        const int64_t query = query_of(t);
+        const uint8_t* rows[BLOCK];
+        for (int32_t b = first_of(token); b < last_of(token); ++b) {
+            if (is_shared(b)) continue;
+            rows_of_block<F>(heads, token, strip.kv_head, 0, b, strip.first_key(token), rows);
             pack_keys<F>(heads, rows, block, 64);
-            TileCall call{block, 64, heads.words, queries + query * query_bytes, query_bytes,
-                          scores + query * CHUNK + (b - chunk_first) * BLOCK, CHUNK, true};
-            tiles<F>(call, heads.group, 1);
-        }
-        for (int32_t g = 0; g < heads.group; ++g) {
-            float* row = scores + (query + g) * CHUNK;
-            float& largest = out.largest[query + g];
-            if (first >= last) {
-                out.sum[query + g] = -1;
-                continue;
-            }
-            V most = all(-__builtin_inff());
-            for (int32_t b = first; b < last; ++b) {
-                float* lane = row + (b - chunk_first) * BLOCK;
-                V score = mul(load(lane), all(heads.call.scale));
-                store(lane, score);
-                const int32_t key = b * BLOCK;
-                if (key < low || key + BLOCK - 1 > token.logical) {
-                    for (int32_t i = 0; i < BLOCK; ++i)
-                        if (key + i < low || key + i > token.logical) lane[i] = -__builtin_inff();
-                    score = load(lane);
-                }
-                most = larger(score, most);
-            }
-            largest = largest_of(most);
-            V sum = zero();
-            for (int32_t b = first; b < last; ++b) {
-                const int64_t at = (b - chunk_first) * BLOCK;
-                const V weight = exponential(sub(load(row + at), all(largest)));
-                sum = add(sum, weight);
-                uint8_t* to_row = weights + (query + g) * weight_stride + at * heads.size;
-                if (F == FR_BF16) to_bf16((uint16_t*)to_row, weight);
-                else store((float*)to_row, weight);
-            }
-            out.sum[query + g] = sum_of(sum);
-            float* mixed = out.mixed + (query + g) * out.stride;
-            for (int64_t e = 0; e < heads.padded; e += 16) store(mixed + e, zero());
+            tiles<F>({block, 64, heads.words, queries + query * query_bytes, query_bytes, scores + query * CHUNK + column(b), CHUNK, true},
+                     heads.group, 1);
         }
     }
-    // Values, in ascending order of keys: a token's own blocks below, the shared ones, its own above.
-    auto own_values = [&](int64_t t, int32_t begin, int32_t end) {
+
+    // Scores -> weights of one query; leaves sum < 0 where it sees nothing of this chunk.
+    void soften(const Token& token, int64_t query) const {
+        const int32_t low = strip.first_key(token), first = first_of(token), last = last_of(token);
+        float* row = scores + query * CHUNK;
+        if (first >= last) {
+            out.sum[query] = -1;
+            return;
+        }
+        V most = all(-__builtin_inff());
+        for (int32_t b = first; b < last; ++b) {
+            float* lane = row + column(b);
+            store(lane, mul(load(lane), all(heads.call.scale)));
+            for (int32_t i = 0, key = b * BLOCK; i < BLOCK && (key < low || key + BLOCK - 1 > token.logical); ++i)
+                if (key + i < low || key + i > token.logical) lane[i] = -__builtin_inff();
+            most = larger(load(lane), most);
+        }
+        out.largest[query] = largest_of(most);
+        V sum = zero();
+        for (int32_t b = first; b < last; ++b) {
+            const V weight = exponential(sub(load(row + column(b)), all(out.largest[query])));
+            sum = add(sum, weight);
+            uint8_t* to = weights + query * weight_stride + column(b) * heads.size;
+            if (F == FR_BF16) to_bf16((uint16_t*)to, weight);
+            else store((float*)to, weight);
+        }
+        out.sum[query] = sum_of(sum);
+        for (int64_t e = 0; e < heads.padded; e += 16) store(out.mixed + query * out.stride + e, zero());
+    }
+
+    void mix_own(int64_t t, int32_t from, int32_t to) const {
         const Token& token = strip.at(t);
-        const int64_t query = (t - strip.begin) * heads.group;
-        for (int32_t b = begin; b < end; ++b) {
+        const int64_t query = query_of(t);
+        const uint8_t* rows[BLOCK];
+        for (int32_t b = from; b < to; ++b) {
             rows_of_block<F>(heads, token, strip.kv_head, 1, b, strip.first_key(token), rows);
             pack_values<F>(heads, rows, block);
-            TileCall call{block, value_step, value_words, weights + query * weight_stride + (b - chunk_first) * BLOCK * heads.size,
-                          weight_stride, out.mixed + query * out.stride, out.stride, false};
-            tiles<F>(call, heads.group, int(heads.padded / 16));
+            mix(block, value_words, query, b, heads.group);
         }
-    };
-    auto first_of = [&](int64_t t) {
-        const int32_t block_of = strip.first_key(strip.at(t)) / BLOCK;
-        return block_of > chunk_first ? block_of : chunk_first;
-    };
-    auto last_of = [&](int64_t t) {
-        const int32_t block_after = strip.at(t).logical / BLOCK + 1;
-        return block_after < chunk_last ? block_after : chunk_last;
-    };
-    if (!shared) {
-        for (int64_t t = strip.begin; t < strip.end; ++t) own_values(t, first_of(t), last_of(t));
-        return;
     }
-    for (int64_t t = strip.begin; t < strip.end; ++t) own_values(t, first_of(t), from);
-    TileCall call{values + (from - chunk_first) * value_words * value_step, value_step, shared * value_words,
-                  weights + (from - chunk_first) * BLOCK * heads.size, weight_stride, out.mixed, out.stride, false};
-    tiles<F>(call, count, int(heads.padded / 16));
-    for (int64_t t = strip.begin; t < strip.end; ++t) own_values(t, from + shared, last_of(t));
-}
+
+    void mix(const uint8_t* packed, int64_t words, int64_t query, int32_t b, int64_t count) const {
+        tiles<F>({packed, value_step, words, weights + query * weight_stride + column(b) * heads.size, weight_stride,
+                  out.mixed + query * out.stride, out.stride, false},
+                 count, int(heads.padded / 16));
+    }
+
+    void run() const {
+        pack_shared();
+        score_shared();
+        for (int64_t t = strip.begin; t < strip.end; ++t) {
+            score_own(t);
+            for (int32_t g = 0; g < heads.group; ++g) soften(strip.at(t), query_of(t) + g);
+        }
+        // In ascending order of keys: a token's own blocks below, the shared ones, its own above.
+        const bool shares = first_shared < last_shared;
+        for (int64_t t = strip.begin; t < strip.end; ++t)
+            mix_own(t, first_of(strip.at(t)), shares ? first_shared : last_of(strip.at(t)));
+        if (!shares) return;
+        mix(values + (first_shared - begin) * value_words * value_step, (last_shared - first_shared) * value_words, 0, first_shared,
+            strip.queries());
+        for (int64_t t = strip.begin; t < strip.end; ++t) mix_own(t, last_shared, last_of(strip.at(t)));
+    }
+};
 
 // Divide by the sums and hand the heads on.
 template <int F>
@@ -390,8 +418,9 @@ static void deliver(const Strip<F>& strip, const Running& state) {
 }
 
 static Running running(float* memory, int64_t queries, int64_t padded) {
-    return {memory, memory + queries, memory + 2 * ((queries + 15) / 16 * 16), padded};
+    return {memory, memory + queries, memory + 2 * round_up(queries, 16), padded};
 }
+
 // Read what a chunk holds for some heads once, entry after entry, so that it lies in the cache when the heads take their parts of it one
 // by one: the parts of one head are too short and too far apart for the processor to see where this is going.
 template <int F>
@@ -428,7 +457,7 @@ static void attend(Strip<F> strip, int32_t first_head, int32_t last_head, Shelf&
         if (some > 1) touch_chunk<F>(strip, c, first_head, last_head);
         for (int32_t h = 0; h < some; ++h) {
             strip.kv_head = first_head + h;
-            attend_chunk<F>(strip, c, queries + h * query_bytes, next, own);
+            Chunk<F>(strip, c, queries + h * query_bytes, next, own).run();
             fold_all(running(memory + h * floats, count, heads.padded), next, count, heads.padded);
         }
     }
@@ -450,7 +479,8 @@ static void attend_split(Team& team, const Heads<F>& heads, Shelf& own) {
         for (int64_t task = first; task < last; ++task) {
             const Strip<F> strip(heads, 0, tokens, int32_t(task / chunks));
             gather_queries<F>(heads, 0, tokens, strip.kv_head, queries);
-            attend_chunk<F>(strip, int32_t(task % chunks), queries, running(call.partials + task * floats, count, heads.padded), own);
+            const Running part = running(call.partials + task * floats, count, heads.padded);
+            Chunk<F>(strip, int32_t(task % chunks), queries, part, own).run();
         }
     });
     team.each(kv_heads, 1, [&](int64_t first, int64_t last) {
