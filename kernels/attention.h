@@ -201,6 +201,9 @@ struct Running {
     int64_t stride;
 };
 
+// Scores that are all minus infinity weigh nothing; they must not become NaN before a finite one has come.
+static inline float finite(float largest) { return largest == -__builtin_inff() ? 0.0f : largest; }
+
 // Fold the next chunk of keys into what came before. Always from the left, so any split of the work gives the same bits.
 static void fold(const Running& into, const Running& next, int64_t query, int64_t padded) {
     float* mixed = into.mixed + query * into.stride;
@@ -212,7 +215,8 @@ static void fold(const Running& into, const Running& next, int64_t query, int64_
         return;
     }
     const float largest = into.largest[query] > next.largest[query] ? into.largest[query] : next.largest[query];
-    const V before = exponential(all(into.largest[query] - largest)), now = exponential(all(next.largest[query] - largest));
+    const V before = exponential(all(into.largest[query] - finite(largest)));
+    const V now = exponential(all(next.largest[query] - finite(largest)));
     float weights[2][16];
     store(weights[0], before);
     store(weights[1], now);
@@ -351,7 +355,7 @@ struct Chunk {
         out.largest[query] = largest_of(most);
         V sum = zero();
         for (int32_t b = first; b < last; ++b) {
-            const V weight = exponential(sub(load(row + column(b)), all(out.largest[query])));
+            const V weight = exponential(sub(load(row + column(b)), all(finite(out.largest[query]))));
             sum = add(sum, weight);
             uint8_t* to = weights + query * weight_stride + column(b) * heads.size;
             if (F == FR_BF16) to_bf16((uint16_t*)to, weight);

@@ -104,6 +104,10 @@ static void top(const float* logits, int64_t vocabulary, int32_t k, float* value
             for (int64_t j = 0; j < rest; ++j) most = larger(all(lane[j]), most);
     }
     const float largest = largest_of(most);
+    if (largest == __builtin_inff() || largest == -__builtin_inff()) {
+        *logsumexp = largest;
+        return;
+    }
     V sum = zero();
     for (int64_t i = 0; i < vocabulary; i += 16) {
         V x = exponential(sub(load_some(logits + i, vocabulary - i), all(largest)));

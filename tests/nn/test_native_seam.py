@@ -149,3 +149,16 @@ def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(native, "RECORDS", (Longer, *native.RECORDS[1:]))
     assert "another version" in native._opened.__wrapped__()[1]
+
+
+@needs_kernels
+def test_infinite_numbers_are_not_nan_too_early() -> None:
+    inf = float("inf")
+    logits = torch.tensor([[1.0, inf, 2.0], [-inf, -inf, -inf], [0.0, -inf, 0.0]])
+    assert torch.equal(native.top(logits, 2)[2], logits.logsumexp(-1))
+    store = torch.zeros(1, 2, 1, 301, 1, 8)
+    store[0, 0, 0, :256, 0, 0] = -inf
+    store[0, 1, 0, 256:] = 3.0
+    q = torch.zeros(1, 1, 1, 8)
+    q[..., 0] = 1
+    assert torch.equal(native.attention(q, store, 0, np.asarray([300])), torch.full((1, 1, 8), 3.0))

@@ -1,0 +1,110 @@
+"""The native kernels again, built with the address and undefined-behaviour sanitizers: nothing is read or written out of place.
+
+The build takes half a minute or more and is kept in pytest's cache for as long as the sources stay as they are.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from forerun.nn import native
+from nn.kernel_oracles import REASON
+
+ROOT = Path(__file__).parents[2]
+RUNTIMES = ("libasan.so", "libubsan.so")
+TESTS = {
+    "test_kernels.py": "not alone_and_in_any_company and not like_single_tokens",
+    "test_packed.py": "(odd or everything or pairs) and (company or grown or beside or long_text or no_trace)",
+}
+
+
+def runtime(name: str) -> str | None:
+    """Where the compiler keeps a library of the sanitizers; None without it or without a compiler."""
+    if shutil.which("g++") is None:
+        return None
+    path = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+    return path if Path(path).is_absolute() else None
+
+
+def flags() -> list[str]:
+    """Those of setup.py, which cannot be imported: it would build."""
+    lists = {}
+    for line in ast.parse((ROOT / "setup.py").read_text()).body:
+        if isinstance(line, ast.Assign) and getattr(line.targets[0], "id", "") in ("FLAGS", "SANITIZERS"):
+            lists[line.targets[0].id] = ast.literal_eval(line.value)  # type: ignore[attr-defined]
+    return [*lists["FLAGS"], *lists["SANITIZERS"], "-g1", "-fPIC"]  # lines are enough, and a third faster
+
+
+def compiled(sources: list[Path], folder: Path) -> Path:
+    """The kernels as a library in `folder`."""
+
+    def compile_(source: Path) -> str:
+        target = str(folder / f"{source.stem}.o")
+        subprocess.run(["g++", *flags(), "-c", str(source), "-o", target], check=True)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_, sources))
+    made = folder / "_kernels.so.new"
+    subprocess.run(["g++", "-shared", *flags(), *objects, "-o", str(made)], check=True)
+    return made.rename(folder / "_kernels.so")
+
+
+@pytest.fixture(scope="module")
+def sanitized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if REASON is not None:
+        pytest.skip(REASON)
+    if missing := [name for name in RUNTIMES if runtime(name) is None]:
+        pytest.skip(f"there is no g++ with {' and '.join(missing)} here")
+    files = sorted((ROOT / "kernels").iterdir())
+    content = b"".join([*(path.read_bytes() for path in files), " ".join(flags()).encode()])
+    name = f"kernels-{hashlib.sha256(content).hexdigest()[:16]}"
+    cache = getattr(request.config, "cache", None)
+    folder = cache.mkdir(name) if cache else tmp_path_factory.mktemp(name)
+    for old in folder.parent.glob("kernels-*"):
+        if old != folder:
+            shutil.rmtree(old)
+    library = folder / "_kernels.so"
+    return library if library.exists() else compiled([path for path in files if path.suffix == ".cc"], folder)
+
+
+def test_kernels_that_were_built_can_be_loaded() -> None:
+    """Or all other tests of theirs would be skipped: the library that lies here may be older than the sources."""
+    if not Path(native.__file__).with_name("_kernels.so").exists() or os.environ.get("FORERUN_KERNELS"):
+        pytest.skip("they were not built, or others were chosen")
+    native.library()
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_nothing_is_read_or_written_out_of_place(name: str, sanitized: Path) -> None:
+    settings = {
+        "FORERUN_KERNELS": str(sanitized),
+        "FORERUN_EXAMPLES": "3",
+        "LD_PRELOAD": " ".join(path for runtime_ in RUNTIMES if (path := runtime(runtime_))),
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    command = [sys.executable, "-m", "pytest", str(Path(__file__).with_name(name)), "-xs", "-p", "no:cacheprovider"]
+    run = subprocess.run(
+        [*command, "-k", TESTS[name]], env=os.environ | settings, cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, report(run)
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert passed and int(passed[1]) > 50, f"they were skipped: {run.stdout[-300:]}"  # a library that cannot be loaded
+
+
+def report(run: subprocess.CompletedProcess[str]) -> str:
+    """What the sanitizer found and where in the kernels, without the Python below; or how the tests failed."""
+    lines = run.stderr.splitlines()
+    found = next((i for i, line in enumerate(lines) if "runtime error" in line or "Sanitizer" in line), None)
+    return run.stdout[-4000:] if found is None else "\n".join(lines[found : found + 20])
