@@ -19,21 +19,6 @@ static void rotate(const float* x, float* y, int64_t head_dim, const float* cos,
 }
 
 template <int F>
-static void store_row(uint8_t* to, const float* row, int64_t width) {
-    if (F == FR_F32) {
-        __builtin_memcpy(to, row, size_t(width) * 4);
-        return;
-    }
-    int64_t i = 0;
-    for (; i + 16 <= width; i += 16) to_bf16((uint16_t*)to + i, load(row + i));
-    if (i < width) {
-        uint16_t rest[16];
-        to_bf16(rest, load_some(row + i, width - i));
-        __builtin_memcpy((uint16_t*)to + i, rest, size_t(width - i) * 2);
-    }
-}
-
-template <int F>
 struct Heads {
     const AttentionCall& call;
     int64_t head_dim, padded, words, size, entry_stride;  // `padded`: to 32 elements; `size`: bytes per element

@@ -69,17 +69,8 @@ void pack_int8(const fr_matrix& matrix, const uint8_t* source, int32_t source_fo
 
 }  // namespace
 
-void read_row(const uint8_t* from, int32_t format, int64_t count, float* to) {
-    if (format == FR_F32) std::memcpy(to, from, size_t(count) * 4);
-    else
-        for (int64_t i = 0; i < count; ++i) to[i] = from_bf16(reinterpret_cast<const uint16_t*>(from)[i]);
-}
-
-void write_row(uint8_t* to, int32_t format, int64_t count, const float* from) {
-    if (format == FR_F32) std::memcpy(to, from, size_t(count) * 4);
-    else
-        for (int64_t i = 0; i < count; ++i) reinterpret_cast<uint16_t*>(to)[i] = to_bf16(from[i]);
-}
+void read_row(const uint8_t* from, int32_t format, int64_t count, float* to) { kernels().read_row(from, format, count, to); }
+void write_row(uint8_t* to, int32_t format, int64_t count, const float* from) { kernels().write_row(to, format, count, from); }
 
 int64_t size_of(int32_t format) { return format == FR_F32 ? 4 : format == FR_BF16 ? 2 : 1; }
 

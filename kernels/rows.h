@@ -14,6 +14,39 @@ static inline void store_some(float* p, V x, int64_t count) {
     for (int64_t i = 0; i < count; ++i) p[i] = f[i];
 }
 
+template <int F>
+static void store_row(uint8_t* to, const float* row, int64_t width) {
+    if (F == FR_F32) {
+        __builtin_memcpy(to, row, size_t(width) * 4);
+        return;
+    }
+    int64_t i = 0;
+    for (; i + 16 <= width; i += 16) to_bf16((uint16_t*)to + i, load(row + i));
+    if (i < width) {
+        uint16_t rest[16];
+        to_bf16(rest, load_some(row + i, width - i));
+        __builtin_memcpy((uint16_t*)to + i, rest, size_t(width - i) * 2);
+    }
+}
+
+// Rows of bf16 or fp32 to and from fp32.
+static void read_row(const uint8_t* from, int32_t format, int64_t count, float* to) {
+    if (format == FR_F32) {
+        __builtin_memcpy(to, from, size_t(count) * 4);
+        return;
+    }
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) store(to + i, from_bf16((const uint16_t*)from + i));
+    for (; i < count; ++i) {
+        const uint32_t bits = uint32_t(((const uint16_t*)from)[i]) << 16;
+        __builtin_memcpy(to + i, &bits, 4);
+    }
+}
+static void write_row(uint8_t* to, int32_t format, int64_t count, const float* from) {
+    if (format == FR_F32) store_row<FR_F32>(to, from, count);
+    else store_row<FR_BF16>(to, from, count);
+}
+
 // One group of 128 as unsigned bytes around 128: value = (byte - 128) * scale. NaN and infinity make the scale NaN.
 static void quantise(const float* x, int64_t count, uint8_t* bytes, float* scale) {
     V most = zero(), poison = zero();

@@ -97,6 +97,8 @@ Workspace& workspace();
 
 // The operations of one instruction set. `Team` says which part of the work is this thread's.
 struct Kernels {
+    void (*read_row)(const uint8_t* from, int32_t format, int64_t count, float* to);  // bf16 or fp32 -> fp32
+    void (*write_row)(uint8_t* to, int32_t format, int64_t count, const float* from);  // and back
     void (*linear)(Team&, const fr_matrix&, const Inputs&, int64_t tokens, const Outputs&);
     void (*norm)(const float* x, const float* weight, const float* bias, float* y, int64_t width, float eps, bool centred);
     void (*emit)(const float* row, int64_t width, Inputs& to, int64_t token);
