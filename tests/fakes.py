@@ -29,7 +29,7 @@ class TableNetwork:
 
     kernels = "torch"
     device = torch.device("cpu")
-    dtype = torch.float64
+    dtype = weights = torch.float64
     windows: frozenset[int] = frozenset()
     cache_shape = CacheShape(1, 1, 1)
 

@@ -49,6 +49,16 @@ def test_without_native_kernels_the_reason_is_told(family, said, forerun, monkey
         assert code == 2 and "they were not built" in err
 
 
+@pytest.mark.parametrize("option", ["--kernels", "--weights"])
+@pytest.mark.parametrize("command", ["inspect", "generate", "check", "demo"])
+def test_unknown_kernels_or_weights_are_refused(family, forerun, command, option):
+    model = {"inspect": [family / "target"], "demo": ["--model", family / "target"]}.get(command, [family / "target"])
+    text = {"generate": ["text"], "check": ["--drafter", "lookup"]}.get(command, [])
+    for given in ([], model) if command == "inspect" else (model,):
+        code, _, err = forerun(command, *given, *text, option, "fast")
+        assert code == 2 and "'fast'" in err and "choose" in err and "Traceback" not in err
+
+
 def test_a_foreign_model_without_a_tokenizer(tmp_path, said):
     config = transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=64)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)

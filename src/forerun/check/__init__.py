@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from forerun.check.greedy import Greedy, check_greedy
 from forerun.check.law import Law, check_law
 from forerun.check.plan import Plan
@@ -85,5 +87,6 @@ def check(plain: Engine, drafted: Engine, prompts: Sequence[Prompt], plan: Plan 
     if plan.samples:
         sampled, exact = check_law(plain, drafted, tokens, plan)
         lossy |= not exact
-    dtype = str(plain.target.network.dtype).removeprefix("torch.")
+    network = plain.target.network
+    dtype = str(network.dtype).removeprefix("torch.") + (", int8 weights" if network.weights == torch.int8 else "")
     return Report(drafted.drafter.name, dtype, lossy, tuple(greedy), sampled)

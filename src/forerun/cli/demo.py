@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 REFERENCE = Path("models/target")
 ROUNDS, PATIENCE_SECONDS = 3, 120.0
 FLIPPED = "A near-tie between two tokens can flip in half precision: `forerun check` tells a tie from a mistake."
-WRONG = "In fp32 this should not happen: see what `forerun check` says."
+WRONG = "Here this should not happen: see what `forerun check` says."
 SHOWN_TOKENS = 96
 """New tokens of the text that is streamed for every drafter; the measurement generates more."""
 

@@ -28,7 +28,9 @@ def inspect(
     from forerun.assembly import device_of
     from forerun.cli.files import print_json
     from forerun.nn.dtype import dtype_of
+    from forerun.nn.load import demand_words
 
+    demand_words(kernels, weights)
     place = device_of(device)
     kind = dtype_of(dtype, place)
     found: dict[str, Any] = {"machine": machine(place, kind, dtype)}

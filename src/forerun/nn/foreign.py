@@ -119,6 +119,10 @@ class Foreign:
         return dtype
 
     @property
+    def weights(self) -> torch.dtype:
+        return self.dtype
+
+    @property
     def device(self) -> torch.device:
         device: torch.device = self.model.device
         return device

@@ -57,6 +57,15 @@ def load_network(
     return load_transformer(folder, config, dtype, device)
 
 
+def demand_words(kernels: str, weights: str) -> None:
+    """ForerunError unless both are words that `load_network` knows."""
+    if kernels not in KERNELS or weights not in WEIGHTS:
+        raise ForerunError(
+            f"there are no kernels {kernels!r} with weights {weights!r}: "
+            f"choose kernels out of {', '.join(KERNELS)} and weights out of {', '.join(WEIGHTS)}"
+        )
+
+
 def why_torch(
     config: TransformerConfig | None, dtype: torch.dtype, device: torch.device, kernels: str, weights: str
 ) -> str | None:
@@ -64,11 +73,7 @@ def why_torch(
 
     Raises ForerunError where that is not what was asked for.
     """
-    if kernels not in KERNELS or weights not in WEIGHTS:
-        raise ForerunError(
-            f"there are no kernels {kernels!r} with weights {weights!r}: "
-            f"choose kernels out of {', '.join(KERNELS)} and weights out of {', '.join(WEIGHTS)}"
-        )
+    demand_words(kernels, weights)
     if kernels == "torch":
         reason: str | None = "torch was asked for"
     elif config is None:

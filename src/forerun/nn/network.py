@@ -14,12 +14,15 @@ from forerun.nn.feed import Feed, Read
 class Network(Protocol):
     """Anything that reads a `Feed` and scores it: our `Transformer`, or a `Foreign` model.
 
-    kernels: "native" or "torch", what a forward runs on. max_length: the most tokens a row may have. windows: the
-    sliding-window sizes for which `forward` needs a mask of its own.
+    kernels: "native" or "torch", what a forward runs on. weights: their number format (dtype, or int8). max_length: the
+    most tokens a row may have. windows: the sliding-window sizes for which `forward` needs a mask of its own.
     """
 
     @property
     def kernels(self) -> str: ...
+
+    @property
+    def weights(self) -> torch.dtype: ...
 
     @property
     def dtype(self) -> torch.dtype: ...

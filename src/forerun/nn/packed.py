@@ -26,11 +26,11 @@ from forerun.nn.native import FeedRecord, LayerRecord, Packed, TransformerRecord
 from forerun.nn.transformer import TransformerConfig, rope_tables
 
 HUGE_PAGE = 2 << 20
-ERRORS = {
-    1: IndexError("a token is outside the vocabulary"),
-    2: IndexError("the cache has no room for these tokens: reserve more"),
-    3: IndexError("a position is beyond the longest text"),
-    4: MemoryError("no memory for the scratch space of a forward"),
+ERRORS: dict[int, tuple[type[Exception], str]] = {
+    1: (IndexError, "a token is outside the vocabulary"),
+    2: (IndexError, "the cache has no room for these tokens: reserve more"),
+    3: (IndexError, "a position is beyond the longest text"),
+    4: (MemoryError, "no memory for the scratch space of a forward"),
 }
 CPU = torch.device("cpu")
 
@@ -234,7 +234,8 @@ class PackedTransformer:
             torch.get_num_threads(),
         )
         if error:
-            raise ERRORS[error]
+            kind, said = ERRORS[error]
+            raise kind(said)
         return Read(logits, hidden, best)
 
     def _turn_up_to(self, length: int) -> None:

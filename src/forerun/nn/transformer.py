@@ -95,6 +95,10 @@ class Transformer(nn.Module):
         return self.embedding.weight.dtype
 
     @property
+    def weights(self) -> torch.dtype:
+        return self.dtype
+
+    @property
     def device(self) -> torch.device:
         return self.embedding.weight.device
 
