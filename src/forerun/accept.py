@@ -1,12 +1,13 @@
 """Acceptance: which part of a proposed tree the target would have said itself. Pure functions; luck comes in as an argument.
 
-Every rule here leaves the law of the output as it is: by construction for `match` (the target's own choice decides, the
+Every rule here but one leaves the law of the output as it is: by construction for `match` (the target's own choice decides, the
 tree only saves time), and by the residual laws of speculative sampling for the others (Leviathan et al. 2023, Chen et al.
-2023; siblings as in SpecInfer, Miao et al. 2024). The tests enumerate every outcome.
+2023; siblings as in SpecInfer, Miao et al. 2024). The tests enumerate every outcome. `typical` is lossy, and says so.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -180,6 +181,47 @@ def _proposal(tree: TokenTree, row: int, walk: _Walk, like_V: Tensor) -> Tensor:
         law[[tree.tokens[row][node] for node in walk.siblings[: walk.tried]]] = 0
         law = law / law.sum()
     return law
+
+
+@dataclass(frozen=True)
+class Typical:
+    """Medusa's relaxed rule (Cai et al. 2024, section 2.3.1): a token is kept if its probability exceeds
+    min(epsilon, delta exp(-H)), H being the entropy (nats) of the law that it is judged by."""
+
+    epsilon: float = 0.09
+    delta: float = 0.3
+
+    def threshold(self, laws_BNV: Tensor) -> Tensor:
+        """[B, N]. The entropy is exact; the published code adds 1e-5 inside the logarithm."""
+        entropy = -torch.special.xlogy(laws_BNV, laws_BNV).sum(-1)
+        return (self.delta * torch.exp(-entropy)).clamp(max=self.epsilon)
+
+
+def typical(tree: TokenTree, laws_BNV: Tensor, rule: Typical) -> Verdict:
+    """Lossy: keep the longest path of typical tokens (equal lengths: the most probable), then say the most probable token.
+
+    Nothing is drawn: the output is deterministic, and not distributed like the target at any temperature but 0, where it is what
+    `match` gives. The most probable token is always typical if delta < 1, so at least as much is kept as greedily.
+    """
+    verdict = Verdict([], [], [])
+    thresholds = rule.threshold(laws_BNV).tolist()
+    best = laws_BNV.argmax(-1).tolist()
+    parents = torch.tensor(
+        [[max(0, p) for p in (*row, *[0] * (tree.nodes - len(row)))] for row in tree.topology.parents]
+    )
+    rows = torch.arange(tree.rows)[:, None]
+    probs = laws_BNV[rows.to(laws_BNV.device), parents.to(laws_BNV.device), tree.tokens_BN].tolist()
+    for row, above in enumerate(tree.topology.parents):
+        alive = {0: (0, 0.0)}  # node -> depth, log-probability of its path
+        for node in range(1, len(above)):
+            parent, prob = above[node], probs[row][node]
+            if parent in alive and prob > thresholds[row][parent]:
+                alive[node] = (alive[parent][0] + 1, alive[parent][1] + math.log(prob))
+        end = max(alive, key=lambda node: (*alive[node], -node))
+        verdict.kept.append(tree.topology.path(row, end))
+        verdict.next_tokens.append(best[row][end])
+        verdict.bonus.append(end not in above)
+    return verdict
 
 
 def _ratio(target_probs: Tensor, draft_probs: Tensor) -> Tensor:

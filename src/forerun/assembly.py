@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from forerun.accept import Typical
 from forerun.drafter import Drafter
 from forerun.drafters import Description, Workshop, build
 from forerun.engine import Engine, check_fit
@@ -25,6 +26,7 @@ def load(
     max_rows: int = 16,
     kernels: str = "auto",
     weights: str = "auto",
+    acceptance: str = "exact",
 ) -> Engine:
     """An engine for a model and a drafter.
 
@@ -37,6 +39,8 @@ def load(
         kernels: auto (native where this machine and the model allow it), native, or torch; for every network.
         weights: auto (as dtype) or int8 (needs native kernels); the model with such weights is then the one whose output is
             kept exactly.
+        acceptance: exact, or typical[:EPSILON,DELTA], Medusa's relaxed rule for requests that sample (see
+            `forerun.accept.Typical`): lossy, and so marked in every statistic.
 
     Raises:
         CheckpointError: a checkpoint that is missing, broken or of an unsupported kind.
@@ -44,9 +48,27 @@ def load(
     """
     place = device_of(device)
     kind = dtype_of(dtype, place)
+    lossy = lossy_of(acceptance)
     target = Model(load_network(str(path), kind, place, kernels, weights), scratch=1)
     made = drafter_for(target, drafter, kernels, weights)
-    return Engine(target, made, tokenizer_of(path), end_tokens(path), max_rows)
+    return Engine(target, made, tokenizer_of(path), end_tokens(path), max_rows, lossy)
+
+
+def lossy_of(acceptance: str) -> Typical | None:
+    """None for exact, else the relaxed rule that the word asks for."""
+    name, _, numbers = acceptance.partition(":")
+    try:
+        if acceptance == "exact":
+            return None
+        if name == "typical":
+            values = [float(number) for number in numbers.split(",")] if numbers else []
+            if len(values) in (0, 2) and all(0 < value < 1 for value in values):
+                return Typical(*values)
+    except ValueError:
+        pass
+    raise ForerunError(
+        f"there is no acceptance {acceptance!r}: use exact, typical, or typical:EPSILON,DELTA with numbers between 0 and 1"
+    )
 
 
 def drafter_for(target: Model, drafter: str | Description, kernels: str = "auto", weights: str = "auto") -> Drafter:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from forerun.accept import Verdict
+from forerun.accept import Typical, Verdict
 from forerun.chance import key_of
 from forerun.drafter import Context, Drafter
 from forerun.errors import DrafterError, RequestError
@@ -146,7 +146,8 @@ class Engine:
     """A target, a drafter and the rows that are running.
 
     max_rows: how many requests run side by side; others wait. eos: token ids that end a text unless a request ignores
-    them. Use `forerun.load` to make one from a model folder.
+    them. lossy: judge requests that sample by typical acceptance; their statistics then say that they are not exact. Use
+    `forerun.load` to make one from a model folder.
     """
 
     def __init__(
@@ -156,8 +157,9 @@ class Engine:
         tokenizer: HuggingFaceTokenizer | None = None,
         eos: Iterable[int] = (),
         max_rows: int = 16,
+        lossy: Typical | None = None,
     ):
-        self.target, self.drafter, self.tokenizer = target, drafter, tokenizer
+        self.target, self.drafter, self.tokenizer, self.lossy = target, drafter, tokenizer, lossy
         self.eos = frozenset(eos)
         self.max_rows = max_rows
         target.scratch = max(target.scratch, drafter.max_nodes + 1)
@@ -177,7 +179,7 @@ class Engine:
         seed = secrets.randbits(63) if params.seed is None else params.seed
         for sample in range(params.n):
             row = Row(list(tokens), len(tokens), params, key_of(seed, sample), limit)
-            stats = Stats(self.drafter.name)
+            stats = Stats(self.drafter.name, exact=self.lossy is None or params.is_greedy)
             request = _Request(self._count, prompt_index, sample, row, self._text_stream(tokens, params), stats)
             self._waiting.append(request)
             self._count += 1
@@ -254,7 +256,7 @@ class Engine:
         drafted = time.perf_counter()
         scores = self.target.score(tree, rows, self.drafter.reads)
         scored = time.perf_counter()
-        judgement = judge(tree, scores.logits_BNV, rows, final_chance(rows), scores.best_BN)
+        judgement = judge(tree, scores.logits_BNV, rows, final_chance(rows), scores.best_BN, self.lossy)
         self.target.keep(judgement.verdict.kept)
         observing = time.perf_counter()
         self.drafter.observe(context, tree, judgement.verdict, scores)

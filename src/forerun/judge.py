@@ -5,6 +5,8 @@ deterministic               greedy      greedy match
 deterministic               sampled     sample and match
 sampled chain               any         speculative sampling
 anything else               any         recursive rejection
+
+A caller may ask for typical acceptance instead, which is lossy: rows that sample are then judged by it, greedy ones as always.
 """
 
 from __future__ import annotations
@@ -15,11 +17,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from forerun.accept import Verdict, match, recursive_rejection, sample_choices, speculative_sampling
+from forerun.accept import (
+    Typical,
+    Verdict,
+    match,
+    recursive_rejection,
+    sample_choices,
+    speculative_sampling,
+    typical,
+)
 from forerun.chance import Chance
 from forerun.row import Row
 from forerun.sampling import edited, laws
 from forerun.tree import TokenTree
+
+TYPICAL = "typical acceptance (lossy)"
 
 
 def rule_for(tree: TokenTree, greedy: bool) -> str:
@@ -41,9 +53,14 @@ class Judgement:
 
 
 def judge(
-    tree: TokenTree, logits_BNV: Tensor, rows: Sequence[Row], chance: Chance, best_BN: Tensor | None = None
+    tree: TokenTree,
+    logits_BNV: Tensor,
+    rows: Sequence[Row],
+    chance: Chance,
+    best_BN: Tensor | None = None,
+    lossy: Typical | None = None,
 ) -> Judgement:
-    """Accept what fits the model's law under each row's own sampling parameters. Exact.
+    """Accept what fits the model's law under each row's own sampling parameters. Exact, unless `lossy` asks for something else.
 
     best_BN: the best token of `logits_BNV` at every node, if the network has found it already.
     """
@@ -54,6 +71,8 @@ def judge(
             best_BN = scores.argmax(-1)
         return Judgement(match(tree, best_BN), rule, None)
     law = laws(scores, [row.params for row in rows])
+    if lossy is not None:
+        return Judgement(typical(tree, law, lossy), TYPICAL, law)
     if rule == "sample and match":
         verdict = match(tree, sample_choices(law, tree, chance))
     elif rule == "speculative sampling":

@@ -22,11 +22,12 @@ class Machine:
     weights: str = "auto"
 
 
-def load(model: str, drafter: str, machine: Machine, max_rows: int = 16) -> Engine:
+def load(model: str, drafter: str, machine: Machine, max_rows: int = 16, acceptance: str = "exact") -> Engine:
     """As `forerun.load`; a wrong drafter is found before the model is read."""
     describe(drafter)
+    assembly.lossy_of(acceptance)
     quiet()
-    return assembly.load(model, drafter=drafter, max_rows=max_rows, **asdict(machine))
+    return assembly.load(model, drafter=drafter, max_rows=max_rows, acceptance=acceptance, **asdict(machine))
 
 
 def quiet() -> None:
@@ -42,4 +43,4 @@ def beside(engine: Engine, spec: str, machine: Machine) -> Engine:
     Raises DrafterError or CheckpointError as `forerun.load` does.
     """
     drafter = assembly.drafter_for(engine.target, spec, machine.kernels, machine.weights)
-    return Engine(engine.target, drafter, engine.tokenizer, engine.eos, engine.max_rows)
+    return Engine(engine.target, drafter, engine.tokenizer, engine.eos, engine.max_rows, engine.lossy)

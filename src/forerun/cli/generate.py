@@ -53,6 +53,7 @@ def generate(
     presence_penalty: Penalty = 0.0,
     frequency_penalty: Penalty = 0.0,
     seed: options.Seed = None,
+    acceptance: options.Acceptance = "exact",
     n: N = 1,
     stop: Stop = None,
     ignore_eos: IgnoreEos = False,
@@ -90,7 +91,7 @@ def generate(
     if logprobs is not None and not as_json:
         raise RequestError("--logprobs has no place in streamed text: add --json")
     texts = _texts(prompts or [], prompt_file or [])
-    engine = engines.load(model, drafter, engines.Machine(dtype, device, kernels, weights), max_rows)
+    engine = engines.load(model, drafter, engines.Machine(dtype, device, kernels, weights), max_rows, acceptance)
     outputs = _as_json(engine, texts, params) if as_json else _as_text(engine, texts, params)
     if len(outputs) < len(texts) * n or any(output.finish_reason == "interrupted" for output in outputs):
         raise typer.Exit(130)

@@ -23,7 +23,7 @@ class Narrator(Engine):
     """An engine that shows every piece in the moment it is accepted, whoever drives it."""
 
     def __init__(self, engine: Engine, show: Show):
-        super().__init__(engine.target, engine.drafter, engine.tokenizer, engine.eos, engine.max_rows)
+        super().__init__(engine.target, engine.drafter, engine.tokenizer, engine.eos, engine.max_rows, engine.lossy)
         self._show = show
 
     def step(self) -> list[Piece]:

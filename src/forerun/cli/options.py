@@ -57,4 +57,12 @@ Weights = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
+Acceptance = Annotated[
+    str,
+    typer.Option(
+        metavar="exact|typical",
+        help="typical[:EPSILON,DELTA] is Medusa's relaxed rule at temperatures above 0: faster, deterministic, and lossy.",
+        rich_help_panel=SAMPLING,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.", rich_help_panel=OUTPUT)]
