@@ -1,0 +1,482 @@
+"""The target's own answers as training data: prompts dealt to temperatures, answers streamed into a file, and read back.
+
+A file of answers is JSON lines. The first line says what made it; every other is one answer. Tokens are ids, because what was
+generated is what is trained on (the same text could be cut into other tokens):
+
+    {"forerun": "distilled", "version": 1, "target": {...}, "sampling": {...}, "source": {...}, "seed": 0, ...}
+    {"key": "9f02...", "prompt": [1, 17, 4], "answer": [5, 8, 2], "temperature": 0.0, "finish": "stop"}
+
+The luck of an answer follows from the run's seed and its own key. So a run that was interrupted and goes on leaves the same
+answers as one that was not, though perhaps in another order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from forerun.engine import Engine, Piece
+from forerun.errors import TrainingError
+from forerun.nn.folder import CONFIG, checkpoint_folder, weight_files
+from forerun.sampling import SamplingParams
+
+FORMAT, VERSION = "distilled", 1
+QUEUED_PER_ROW = 32
+"""Prompts queued at once for every row: the batch runs dry only at a queue's end, and the engine remembers no more than one."""
+BLOCK, BLOCKS = 65536, 64
+"""Bytes of a look into a large file, and how many looks: training moves every weight, so a sample tells models apart."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer to train on, as ids; the token that ended it is its last. temperature: 0 where a row does not say."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    temperature: float = 0.0
+
+    @property
+    def size(self) -> int:
+        """Tokens in all."""
+        return len(self.prompt) + len(self.answer)
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What a file of answers holds. header: {} where rows stand alone."""
+
+    header: dict[str, Any]
+    samples: list[Sample]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn.
+
+    Prompts are dealt to the temperatures in turn. The filters concern those above 0; where there is none they are refused.
+    Raises RequestError for values that make no sense, as SamplingParams does.
+    """
+
+    temperatures: tuple[float, ...] = (0.0,)
+    max_new_tokens: int = 256
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for temperature in self.temperatures:
+            self.params(temperature)
+
+    def params(self, temperature: float, seed: int | None = None) -> SamplingParams:
+        """The request's parameters at one of the temperatures."""
+        limits = {"max_new_tokens": self.max_new_tokens, "temperature": temperature, "seed": seed}
+        if temperature == 0 and any(self.temperatures):
+            return SamplingParams.of(limits)
+        return SamplingParams.of(limits | {"top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p})
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the header, which has the seed elsewhere."""
+        values = asdict(self) | {"temperatures": list(self.temperatures)}
+        return {name: value for name, value in values.items() if name != "seed"}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt at a temperature. key: a hash of the prompt and of all that shapes its answer but the seed."""
+
+    key: str
+    prompt: tuple[int, ...]
+    temperature: float
+
+    def params(self, sampling: Sampling) -> SamplingParams:
+        """Its request: the seed is its own, whichever requests run before it or beside it."""
+        luck = hashlib.sha256(f"{sampling.seed} {self.key}".encode()).digest()
+        return sampling.params(self.temperature, int.from_bytes(luck[:8], "big") >> 1)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What is to be asked, each once; how often something was asked again, and how many prompts fill the context alone."""
+
+    asked: list[Question]
+    duplicates: int = 0
+    too_long: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the target said. finish: "stop" (the last token ends the text) or "length"."""
+
+    question: Question
+    tokens: tuple[int, ...]
+    finish: str
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing but the token that ends a text."""
+        return self.finish == "stop" and len(self.tokens) == 1
+
+    def as_dict(self) -> dict[str, Any]:
+        asked = self.question
+        return {
+            "key": asked.key,
+            "prompt": list(asked.prompt),
+            "answer": list(self.tokens),
+            "temperature": asked.temperature,
+            "finish": self.finish,
+        }
+
+
+@dataclass
+class Tally:
+    """What a run has done so far. known: answers that an earlier run left; seconds: of generation, prompts included."""
+
+    wanted: int
+    known: int = 0
+    answers: int = 0
+    empty: int = 0
+    new_tokens: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    finishes: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def tokens_per_step(self) -> float:
+        return self.new_tokens / self.steps if self.steps else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.new_tokens / self.seconds if self.seconds else 0.0
+
+    def note(self, piece: Piece) -> None:
+        self.steps += 1
+        self.new_tokens += len(piece.token_ids)
+
+    def count(self, answer: Answer) -> None:
+        if answer.is_empty:
+            self.empty += 1
+        else:
+            self.answers += 1
+            self.finishes[answer.finish] += 1
+
+
+Watch = Callable[[Tally, Answer | None], None]
+"""Told after every step of a row; the answer is there when it is complete (and not empty)."""
+
+
+# ---- what is asked
+
+
+def deal(prompts: Iterable[Sequence[int]], sampling: Sampling, context: int) -> Questions:
+    """Prompts dealt to the temperatures in turn; equal ones at one temperature are asked once, and those that leave no room
+    for an answer in `context` tokens not at all.
+
+    Raises TrainingError if nothing is left.
+    """
+    asked: dict[str, Question] = {}
+    given = too_long = 0
+    for number, prompt in enumerate(prompts):
+        given += 1
+        if len(prompt) >= context:
+            too_long += 1
+            continue
+        question = _question(tuple(prompt), sampling.temperatures[number % len(sampling.temperatures)], sampling)
+        asked.setdefault(question.key, question)
+    if not asked:
+        reason = f"all {given} prompts have {context} tokens, the whole context, or more: shorten them"
+        raise TrainingError(reason if given else "there are no prompts: give at least one")
+    return Questions(list(asked.values()), given - too_long - len(asked), too_long)
+
+
+def _question(prompt: tuple[int, ...], temperature: float, sampling: Sampling) -> Question:
+    params = sampling.params(temperature)
+    shaping = [params.max_new_tokens, float(temperature), *map(float, params.filters)]
+    return Question(digest([list(prompt), shaping])[:32], prompt, float(temperature))
+
+
+def windows(corpus: Path, lengths: tuple[int, int], count: int, seed: int) -> list[list[int]]:
+    """`count` prompts cut from a corpus's train.bin, their lengths drawn evenly from lengths[0] ... lengths[1] tokens.
+
+    The same seed cuts the same windows, and the first of them whatever the count. Raises TrainingError if it cannot be done.
+    """
+    low, high = lengths
+    if not 1 <= low <= high or count < 1:
+        raise TrainingError(
+            f"{count} prompts of {low} to {high} tokens cannot be cut: give at least 1, the shorter first"
+        )
+    path = corpus / "train.bin"
+    if not path.is_file() or path.stat().st_size < 2 * high:
+        raise TrainingError(
+            f"{path} is missing or shorter than {high} tokens: name a folder that forerun train lm --build-corpus has made"
+        )
+    tokens = np.memmap(path, dtype=np.uint16, mode="r", shape=(path.stat().st_size // 2,))
+    draw = np.random.default_rng(seed)
+    cut = []
+    for _ in range(count):
+        length = int(draw.integers(low, high + 1))
+        start = int(draw.integers(0, len(tokens) - length + 1))
+        cut.append(tokens[start : start + length].tolist())
+    return cut
+
+
+# ---- what made a file
+
+
+def header_of(
+    model: str, engine: Engine, sampling: Sampling, source: Mapping[str, Any], template: Any
+) -> dict[str, Any]:
+    """The first line of a file of answers: everything that they depend on. Not the batch and not the drafter, which do not
+    change what the target says.
+
+    source: where the prompts come from. template: the chat template that they were rendered with, or None.
+    """
+    folder, network = checkpoint_folder(model), engine.target.network
+    return {
+        "forerun": FORMAT,
+        "version": VERSION,
+        "target": {"name": folder.resolve().name, "fingerprint": fingerprint_of_model(folder)},
+        "dtype": str(network.dtype).removeprefix("torch."),
+        "weights": str(network.weights).removeprefix("torch."),
+        "kernels": network.kernels,
+        "sampling": sampling.as_dict(),
+        "template": template,
+        "source": dict(source),
+        "seed": sampling.seed,
+    }
+
+
+def fingerprint_of_model(folder: Path) -> str:
+    """Of its config, its end tokens, its tokenizer and a sample of its weights."""
+    described = [folder / name for name in (CONFIG, "generation_config.json", "tokenizer.json")]
+    return fingerprint([*(path for path in described if path.is_file()), *weight_files(folder)])
+
+
+def fingerprint(paths: Iterable[Path]) -> str:
+    """A hash of files' names, sizes and contents; of a large file, 64 blocks from end to end, so that it takes no time."""
+    found = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        found.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for block in range(BLOCKS):
+                file.seek(max(block * BLOCK, block * (size - BLOCK) // (BLOCKS - 1)))
+                found.update(file.read(BLOCK))
+    return found.hexdigest()
+
+
+def digest(value: Any) -> str:
+    """A hash of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+# ---- the answers
+
+
+def distill(engine: Engine, questions: Questions, sampling: Sampling, ledger: Ledger, watch: Watch) -> Tally:
+    """Ask what the ledger does not know, and enter every answer in the moment it is complete. Acceptance is exact, whatever the
+    engine's own rule: data from a lossy one would not be what the target says.
+
+    Raises TrainingError if the file cannot be written. Whatever interrupts this, finished answers are in the file.
+    """
+    left = [question for question in questions.asked if question.key not in ledger.keys]
+    tally = Tally(len(questions.asked), len(questions.asked) - len(left))
+    begun = time.perf_counter()
+    with contextlib.closing(_pieces(engine, left, sampling)) as pieces:
+        for piece, answer in pieces:
+            tally.note(piece)
+            if answer is not None:
+                tally.count(answer)
+                if answer.is_empty:
+                    answer = None
+                else:
+                    ledger.enter(answer)
+            tally.seconds = time.perf_counter() - begun
+            watch(tally, answer)
+    return tally
+
+
+def _pieces(
+    engine: Engine, questions: Sequence[Question], sampling: Sampling
+) -> Generator[tuple[Piece, Answer | None], None, None]:
+    """Every step of every request, and the answer with the step that completes it."""
+    # Ids in, ids out: with a tokenizer the engine would decode every token too.
+    mute = Engine(engine.target, engine.drafter, None, engine.eos, engine.max_rows)
+    size = QUEUED_PER_ROW * mute.max_rows
+    for group in (questions[start : start + size] for start in range(0, len(questions), size)):
+        said: list[list[int]] = [[] for _ in group]
+        prompts, params = [one.prompt for one in group], [one.params(sampling) for one in group]
+        with contextlib.closing(mute.stream(prompts, params)) as pieces:  # type: ignore[type-var]
+            for piece in pieces:
+                tokens, question = said[piece.prompt_index], group[piece.prompt_index]
+                tokens += piece.token_ids
+                finish = piece.finish_reason
+                yield piece, Answer(question, tuple(tokens), finish) if finish else None
+
+
+class Ledger:
+    """A file of answers that is being written. keys: of the answers in it.
+
+    Opening one that exists goes on with it: a last line that was cut in the middle is forgotten, and another header is refused
+    (TrainingError). Nothing is written before the first answer.
+    """
+
+    def __init__(self, path: Path, header: Mapping[str, Any]):
+        self.path = path
+        self._header = _line(header)
+        self.keys: set[str] = set()
+        self._end = 0  # bytes of whole lines
+        if path.exists():
+            self._resume()
+
+    def enter(self, answer: Answer) -> None:
+        """Append an answer, on disk when this returns. TrainingError if there is no room; what was there stays."""
+        line = _line(answer.as_dict())
+        content = line if self._end else self._header + line
+        try:
+            if self.path.is_file() and self.path.stat().st_size > self._end:
+                os.truncate(self.path, self._end)
+            with self.path.open("ab") as file:
+                file.write(content)
+        except OSError as error:
+            self._forget_half_a_line()
+            raise TrainingError(
+                f"{self.path} cannot be written ({error.strerror}): make room there, and the same command goes on"
+            ) from None
+        self._end += len(content)
+        self.keys.add(answer.question.key)
+
+    def _forget_half_a_line(self) -> None:
+        with contextlib.suppress(OSError):
+            if self._end:
+                os.truncate(self.path, self._end)
+            elif self.path.is_file():
+                self.path.unlink()
+
+    def _resume(self) -> None:
+        with _opened(self.path) as file:
+            first = file.readline()
+        if self._header.startswith(first) and first != self._header:
+            return  # empty, or cut within our own header
+        found = _object(first) or {}
+        if found.get("forerun") != FORMAT:
+            raise TrainingError(f"{self.path} exists and is not from forerun distill: choose another --out")
+        _demand_equal(self.path, found, json.loads(self._header))
+        rows = _rows(self.path)
+        self._end = next(rows)[2]
+        for number, row, end in rows:
+            if not isinstance(row.get("key"), str):
+                raise TrainingError(
+                    f'{self.path}, line {number} has no "key": remove the line, or choose another --out'
+                )
+            self.keys.add(row["key"])
+            self._end = end
+
+
+def _demand_equal(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """The same header, or a sentence about the first difference."""
+    theirs, ours = _flat(found), _flat(wanted)
+    for name in [*ours, *theirs]:
+        if theirs.get(name) != ours.get(name):
+            before, now = (json.dumps(values.get(name)) for values in (theirs, ours))
+            raise TrainingError(
+                f"{path} holds answers with {name} {before}, and now it is {now}: choose another --out, or ask as before"
+            )
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested names joined by dots."""
+    found: dict[str, Any] = {}
+    for name, inner in value.items():
+        found |= _flat(inner, f"{prefix}{name}.") if isinstance(inner, dict) else {prefix + name: inner}
+    return found
+
+
+# ---- reading
+
+
+def read(path: Path) -> Distilled:
+    """The answers in a file of `forerun distill`, or in plain rows of {"prompt": [ids], "answer": [ids]}.
+
+    The last line of a run that was interrupted may be half a line, and is left out. Raises TrainingError, which names the line,
+    for anything else that is not an answer, and for a file without any.
+    """
+    header: dict[str, Any] = {}
+    samples: list[Sample] = []
+    for number, row, _ in _rows(path, whole_lines=False):
+        if not samples and not header and "forerun" in row:
+            header = _checked_header(path, row)
+        else:
+            samples.append(_sample(row, f"{path}, line {number}"))
+    if not samples:
+        raise TrainingError(f"{path} holds no answers: make some with forerun distill --out {path}")
+    return Distilled(header, samples)
+
+
+def _checked_header(path: Path, row: dict[str, Any]) -> dict[str, Any]:
+    if (row["forerun"], row.get("version")) != (FORMAT, VERSION):
+        kind = f"{row['forerun']!r}, version {row.get('version')!r}"
+        raise TrainingError(f"{path} is {kind}, and {FORMAT!r}, version {VERSION} can be read: distill again")
+    return row
+
+
+def _sample(row: Mapping[str, Any], where: str) -> Sample:
+    for name in ("prompt", "answer"):
+        if not _are_ids(row.get(name)):
+            raise TrainingError(f'{where} has no token ids under "{name}": write "{name}": [1, 2, 3]')
+    temperature = row.get("temperature", 0.0)
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
+        raise TrainingError(f"{where} has the temperature {temperature!r}: write a number, or leave it out")
+    return Sample(tuple(row["prompt"]), tuple(row["answer"]), float(temperature))
+
+
+def _are_ids(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(token) is int and token >= 0 for token in value)
+
+
+def _rows(path: Path, whole_lines: bool = True) -> Iterator[tuple[int, dict[str, Any], int]]:
+    """Number, object and end (in bytes) of every line. A last one without its line end was cut; without `whole_lines` it
+    counts as one if it can be read."""
+    end = 0
+    with _opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            end += len(line)
+            is_cut = not line.endswith(b"\n")
+            if not line.strip() or (is_cut and whole_lines):
+                continue
+            row = _object(line)
+            if row is not None:
+                yield number, row, end
+            elif not is_cut:
+                raise TrainingError(f"{path}, line {number} is not a JSON object: remove the line, or distill again")
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise TrainingError(f"{path} cannot be read ({error.strerror}): name a file of forerun distill") from None
+
+
+def _line(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode() + b"\n"
