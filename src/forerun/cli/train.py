@@ -1,4 +1,5 @@
-"""`forerun train lm`: a language model from a corpus, from a shallower model, or from a teacher."""
+"""`forerun train lm`: a language model from a corpus, from a shallower model, or from a teacher. The heads are in
+`cli/heads.py`."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from forerun.cli import options
+from forerun.cli import heads, joint, options
 
 app = typer.Typer(help="Train models and drafters.")
 
@@ -156,3 +157,8 @@ def _numbers(text: str | None) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",")) if text else ()
     except ValueError:
         raise TrainingError(f"--init-layers {text!r} is not a list of layers: write 0,7") from None
+
+
+for preset in heads.HEADS:
+    app.command(preset)(heads.command(preset))
+app.command("medusa2")(joint.medusa2)

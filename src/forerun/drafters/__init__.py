@@ -35,6 +35,8 @@ REGISTRY = {
     "lookup": "forerun.drafters.lookup",
     "small": "forerun.drafters.small",
     "verified": "forerun.drafters.verified",
+    "medusa": "forerun.drafters.medusa",
+    "hydra": "forerun.drafters.hydra",
 }
 
 Description = Mapping[str, Any]
@@ -119,11 +121,12 @@ def _parsed(text: str, source: str) -> dict[str, Any]:
 
 
 def _anchored(description: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Checkpoints that lie beside the file that names them, wherever the command runs."""
+    """Checkpoints and trees that lie beside the file that names them, wherever the command runs."""
     inside = {key: _anchored(value, folder) if isinstance(value, dict) else value for key, value in description.items()}
-    checkpoint = inside.get("checkpoint")
-    if isinstance(checkpoint, str) and (folder / checkpoint).is_dir():
-        inside["checkpoint"] = str(folder / checkpoint)
+    for key in ("checkpoint", "tree"):
+        value = inside.get(key)
+        if isinstance(value, str) and (folder / value).exists():
+            inside[key] = str(folder / value)
     return inside
 
 

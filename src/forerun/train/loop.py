@@ -42,10 +42,11 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps and learning rates. `muon_rate` moves matrices, `adam_rate` embeddings and vectors.
+    """Steps and learning rates. `muon_rate` moves matrices (0: AdamW moves everything), `adam_rate` embeddings and vectors.
 
-    The rate rises linearly over `warmup` steps, stays, and falls linearly to zero over the last `decay` share of the steps
-    (warm-up, stable, decay).
+    shape "linear": the rate rises linearly over `warmup` steps, stays, and falls linearly to zero over the last `decay` share
+    of the steps (warm-up, stable, decay). "cosine": it rises from zero, and falls along a cosine to `floor` of itself.
+    scales: parameters whose name begins so learn at that many times the rate; the first that fits counts.
     """
 
     steps: int
@@ -58,24 +59,44 @@ class Schedule:
     clip: float = 1.0
     validate_every: int = 250
     save_every: int = 100
+    shape: str = "linear"
+    floor: float = 0.0
+    scales: tuple[tuple[str, float], ...] = ()
 
     def rate(self, step: int) -> float:
-        """The share of the full learning rate at a step."""
+        """The share of the full learning rate at a step (0 up to `steps` - 1)."""
+        if self.shape == "cosine":
+            if step < self.warmup:
+                return step / self.warmup
+            progress = min(1.0, (step - self.warmup) / max(1, self.steps - 1 - self.warmup))
+            return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * progress)) / 2
         rising = min(1.0, (step + 1) / max(1, self.warmup))
         falling = (self.steps - step) / max(1.0, self.steps * self.decay)
         return max(0.0, min(rising, falling, 1.0))
 
+    def scale(self, name: str) -> float:
+        """The factor of the learning rate for a parameter."""
+        return next((scale for prefix, scale in self.scales if name.startswith(prefix)), 1.0)
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields as a checkpoint records them: JSON has no tuples."""
+        return asdict(self) | {"scales": [list(pair) for pair in self.scales]}
+
 
 def optimisers(module: nn.Module, schedule: Schedule) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for embeddings, heads and vectors (Jordan et al. 2024)."""
-    matrices = [p for n, p in module.named_parameters() if p.requires_grad and p.dim() == 2 and _inner(n)]
-    known = {id(p) for p in matrices}
-    others = [p for p in module.parameters() if p.requires_grad and id(p) not in known]
+    """Muon for the matrices inside the blocks, AdamW for embeddings, heads and vectors (Jordan et al. 2024); or AdamW for all."""
+    moved = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    if not schedule.muon_rate:
+        groups = _by_scale(moved, schedule)
+        return [torch.optim.AdamW(groups, lr=schedule.adam_rate, weight_decay=schedule.weight_decay)]
+    matrices = [(n, p) for n, p in moved if p.dim() == 2 and _inner(n)]
+    known = {id(p) for _, p in matrices}
+    others = _by_scale([(n, p) for n, p in moved if id(p) not in known], schedule)
     made: list[torch.optim.Optimizer] = []
     if matrices:
         made.append(
             torch.optim.Muon(
-                matrices,
+                _by_scale(matrices, schedule),
                 lr=schedule.muon_rate,
                 weight_decay=schedule.weight_decay,
                 adjust_lr_fn="match_rms_adamw",
@@ -83,6 +104,14 @@ def optimisers(module: nn.Module, schedule: Schedule) -> list[torch.optim.Optimi
         )
     made.append(torch.optim.AdamW(others, lr=schedule.adam_rate, betas=(0.9, 0.95), weight_decay=0.0))
     return made
+
+
+def _by_scale(named: Iterable[tuple[str, Tensor]], schedule: Schedule) -> list[dict[str, Any]]:
+    """Parameter groups for an optimiser, one for each factor of the rate."""
+    groups: dict[float, list[Tensor]] = {}
+    for name, parameter in named:
+        groups.setdefault(schedule.scale(name), []).append(parameter)
+    return [{"params": parameters, "scale": scale} for scale, parameters in groups.items()]
 
 
 def _inner(name: str) -> bool:
@@ -141,7 +170,7 @@ class _Run:
         for optimiser in self.optimisers:
             full = self.schedule.muon_rate if isinstance(optimiser, torch.optim.Muon) else self.schedule.adam_rate
             for group in optimiser.param_groups:
-                group["lr"] = full * rate
+                group["lr"] = full * rate * group["scale"]
             optimiser.step()
         return total
 
@@ -184,7 +213,7 @@ class _Run:
         for number, optimiser in enumerate(self.optimisers):
             for index, values in optimiser.state_dict()["state"].items():
                 state |= {f"optimiser.{number}.{index}.{k}": torch.as_tensor(v) for k, v in values.items()}
-        note = {"step": self.step, "seconds": self.seconds, "schedule": asdict(self.schedule)}
+        note = {"step": self.step, "seconds": self.seconds, "schedule": self.schedule.as_json()}
         beside = self.folder / "state.tmp"
         try:
             save_file({k: v.contiguous() for k, v in state.items()}, beside, {"run": json.dumps(note)})
@@ -201,7 +230,8 @@ class _Run:
         if not path.exists():
             return
         note, state = read_run(path)
-        if note["schedule"] != asdict(self.schedule):
+        # A field that is younger than the checkpoint had its default then.
+        if Schedule(0).as_json() | note["schedule"] != self.schedule.as_json():
             raise TrainingError(
                 f"{path} belongs to a run with another schedule: remove it, or train into another folder"
             )

@@ -1,0 +1,249 @@
+"""What drafters with heads share: small networks on top of the target's own hidden states, and a static tree of their
+best tokens.
+
+    context   c_t, [B, D]: the target's state at the last token that it has read (or what a prefix layer makes of it)
+    root      x_{t+1}, node 0: the newest token, which the target has not read
+    head i    proposes x_{t+i+2}, a node of depth i + 1
+
+Whatever heads propose is a tree of best tokens, so it is verified by the exact rules for deterministic trees, at any
+temperature."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from forerun.accept import Verdict
+from forerun.cache import Cache
+from forerun.drafter import Context, Drafter
+from forerun.model import CHUNK, Scores
+from forerun.nn.feed import Feed
+from forerun.nn.network import Network
+from forerun.nn.packed_heads import HeadWeights, PackedHeads
+from forerun.ranktree import RankTree
+from forerun.row import Row
+from forerun.tree import TokenTree, Topology
+
+
+class HeadsModule(nn.Module):
+    """K draft heads, as they are trained. Subclasses say how a head thinks.
+
+    sees_tokens: heads see the tokens drafted before theirs, not only the context.
+    """
+
+    sees_tokens = False
+    count: int
+
+    def contexts(self, states_BND: Tensor) -> Tensor:
+        """What the heads see of whole sequences of the target's states."""
+        return states_BND
+
+    def logits(self, context_PD: Tensor, embedded_PKD: Tensor, head_VD: Tensor) -> Tensor:
+        """Of all heads at P places, [K, P, V]. embedded: the embeddings of the K tokens that follow each place, the
+        root first; head: the target's output projection, for heads that share it."""
+        raise NotImplementedError
+
+    def head_logits(self, index: int, z: Tensor, head_VD: Tensor) -> Tensor:
+        """Of one head: z [..., M] is the context and, where heads see tokens, the embeddings that follow it."""
+        raise NotImplementedError
+
+    def weights(self, head_VD: Tensor | object) -> list[HeadWeights]:
+        """The heads as plain matrices, for the kernels."""
+        raise NotImplementedError
+
+
+class Drafting(Protocol):
+    """Grows a static tree: the tokens of every node of every row, the root first."""
+
+    def draft(self, context_BD: Tensor, roots: Sequence[int], tree: RankTree) -> list[list[int]]: ...
+
+
+class TorchHeads:
+    """Drafting in plain torch: the readable version, and the one for CUDA."""
+
+    def __init__(self, module: HeadsModule, embedding_VD: Tensor, head_VD: Tensor):
+        self.module, self.embedding, self.head = module, embedding_VD, head_VD
+
+    @torch.inference_mode()
+    def draft(self, context_BD: Tensor, roots: Sequence[int], tree: RankTree) -> list[list[int]]:
+        root_B1 = torch.tensor(roots, device=context_BD.device)[:, None]
+        grow = self._level_by_level if self.module.sees_tokens else self._all_at_once
+        return torch.cat((root_B1, *grow(context_BD, root_B1, tree)), 1).tolist()
+
+    def _all_at_once(self, context_BD: Tensor, root_B1: Tensor, tree: RankTree) -> list[Tensor]:
+        best = self.module.logits(context_BD, context_BD[:, None], self.head).topk(tree.widest, -1).indices
+        return [best[index][:, level.ranks] for index, level in enumerate(tree.levels)]
+
+    def _level_by_level(self, context_BD: Tensor, root_B1: Tensor, tree: RankTree) -> list[Tensor]:
+        z_BPM = torch.cat((context_BD[:, None], self.embedding[root_B1]), -1)
+        grown = []
+        for index, level in enumerate(tree.levels):
+            best = self.module.head_logits(index, z_BPM, self.head).topk(level.widest, -1).indices
+            grown.append(best[:, level.parents, level.ranks])
+            rows = level.parents[level.grows]
+            z_BPM = torch.cat((z_BPM[:, rows], self.embedding[grown[-1][:, level.grows]]), -1)
+        return grown
+
+
+def drafting(module: HeadsModule, network: Network, weights: str) -> Drafting:
+    """The heads on the target's own kernels, number format and device."""
+    module = module.to(device=network.device, dtype=network.dtype).eval().requires_grad_(False)
+    if network.kernels == "native":
+        kind = torch.int8 if weights == "int8" else network.weights if weights == "auto" else network.dtype
+        embedding = network.input_embedding if module.sees_tokens else None
+        return PackedHeads(module.weights(network.output_head), embedding, network.dtype, kind)
+    head = network.output_head
+    assert isinstance(head, Tensor)
+    return TorchHeads(module, network.input_embedding, head)
+
+
+class Reader(Protocol):
+    """Turns the target's states into contexts, row by row in slot order."""
+
+    def admit(self, row: Row, states_1SD: Tensor | None) -> None:
+        """A new row takes the next slot; its prompt gave these states (None: it has but one token)."""
+
+    def release(self, slot: int) -> None: ...
+
+    def observe(self, states_BND: Tensor, kept: Sequence[Sequence[int]]) -> None:
+        """The states of a tree's nodes, and which nodes of each row were kept."""
+
+    def contexts(self) -> list[Tensor | None]:
+        """[D] per row; None where the target has read nothing yet."""
+
+
+class LastState:
+    """The context is the target's state itself."""
+
+    def __init__(self) -> None:
+        self._contexts: list[Tensor | None] = []
+
+    def admit(self, row: Row, states_1SD: Tensor | None) -> None:
+        self._contexts.append(None if states_1SD is None else states_1SD[0, -1])
+
+    def release(self, slot: int) -> None:
+        last = self._contexts.pop()
+        if slot < len(self._contexts):
+            self._contexts[slot] = last
+
+    def observe(self, states_BND: Tensor, kept: Sequence[Sequence[int]]) -> None:
+        rows = torch.arange(len(kept), device=states_BND.device)
+        ends = torch.tensor([path[-1] for path in kept], device=states_BND.device)
+        self._contexts = list(states_BND[rows, ends].unbind(0))
+
+    def contexts(self) -> list[Tensor | None]:
+        return self._contexts
+
+
+class PrefixState(LastState):
+    """The context is what a layer of the heads' own makes of the states of all verified tokens (Hydra++).
+
+    The layer has a cache of its own, which holds verified tokens only: every step appends those that were just kept.
+    """
+
+    def __init__(self, network: Network):
+        super().__init__()
+        self._network = network
+        self.cache = Cache(network.cache_shape, network.dtype, network.device)
+
+    def admit(self, row: Row, states_1SD: Tensor | None) -> None:
+        rows = self.cache.rows
+        slots = rows if rows < self.cache.slots else max(1, 2 * rows)
+        self.cache.reserve(max(slots, rows + 1), row.limit)
+        slot = self.cache.admit()
+        read = None
+        if states_1SD is not None:
+            for part in torch.split(states_1SD, CHUNK, 1):
+                read = self._read(part, [part.shape[1]], slot)
+        self._contexts.append(None if read is None else read[0, -1])
+
+    def release(self, slot: int) -> None:
+        self.cache.release(slot)
+        super().release(slot)
+
+    def observe(self, states_BND: Tensor, kept: Sequence[Sequence[int]]) -> None:
+        counts = [len(path) for path in kept]
+        longest = max(counts)
+        nodes = torch.tensor([[*path, *[0] * (longest - len(path))] for path in kept], device=states_BND.device)
+        rows = torch.arange(len(kept), device=states_BND.device)
+        read = self._read(states_BND[rows[:, None], nodes], counts, 0)
+        ends = torch.tensor(counts, device=states_BND.device) - 1
+        self._contexts = list(read[rows, ends].unbind(0))
+
+    def _read(self, states_BND: Tensor, counts: Sequence[int], start: int) -> Tensor:
+        """Append states to the slots from `start` on; what the layer says of them, [B, N, D]."""
+        rows, longest, _ = states_BND.shape
+        lengths = np.asarray(self.cache.lengths[start : start + rows])
+        feed = Feed(
+            tokens_BN=torch.zeros((rows, longest), dtype=torch.int64, device=states_BND.device),
+            lengths_B=lengths,
+            where_BN=np.minimum(lengths[:, None] + np.arange(longest), self._network.max_length - 1),
+            start=start,
+            counts_B=np.asarray(counts),
+            dtype=self._network.dtype,
+            states_BND=states_BND,
+        )
+        layers = self._network.cache_shape.layers
+        read = self._network.forward(feed, self.cache, (layers,)).hidden[layers]
+        for row, count in enumerate(counts):
+            self.cache.lengths[start + row] += count
+        return read
+
+
+@dataclass(frozen=True)
+class Head:
+    """A drafter's working parts: how it drafts, what it makes of the target's states, the tree it grows, and the
+    layer it reads."""
+
+    drafting: Drafting
+    reader: Reader
+    tree: RankTree
+    layer: int
+
+
+class HeadDrafter(Drafter):
+    """Heads grow the same tree at every step, cut to what a row has room for."""
+
+    def __init__(self, name: str, head: Head):
+        self.name, self.head = name, head
+        self.reads = frozenset({head.layer})
+        self.max_nodes = head.tree.size
+
+    def admit(self, row: Row, hidden: Mapping[int, Tensor]) -> None:
+        self.head.reader.admit(row, hidden.get(self.head.layer))
+
+    def release(self, slot: int) -> None:
+        self.head.reader.release(slot)
+
+    def propose(self, context: Context) -> TokenTree:
+        roots = [row.tokens[-1] for row in context.rows]
+        states = self.head.reader.contexts()
+        depths = [0 if state is None else depth for state, depth in zip(states, context.depths, strict=True)]
+        tree = self.head.tree.within(max(depths), context.budget)
+        if tree is None:
+            return TokenTree.root(roots, context.device)
+        some = next(state for state in states if state is not None)
+        context_BD = torch.stack([torch.zeros_like(some) if state is None else state for state in states])
+        tokens = self.head.drafting.draft(context_BD, roots, tree)
+        if min(depths) >= tree.depth:
+            return TokenTree(tokens, tree.topology(len(roots)), context.device)
+        return _cut(tokens, tree, depths, context)
+
+    def observe(self, context: Context, tree: TokenTree, verdict: Verdict, scores: Scores) -> None:
+        self.head.reader.observe(scores.hidden[self.head.layer], verdict.kept)
+
+
+def _cut(tokens: Sequence[Sequence[int]], tree: RankTree, depths: Sequence[int], context: Context) -> TokenTree:
+    """Each row's part of a tree that is too deep for some rows. Nodes are numbered by depth, so the part is the
+    beginning."""
+    parts = [tree.within(depth, tree.size) for depth in depths]
+    sizes = [1 + (part.size if part else 0) for part in parts]
+    parents = [tree.parents[:size] for size in sizes]
+    return TokenTree(
+        [row[:size] for row, size in zip(tokens, sizes, strict=True)], Topology.of(parents), context.device
+    )

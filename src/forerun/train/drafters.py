@@ -1,0 +1,181 @@
+"""Everything that `forerun train medusa|hydra|hydra++` decides before the loop begins, and what it leaves when the
+loop has ended."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from forerun.drafters import checkpoint as checkpoints
+from forerun.drafters.checkpoint import DEFAULT_TREE, Checkpoint
+from forerun.drafters.hydra import HydraConfig, HydraHeads, PrefixConfig
+from forerun.drafters.medusa import MedusaConfig, MedusaHeads
+from forerun.errors import TrainingError
+from forerun.nn.dtype import dtype_of
+from forerun.nn.foreign import Foreign
+from forerun.nn.load import load_network
+from forerun.nn.network import Network
+from forerun.nn.transformer import Transformer
+from forerun.train.distill import Distilled, Sample, read
+from forerun.train.heads import Answers, HeadsObjective, Teacher
+from forerun.train.loop import Schedule, fit
+from forerun.train.presets import PRESETS, Preset, Weights
+
+FEWEST_TOKENS = 2000
+"""Answer tokens below which nothing can be learnt that holds elsewhere."""
+SMALLEST_SHARE = 0.02
+"""Of the tokens that are read; below it the data is prompts, and something went wrong when it was made."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training of heads. architecture: what differs from the preset's. weights, rate: None: the preset's."""
+
+    preset: str
+    target: str
+    data: Path
+    architecture: Mapping[str, object]
+    weights: Weights | None
+    schedule: Schedule
+    rows: int = 16
+    length: int = 512
+    seed: int = 0
+    init_from: str | None = None
+    dtype: str = "auto"
+
+
+def schedule_for(preset: Preset, steps: int, rate: float | None = None, **rest: Any) -> Schedule:
+    """The preset's schedule over so many steps."""
+    warmup = preset.warmup if preset.warmup >= 1 else preset.warmup * steps
+    return Schedule(
+        steps=steps,
+        warmup=min(round(warmup), steps // 2),
+        muon_rate=0.0,
+        adam_rate=preset.rate if rate is None else rate,
+        weight_decay=preset.weight_decay,
+        shape="cosine",
+        floor=preset.floor,
+        **rest,
+    )
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training that is ready to begin: every input has been read and fits."""
+
+    recipe: Recipe
+    objective: HeadsObjective
+    config: MedusaConfig | HydraConfig
+    answers: Answers
+    distilled: Distilled
+
+    def fit(self, run: Path, out: Path) -> dict[str, float]:
+        """Train to the schedule's end, resuming what was interrupted in `run`, and write the heads to `out`."""
+        try:
+            figures = fit(self.objective, self.recipe.schedule, run, out.name) or self.objective.validate()
+        except KeyboardInterrupt:
+            print(f"the same command goes on from the last checkpoint in {run}", file=sys.stderr)
+            raise
+        checkpoints.write(self.objective.module, self.config, self._about(out, figures))
+        return figures
+
+    def _about(self, out: Path, figures: Mapping[str, float]) -> Checkpoint:
+        recipe = self.recipe
+        training = {
+            "preset": recipe.preset,
+            "data": self.distilled.header,
+            "answers": len(self.answers.samples),
+            "rows": recipe.rows,
+            "length": recipe.length,
+            "seed": recipe.seed,
+            "weights": asdict(self.objective.weights),
+            "schedule": asdict(recipe.schedule),
+            "figures": {name: round(value, 4) for name, value in figures.items()},
+        }
+        return Checkpoint(out, PRESETS[recipe.preset].drafter, {}, Path(recipe.target).name, training)
+
+
+def prepare(recipe: Recipe, device: torch.device) -> Training:
+    """Read everything that a training needs. Raises TrainingError, CheckpointError or DrafterError for what does not
+    fit, before anything is written."""
+    preset = PRESETS[recipe.preset]
+    distilled = read(recipe.data)
+    network = load_network(recipe.target, dtype_of(recipe.dtype, device), device)
+    answers = Answers(distilled.samples, recipe.rows, recipe.length, recipe.seed)
+    _demand_data(answers, network, recipe)
+    teacher = Teacher(network)
+    module, config = _heads(preset, recipe, network)
+    module.initialise(teacher.head_VD.float().cpu()) if recipe.init_from is None else _start(module, recipe.init_from)
+    weights = recipe.weights or preset.weights
+    tree = DEFAULT_TREE.within(module.count, DEFAULT_TREE.size) or DEFAULT_TREE
+    objective = HeadsObjective(module.to(device), teacher, answers, weights, tree)
+    return Training(recipe, objective, config, answers, distilled)
+
+
+def _heads(preset: Preset, recipe: Recipe, network: Network) -> tuple[Any, MedusaConfig | HydraConfig]:
+    head = network.output_head
+    assert isinstance(head, torch.Tensor)
+    fields: dict[str, Any] = {**preset.architecture, **recipe.architecture}
+    fields |= {"width": head.shape[1], "vocab_size": head.shape[0]}
+    torch.manual_seed(recipe.seed)
+    if preset.drafter == "medusa":
+        medusa = MedusaConfig(**fields)
+        return MedusaHeads(medusa), medusa
+    if fields.pop("prefix", False):
+        fields["prefix"] = prefix_like(network)
+    hydra = HydraConfig(**fields)
+    return HydraHeads(hydra), hydra
+
+
+def prefix_like(network: Network) -> PrefixConfig:
+    """A prefix layer of the shape of one of the target's own layers."""
+    if isinstance(network, Transformer):
+        config = network.config
+        mlp_width, eps, theta = config.mlp_width, config.norm_eps, config.rope_theta
+        heads, max_length = config.heads, config.max_length
+    elif isinstance(network, Foreign):
+        outside = network.model.config.get_text_config(decoder=True)
+        heads = outside.num_attention_heads
+        width = network.input_embedding.shape[1]
+        mlp_width = getattr(outside, "intermediate_size", None) or 4 * width
+        eps, theta, max_length = 1e-6, 10000.0, network.max_length
+    else:
+        raise TrainingError("a prefix layer is shaped after a target on torch's kernels: load it with kernels torch")
+    shape = network.cache_shape
+    kv_heads = shape.kv_heads if heads % shape.kv_heads == 0 else heads
+    return PrefixConfig(heads, kv_heads, shape.head_dim, mlp_width, max_length, eps, theta)
+
+
+def _start(module: nn.Module, source: str) -> None:
+    """Go on from trained heads of the same shape."""
+    checkpoints.read(source).fill(module)
+
+
+def _demand_data(answers: Answers, network: Network, recipe: Recipe) -> None:
+    """Refuse data that cannot teach this target."""
+    largest = max(max((*s.prompt, *s.answer)) for s in answers.samples)
+    if largest >= network.vocab_size:
+        raise TrainingError(
+            f"{recipe.data} has token {largest} and {recipe.target} knows {network.vocab_size}: distil from this target"
+        )
+    if recipe.length > network.max_length or recipe.length < 8 or recipe.rows < 1:
+        raise TrainingError(
+            f"batches of {recipe.rows} x {recipe.length} tokens do not fit a context of {network.max_length}"
+        )
+    tokens = sum(len(s.answer) for s in answers.training)
+    if tokens < FEWEST_TOKENS or answers.trained_share < SMALLEST_SHARE:
+        raise TrainingError(
+            f"{recipe.data} has {tokens:,} answer tokens to train on, {answers.trained_share:.1%} of what would be read:"
+            " make more or longer answers with forerun distill"
+        )
+
+
+def example(training: Training) -> Sample:
+    """The first sample that is trained on, as it will be read."""
+    return training.answers.training[0]
