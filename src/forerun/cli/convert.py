@@ -1,0 +1,139 @@
+"""`forerun convert`: draft heads from and to the layouts of other engines."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from forerun.drafters.exchange import Heads
+    from forerun.engine import Engine
+    from forerun.train.distill import Sample
+
+PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS = 4, 256, 64
+"""What the check asks the target: a handful is enough to see a mistake, which shows at every token."""
+HARDLY = 1.1
+"""Tokens per step below which heads hardly ever agree with the target."""
+
+Source = Annotated[
+    str,
+    typer.Argument(metavar="SOURCE", help="A folder of heads, in any of the layouts, or a hub id.", show_default=False),
+]
+To = Annotated[
+    str,
+    typer.Option(
+        "--to",
+        metavar="ours|fasterdecoding|vllm|hydra",
+        help="The layout to write: our own, that of Medusa's code, of vLLM, or of Hydra's code.",
+    ),
+]
+Out = Annotated[Path, typer.Option(metavar="DIR", help="A new folder for the result.")]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="The model that the heads belong to: some layouts need it, and the result is checked on its answers.",
+    ),
+]
+PromptFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts",
+        metavar="FILE",
+        help=f"With --target: the first {PROMPTS} prompts of this file instead of built-in ones.",
+    ),
+]
+
+
+def convert(
+    source: Source,
+    to: To,
+    out: Out,
+    target: Target = None,
+    prompts: PromptFile = None,
+) -> None:
+    """Bring draft heads from one layout into another: our own, Medusa's, vLLM's or Hydra's.
+
+    Nothing is lost and nothing is guessed: every tensor is there and of the right shape, or the difference is listed. The result
+    is read back and compared bit by bit; with --target also by the acceptance that the heads have before and after.
+    """
+    from forerun.cli.engines import quiet
+    from forerun.cli.files import demand_place
+    from forerun.drafters import exchange
+    from forerun.errors import DrafterError, RequestError
+
+    exchange.demand_layout(to)
+    exchange.demand_new(out)
+    demand_place(out)
+    if prompts and not target:
+        raise RequestError("--prompts needs --target: the model that answers them")
+    quiet()
+    base = exchange.Base.of(target) if target else None
+    heads = exchange.read(source, base)
+    if heads.layout == to == "ours":
+        raise DrafterError(f"{source} is in our layout already: copy the folder")
+    measure = _measure(target, prompts) if target else None
+    before = measure(heads) if measure else 0.0
+    count = exchange.write(heads, to, out, base)
+    print(described(heads, source))
+    for note in heads.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(f"{out}: {to}; all {count} tensors are the same bit by bit when read back")
+    if measure:
+        _compare(before, measure(exchange.read(out, base)))
+    else:
+        print(f"acceptance was not compared: {f'{target} has no tokenizer' if target else 'that needs --target MODEL'}")
+
+
+def described(heads: Heads, source: str) -> str:
+    """One line about what was read."""
+    config = heads.config
+    parts = [
+        f"{config.heads} heads of {config.layers} layer{'s' if config.layers > 1 else ''}"
+        + (" (tied)" if config.layers > 1 and config.tied_layers else ""),
+        "the target's vocabulary matrix" if config.vocabulary == "shared" else "vocabulary matrices of their own",
+        *(["a prefix layer"] if getattr(config, "prefix", None) else []),
+        f"{heads.parameters:,} parameters in {str(heads.dtype).removeprefix('torch.')}",
+        f"for {heads.target}",
+    ]
+    return f"{source}: {heads.drafter} ({heads.layout}), {', '.join(parts)}"
+
+
+def _measure(target: str, prompts: Path | None) -> Callable[[Heads], float] | None:
+    """Tokens per step of heads on the target's own answers; None where nobody can ask it."""
+    from forerun.cli import engines
+    from forerun.train.exchange_check import tokens_per_step
+
+    engine = engines.load(target, "none", engines.Machine(kernels="torch"), PROMPTS)
+    if engine.tokenizer is None:
+        return None
+    samples = _answers(engine, prompts)
+    return lambda heads: tokens_per_step(heads, engine.target.network, samples)
+
+
+def _compare(before: float, after: float) -> None:
+    """Both figures; exit code 1 if they differ."""
+    print(f"tokens per step, projected on answers of the target: {before:.3f} before, {after:.3f} after")
+    if before < HARDLY:
+        print("note: these heads hardly ever agree with the target: do they belong to another?", file=sys.stderr)
+    if before != after:
+        print("the figures differ, and they must not: do not use the result", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _answers(engine: Engine, file: Path | None) -> list[Sample]:
+    """What the target says, greedily."""
+    from forerun.bench import suites
+    from forerun.cli.demo import fitted, spread
+    from forerun.cli.files import prompts_in
+    from forerun.sampling import SamplingParams
+    from forerun.train.calibrate import answers_of
+
+    texts = prompts_in(file) if file else [prompt.prompt for prompt in spread(suites.load())]
+    params = SamplingParams(max_new_tokens=ANSWER_TOKENS)
+    ids = [fitted(engine, text, params)[-PROMPT_TOKENS:] for text in texts[:PROMPTS]]
+    return answers_of(engine, ids, params)
