@@ -1,4 +1,4 @@
-"""The command line: `forerun demo | generate | check | inspect | train lm`.
+"""The command line: `forerun demo | generate | check | inspect | distill | train | calibrate | convert`.
 
 Every command has a module, which imports what is heavy only when it runs: `forerun --help` answers at once. Every error
 that an input can cause ends in `run`: one sentence on stderr, exit code 2, no traceback.
@@ -14,9 +14,12 @@ from typing import Annotated
 import typer
 
 import forerun
+from forerun.cli.calibrate import calibrate
 from forerun.cli.check import check
 from forerun.cli.complaint import sentence_of
+from forerun.cli.convert import convert
 from forerun.cli.demo import demo
+from forerun.cli.distill import distill
 from forerun.cli.generate import generate
 from forerun.cli.inspect import inspect
 from forerun.cli.train import app as train
@@ -29,7 +32,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, generate, check, inspect):
+for command in (demo, generate, check, inspect, distill, calibrate, convert):
     app.command()(command)
 app.add_typer(train, name="train")
 

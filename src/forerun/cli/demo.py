@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from forerun.sampling import SamplingParams
 
 REFERENCE = Path("models/target")
+MEMBERS = {"small": "small", "wide": "small", "medusa": "medusa", "hydra": "hydra", "hydra++": "hydra"}
+"""Folders beside a target that hold drafters for it, and their kinds."""
 ROUNDS, PATIENCE_SECONDS = 3, 120.0
 FLIPPED = "A near-tie between two tokens can flip in half precision: `forerun check` tells a tie from a mistake."
 WRONG = "Here this should not happen: see what `forerun check` says."
@@ -36,7 +38,7 @@ Drafters = Annotated[
         "--drafters",
         metavar="SPEC",
         help="A drafter to compare with plain decoding; may be repeated, or list several with commas. Without it:"
-        " lookup, and what lies beside the target (small:..., *.yaml).",
+        " lookup, and what lies beside the target: models, heads, and *.yaml.",
     ),
 ]
 Prompts = Annotated[int, typer.Option(min=1, help="Prompts of the built-in suite to measure on.")]
@@ -69,6 +71,7 @@ def demo(
     top_p: options.TopP = 1.0,
     min_p: options.MinP = 0.0,
     seed: options.Seed = 0,
+    acceptance: options.Acceptance = "exact",
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     kernels: options.Kernels = "auto",
@@ -103,7 +106,8 @@ def demo(
 
         demand_matplotlib()
     folder = model or str(reference())
-    engines = _engines(folder, list(_specs(drafters, Path(folder))), machine, strict=bool(drafters))
+    specs = {"none": "none"} | (_given(drafters) if drafters else _beside(Path(folder)))
+    engines = _engines(folder, specs, machine, acceptance, strict=bool(drafters))
     _compare(engines, params, prompts, rounds, json_file, plot)
 
 
@@ -113,31 +117,33 @@ def reference() -> Path:
     return beside_source if beside_source.is_dir() and not REFERENCE.is_dir() else REFERENCE
 
 
-def _specs(given: list[str] | None, target: Path) -> Iterable[str]:
-    """Which drafters to run; plain decoding first, whatever is asked for."""
-    yield "none"
-    if given:
-        parts = chain.from_iterable([one] if one.lstrip().startswith("{") else one.split(",") for one in given)
-        yield from (part.strip() for part in parts if part.strip() not in ("none", ""))
-        return
+def _given(drafters: list[str]) -> dict[str, str]:
+    """The drafters asked for, by the words they were asked with."""
+    parts = chain.from_iterable([one] if one.lstrip().startswith("{") else one.split(",") for one in drafters)
+    return {part.strip(): part.strip() for part in parts if part.strip() not in ("none", "")}
+
+
+def _beside(target: Path) -> dict[str, str]:
+    """What needs nothing, and what lies beside the target, by name."""
     family = target.parent
-    yield "lookup"
-    yield from (f"small:{family / name}" for name in ("small", "wide") if (family / name).is_dir())
-    yield from map(str, sorted(family.glob("*.yaml")))
+    there = {name: f"{kind}:{family / name}" for name, kind in MEMBERS.items() if (family / name).is_dir()}
+    return {"lookup": "lookup"} | there | {path.stem: str(path) for path in sorted(family.glob("*.yaml"))}
 
 
-def _engines(model: str, specs: Sequence[str], machine: Machine, strict: bool) -> dict[str, Engine]:
+def _engines(
+    model: str, specs: Mapping[str, str], machine: Machine, acceptance: str, strict: bool
+) -> dict[str, Engine]:
     """Plain decoding and the drafters, on one target. Without `strict`, one that cannot be built is left out, and said so."""
     from forerun.cli.engines import beside, load
     from forerun.drafters import describe
     from forerun.errors import ForerunError
 
-    for spec in specs:
+    for spec in specs.values():
         describe(spec)  # a wrong name is cheaper to find before the model is read
-    engines = {"none": load(model, "none", machine)}
-    for spec in specs[1:]:
+    engines = {"none": load(model, "none", machine, acceptance=acceptance)}
+    for name, spec in list(specs.items())[1:]:
         try:
-            engines[spec] = beside(engines["none"], spec, machine)
+            engines[name] = beside(engines["none"], spec, machine)
         except ForerunError as error:
             if strict:
                 raise
