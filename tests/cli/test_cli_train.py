@@ -229,10 +229,10 @@ def test_the_family_script_says_what_this_command_understands(forerun, tmp_path,
     monkeypatch.setattr(recipe, "train", noted)
     monkeypatch.setattr(recipe, "build_corpus", lambda folder, vocabulary: str(vocabulary))
     lines = commands_of_the_family(tmp_path)
-    assert [forerun(*line)[0] for line in lines] == [0] * 5
-    assert [out for _, out in made] == ["", "target", "small", "wide"]
-    half, target, small, wide = (wish for wish, _ in made)
-    assert (half.schedule.steps, half.rows, half.schedule.decay, half.shape.layers) == (1400, 4, 0.0, 4)
-    assert (target.schedule.steps, target.rows, target.first, target.shape.layers) == (1000, 8, 700, 8)
-    assert small.start.layers == (0, 7) and small.teacher == wide.teacher == str(tmp_path / "models" / "target")
-    assert (wide.shape.width, wide.shape.layers, wide.shape.mlp_width) == (640, 1, 2560)
+    assert [forerun(*line)[0] for line in lines] == [0] * 4
+    assert [out for _, out in made] == ["target", "small", "wide"]
+    target, small, wide = (wish for wish, _ in made)
+    assert (target.schedule.steps, target.rows, target.length, target.shape.layers) == (9370, 64, 1024, 8)
+    assert (small.shape.width, small.shape.layers, small.shape.mlp_width) == (256, 2, 768)
+    assert (wide.shape.width, wide.shape.layers, wide.shape.mlp_width) == (512, 1, 2048)
+    assert target.teacher is None and small.teacher == wide.teacher == str(tmp_path / "models" / "target")

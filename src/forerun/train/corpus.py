@@ -26,7 +26,7 @@ BOS = 1
 """Id put in front of every document; the reference tokenizer's begin-of-sequence token."""
 
 MIN_BYTES, MAX_BYTES = 400, 200_000
-CAP_BYTES = 4_000_000
+CAP_BYTES = 10_000_000
 HELD_OUT_PER_THOUSAND = 30
 NEAR_DUPLICATE = 0.6
 """A document that shares more than this part of its telling lines with documents already taken is a copy."""
