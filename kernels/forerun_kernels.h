@@ -30,7 +30,8 @@ struct fr_matrix {
 // What the tokens of a forward are and where they stand: `rows` rows of `count` tokens, of which row r has counts[r].
 // Row r lives in cache slot `start + r`, holds lengths[r] committed entries and `held` earlier scratch entries behind them.
 // sees: [rows, count, held + count] bytes, which scratch entries a token sees (itself among them), in order of depth; null:
-// all before itself. positions: for the rotary embedding.
+// all before itself. positions: for the rotary embedding. states: [rows, count, width] in `states_format` (bf16 or fp32), the inputs
+// themselves instead of embedded tokens, which are not looked at then; null: none.
 struct fr_feed {
     int32_t rows, count, start, held;
     const int32_t* counts;
@@ -38,6 +39,8 @@ struct fr_feed {
     const int64_t* tokens;
     const int32_t* positions;
     const uint8_t* sees;
+    const uint8_t* states;
+    int32_t states_format;
 };
 
 // Keys and values: [layers, 2, slots, capacity, kv_heads, head_dim] in `format` (bf16 or fp32).
@@ -60,7 +63,7 @@ struct fr_transformer {
     float norm_eps, scale;
     const fr_layer* layer;
     const float* final_norm;
-    fr_matrix head;
+    fr_matrix head;              // with a vocabulary of 0 nothing is scored, and only states can be read
     const uint8_t* embedding;    // [vocabulary, width] row by row in `embedding_format`; null: taken from the packed head
     int32_t embedding_format, vocabulary;
     const float* cos;            // [table_length, head_dim / 2]
@@ -81,12 +84,45 @@ struct fr_wanted {
     uint8_t* const* hidden;
 };
 
+// A draft head: y = value z + silu(gate z) with both in one gated `first`, or with a plain `first` y = z + silu(first z); then
+// y = y + silu(block y) for every block. Its logits are vocabulary y. Biases are those of the matrices; y stays fp32.
+struct fr_head {
+    fr_matrix first;
+    const fr_matrix* blocks;
+    int64_t block_count;
+    fr_matrix vocabulary;
+};
+
+// Heads for depths 1, 2, ... of a tree. z is a context [width]; with an embedding [vocabulary, width], behind it the embedded tokens of
+// the path from the root to the node that is to have children. `format` (bf16 or fp32): of contexts and embedding. All `first` and
+// blocks have one format of weights, all vocabularies one.
+struct fr_heads {
+    int32_t count, width, vocabulary, format;
+    const fr_head* head;
+    const uint8_t* embedding;  // null: heads see the context alone
+};
+
+// The nodes of one depth, numbered from `first` on, children of one parent together. parents: how many nodes above have children;
+// begin: [parents + 1] the first child of each, counted from `first`; ranks: [nodes] which of its parent's best tokens a node is;
+// grown: [nodes] its number among the parents of the next level, -1 without children. widest: one more than the largest rank.
+struct fr_level {
+    int32_t first, nodes, parents, widest;
+    const int32_t* begin;
+    const int32_t* ranks;
+    const int32_t* grown;
+};
+struct fr_tree {
+    int32_t nodes, levels;   // nodes: the root included, which is number 0
+    const int32_t* parents;  // [nodes], -1 for the root
+    const fr_level* level;
+};
+
 // Instruction sets, best last. fr_isa_best: the best this processor runs; fr_isa_use: choose one (false: cannot).
 enum fr_isa : int32_t { FR_PORTABLE = 0, FR_AVX2 = 1, FR_AVX512 = 2, FR_AVX512_BF16 = 3 };
 FR_API int32_t fr_isa_best();
 FR_API int32_t fr_isa_active();
 FR_API int32_t fr_isa_use(int32_t isa);
-// The sizes of fr_matrix, fr_feed, fr_cache, fr_layer, fr_transformer and fr_wanted, so that a caller can tell a library of another version.
+// The sizes of the records above, in their order, so that a caller can tell a library of another version.
 FR_API void fr_sizes(int32_t* sizes);
 
 // Bytes that a packed matrix needs, and filling it: rows [begin, begin + count) of a row-major source (bf16 or fp32), which become
@@ -113,3 +149,7 @@ FR_API void fr_top(const float* logits, int64_t tokens, int64_t vocabulary, int3
 enum fr_error : int32_t { FR_FINE = 0, FR_BAD_TOKEN = 1, FR_BAD_PLACE = 2, FR_BAD_POSITION = 3, FR_NO_MEMORY = 4 };
 FR_API int32_t fr_forward(const fr_transformer* model, const fr_feed* feed, const fr_cache* cache, const fr_wanted* wanted,
                        int32_t threads);
+
+// Grow a tree below every row's root: tokens [rows, nodes] of all nodes, the root first. contexts: [rows, width].
+FR_API int32_t fr_draft(const fr_heads* heads, const fr_tree* tree, const uint8_t* contexts, const int64_t* roots, int64_t* tokens,
+                        int64_t rows, int32_t threads);

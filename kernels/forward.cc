@@ -65,7 +65,7 @@ class Forward {
             attention(team, l, own);
             linear(team, layer.out, mixed_, residual_, stride_, Into::add);
             normalise(team, layer.mlp_norm, normal, own);
-            Outputs gate{Into::gated, floats_, floats_stride_, &gated_};
+            const Outputs gate{Into::gated, floats_, floats_stride_, floats_ ? nullptr : &gated_};
             kernels().linear(team, layer.gate_up, normal, count_, gate);
             requantise(team, model_.mlp_width, gated_);
             linear(team, layer.down, gated_, residual_, stride_, Into::add);
@@ -103,16 +103,19 @@ class Forward {
 
     void begin(Team& team) {
         team.each(count_, 1, [&](int64_t first, int64_t last) {
-            for (int64_t t = first; t < last; ++t) embed(tokens_.list[size_t(t)].id, residual_ + t * stride_);
+            for (int64_t t = first; t < last; ++t) read_input(tokens_.list[size_t(t)], residual_ + t * stride_);
         });
     }
 
-    void embed(int64_t id, float* row) {
-        if (model_.embedding) {
+    void read_input(const Token& token, float* row) {
+        if (feed_.states) {
+            const int64_t bytes = size_of(feed_.states_format) * model_.width;
+            read_row(feed_.states + token.place * bytes, feed_.states_format, model_.width, row);
+        } else if (model_.embedding) {
             const int64_t bytes = size_of(model_.embedding_format) * model_.width;
-            read_row(model_.embedding + id * bytes, model_.embedding_format, model_.width, row);
+            read_row(model_.embedding + token.id * bytes, model_.embedding_format, model_.width, row);
         } else {
-            const Lane lane = lane_of(model_.head, id, 0);
+            const Lane lane = lane_of(model_.head, token.id, 0);
             for (int64_t k = 0; k < model_.width; ++k) row[k] = unpacked(model_.head, lane, k);
         }
         for (int64_t k = model_.width; k < stride_; ++k) row[k] = 0;
@@ -210,7 +213,7 @@ class Forward {
                 write_hidden(h, t, row);
             }
         }
-        if (!wanted_.logits) return;
+        if (!wanted_.logits || !model_.vocabulary) return;
         const int64_t count = int64_t(scored_.size());
         team.each(count, 1, [&](int64_t first, int64_t last) {
             for (int64_t i = first; i < last; ++i) {
@@ -248,7 +251,7 @@ int32_t checked(const fr_transformer& model, const fr_feed& feed, const fr_cache
         if (feed.counts[row] < 0 || feed.counts[row] > feed.count || feed.lengths[row] < 0 || end > cache.capacity) return FR_BAD_PLACE;
         for (int32_t i = 0; i < feed.counts[row]; ++i) {
             const int64_t place = int64_t(row) * feed.count + i;
-            if (feed.tokens[place] < 0 || feed.tokens[place] >= model.vocabulary) return FR_BAD_TOKEN;
+            if (!feed.states && (feed.tokens[place] < 0 || feed.tokens[place] >= model.vocabulary)) return FR_BAD_TOKEN;
             if (feed.positions[place] < 0 || feed.positions[place] >= model.table_length) return FR_BAD_POSITION;
         }
     }

@@ -6,5 +6,5 @@
 namespace portable {
 #include "body.h"
 }
-const Kernels portable_kernels = {portable::read_row, portable::write_row, portable::linear, portable::norm,
-                        portable::emit, portable::attention, portable::silu_gate, portable::top};
+const Kernels portable_kernels = {portable::read_row, portable::write_row, portable::linear, portable::products,
+                        portable::norm, portable::emit, portable::attention, portable::silu_gate, portable::top};

@@ -2,6 +2,25 @@
 
 constexpr int64_t PIECES = 2;  // per thread and product: few enough to be cheap, enough to even out threads of unequal speed
 
+static inline void hand_on(const Outputs& to, int64_t token, int64_t column, V value) {
+    if (to.floats) store(to.floats + token * to.stride + column, value);
+    if (!to.next) return;
+    uint8_t* row = to.next->data + token * to.next->stride;
+    if (to.next->format == FR_BF16) to_bf16((uint16_t*)row + column, value);
+    else store((float*)row + column, value);
+}
+
+// Sixteen results (or the `rest` of them) for a list of the largest.
+static inline void remember(const Top& top, int64_t place, V x, int64_t first, int64_t rest) {
+    float* values = top.values + place * top.k;
+    int32_t& held = top.held[place];
+    x = larger(x, all(-__builtin_inff()));  // NaN no longer
+    if (held == top.k && !(largest_of(x) > values[top.k - 1])) return;
+    float lane[16];
+    store(lane, x);
+    for (int64_t i = 0; i < 16 && i < rest; ++i) offer(lane[i], int32_t(first + i), top.k, held, values, top.at + place * top.k);
+}
+
 // Add what the product of one panel is to be added to, and write it where it goes. sums: [tokens][32].
 static void finish(const fr_matrix& matrix, int64_t panel, const float* sums, int64_t begin, int64_t tokens, const Outputs& to,
                    int32_t rank, int64_t all_tokens) {
@@ -11,14 +30,18 @@ static void finish(const fr_matrix& matrix, int64_t panel, const float* sums, in
         const V low = add(load(sums + t * PANEL), bias[0]), high = add(load(sums + t * PANEL + 16), bias[1]);
         const int64_t token = begin + t;
         if (to.into == Into::gated) {
-            const V value = mul(silu(low), high);
-            if (to.floats) {
-                store(to.floats + token * to.stride + panel * 16, value);
-                continue;
-            }
-            uint8_t* row = to.next->data + token * to.next->stride;
-            if (to.next->format == FR_BF16) to_bf16((uint16_t*)row + panel * 16, value);
-            else store((float*)row + panel * 16, value);
+            hand_on(to, token, panel * 16, mul(silu(low), high));
+        } else if (to.into == Into::through) {
+            hand_on(to, token, panel * 16, add(silu(low), high));
+        } else if (to.into == Into::residual) {
+            const float* added = to.added + token * to.stride + panel * PANEL;
+            const int64_t rest = matrix.out - panel * PANEL;
+            hand_on(to, token, panel * PANEL, first_of(add(load(added), silu(low)), rest));
+            hand_on(to, token, panel * PANEL + 16, first_of(add(load(added + 16), silu(high)), rest - 16));
+        } else if (to.into == Into::top) {
+            const int64_t first = panel * PANEL, place = rank * all_tokens + token;
+            remember(to.top, place, low, first, to.columns - first);
+            remember(to.top, place, high, first + 16, to.columns - first - 16);
         } else if (to.into == Into::logits) {
             float* row = to.floats + int64_t(to.places[token]) * to.columns;
             const int64_t first = panel * PANEL, rest = to.columns - first;
@@ -44,27 +67,27 @@ static void finish(const fr_matrix& matrix, int64_t panel, const float* sums, in
     }
 }
 
+// Panels [first, last) of a product with bf16 or fp32 weights.
 template <int F>
-static void linear_floats(Team& team, const fr_matrix& matrix, const Inputs& x, int64_t tokens, const Outputs& to) {
-    const int64_t words = matrix.padded_in / per_word<F>();
-    const int64_t panels = panels_of(matrix), blocks = (tokens + TALLEST - 1) / TALLEST;
-    team.each(panels, team.grain(panels, PIECES), [&](int64_t first, int64_t last) {
-        alignas(64) float sums[TALLEST * PANEL];
-        for (int64_t panel = first; panel < last; ++panel) {
-            for (int64_t b = 0; b < blocks; ++b) {
-                const int64_t begin = tokens * b / blocks, height = tokens * (b + 1) / blocks - begin;
-                const uint8_t* weights = matrix.data + panel * words * 128;
-                TileCall call{weights, 128, words, x.data + begin * x.stride, x.stride, sums, PANEL, true};
-                if (blocks > 1) {
-                    const Fetch next = share_of_next(weights, words * 128, words, b, blocks);
-                    call.ahead = next.from;
-                    call.ahead_step = next.step;
-                }
-                tiles<F>(call, height, 2);
-                finish(matrix, panel, sums, begin, height, to, team.rank, tokens);
+static void panels_floats(const Product& product, int64_t first, int64_t last, int64_t tokens, int32_t rank) {
+    const fr_matrix& matrix = *product.matrix;
+    const Inputs& x = product.x;
+    const int64_t words = matrix.padded_in / per_word<F>(), blocks = (tokens + TALLEST - 1) / TALLEST;
+    alignas(64) float sums[TALLEST * PANEL];
+    for (int64_t panel = first; panel < last; ++panel) {
+        for (int64_t b = 0; b < blocks; ++b) {
+            const int64_t begin = tokens * b / blocks, height = tokens * (b + 1) / blocks - begin;
+            const uint8_t* weights = matrix.data + panel * words * 128;
+            TileCall call{weights, 128, words, x.data + begin * x.stride, x.stride, sums, PANEL, true};
+            if (blocks > 1) {
+                const Fetch next = share_of_next(weights, words * 128, words, b, blocks);
+                call.ahead = next.from;
+                call.ahead_step = next.step;
             }
+            tiles<F>(call, height, 2);
+            finish(matrix, panel, sums, begin, height, product.to, rank, tokens);
         }
-    });
+    }
 }
 
 // One group of 128 inputs: exact in integers, then scaled and added.
@@ -104,7 +127,8 @@ static void tile_int8(const uint8_t* group, Fetch ahead, const uint8_t* x, int64
     }
 }
 
-static void linear_int8(Team& team, const fr_matrix& matrix, const Inputs& x, int64_t tokens, const Outputs& to) {
+// Panels [first, last) of a product with int8 weights.
+static void panels_int8(const Product& product, int64_t first, int64_t last, int64_t tokens, int32_t rank) {
     using Function = void (*)(const uint8_t*, Fetch, const uint8_t*, int64_t, const float*, int64_t, float*);
     // Taller tiles need more registers than GCC 12 manages: two of eight beat one of twelve.
     constexpr int tallest = FR_ISA >= 2 ? 8 : 4;
@@ -113,30 +137,47 @@ static void linear_int8(Team& team, const fr_matrix& matrix, const Inputs& x, in
                                        tile_int8<5>, tile_int8<6>, tile_int8<7>, tile_int8<8>
 #endif
     };
-    const int64_t groups = matrix.padded_in / GROUP, group_bytes = 256 + GROUP * PANEL;
-    const int64_t panels = panels_of(matrix), blocks = (tokens + tallest - 1) / tallest;
-    team.each(panels, team.grain(panels, PIECES), [&](int64_t first, int64_t last) {
-        alignas(64) float sums[tallest * PANEL];
-        for (int64_t panel = first; panel < last; ++panel) {
-            for (int64_t b = 0; b < blocks; ++b) {
-                const int64_t begin = tokens * b / blocks, height = tokens * (b + 1) / blocks - begin;
-                for (int64_t i = 0; i < height * PANEL; i += 16) store(sums + i, zero());
-                const uint8_t* weights = matrix.data + panel * groups * group_bytes;
-                const int64_t bytes = groups * group_bytes, words = groups * GROUP / 4;
-                const Fetch next = blocks > 1 ? share_of_next(weights, bytes, words, b, blocks) : Fetch{weights + AHEAD, 128};
-                for (int64_t g = 0; g < groups; ++g) {
-                    const Fetch part{next.from + g * next.step * GROUP / 4, next.step};
-                    heights[height - 1](weights + g * group_bytes, part, x.data + begin * x.stride + g * GROUP, x.stride,
-                                        x.scales + begin * x.scale_stride + g, x.scale_stride, sums);
-                }
-                finish(matrix, panel, sums, begin, height, to, team.rank, tokens);
+    const fr_matrix& matrix = *product.matrix;
+    const Inputs& x = product.x;
+    const int64_t groups = matrix.padded_in / GROUP, group_bytes = 256 + GROUP * PANEL, blocks = (tokens + tallest - 1) / tallest;
+    alignas(64) float sums[tallest * PANEL];
+    for (int64_t panel = first; panel < last; ++panel) {
+        for (int64_t b = 0; b < blocks; ++b) {
+            const int64_t begin = tokens * b / blocks, height = tokens * (b + 1) / blocks - begin;
+            for (int64_t i = 0; i < height * PANEL; i += 16) store(sums + i, zero());
+            const uint8_t* weights = matrix.data + panel * groups * group_bytes;
+            const int64_t bytes = groups * group_bytes, words = groups * GROUP / 4;
+            const Fetch next = blocks > 1 ? share_of_next(weights, bytes, words, b, blocks) : Fetch{weights + AHEAD, 128};
+            for (int64_t g = 0; g < groups; ++g) {
+                const Fetch part{next.from + g * next.step * GROUP / 4, next.step};
+                heights[height - 1](weights + g * group_bytes, part, x.data + begin * x.stride + g * GROUP, x.stride,
+                                    x.scales + begin * x.scale_stride + g, x.scale_stride, sums);
             }
+            finish(matrix, panel, sums, begin, height, product.to, rank, tokens);
+        }
+    }
+}
+
+// Several products with inputs of `tokens` tokens each, in one step: nobody waits for the end of one before the next is begun.
+static void products(Team& team, const Product* list, int64_t count, int64_t tokens) {
+    int64_t panels = 0;
+    for (int64_t i = 0; i < count; ++i) panels += panels_of(*list[i].matrix);
+    team.each(panels, team.grain(panels, PIECES), [&](int64_t first, int64_t last) {
+        for (int64_t i = 0; i < count && last > 0; ++i) {
+            const int64_t own = panels_of(*list[i].matrix), begin = first > 0 ? first : 0, end = last < own ? last : own;
+            const int32_t format = list[i].matrix->format;
+            if (begin < end) {
+                if (format == FR_BF16) panels_floats<FR_BF16>(list[i], begin, end, tokens, team.rank);
+                else if (format == FR_F32) panels_floats<FR_F32>(list[i], begin, end, tokens, team.rank);
+                else panels_int8(list[i], begin, end, tokens, team.rank);
+            }
+            first -= own;
+            last -= own;
         }
     });
 }
 
 static void linear(Team& team, const fr_matrix& matrix, const Inputs& x, int64_t tokens, const Outputs& to) {
-    if (matrix.format == FR_BF16) linear_floats<FR_BF16>(team, matrix, x, tokens, to);
-    else if (matrix.format == FR_F32) linear_floats<FR_F32>(team, matrix, x, tokens, to);
-    else linear_int8(team, matrix, x, tokens, to);
+    const Product one{&matrix, x, to};
+    products(team, &one, 1, tokens);
 }

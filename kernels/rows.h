@@ -7,6 +7,14 @@ static inline V load_some(const float* p, int64_t count) {
     return load(f);
 }
 
+// The first lanes, zeros behind them: padding must not keep a NaN for a later token.
+static inline V first_of(V x, int64_t count) {
+    if (count >= 16) return x;
+    float f[16];
+    store(f, x);
+    return load_some(f, count);
+}
+
 static inline void store_some(float* p, V x, int64_t count) {
     if (count >= 16) return store(p, x);
     float f[16];
@@ -112,18 +120,21 @@ static void silu_gate(const float* gate_up, float* y, int64_t width) {
     }
 }
 
+// Offer a value for a list of the k largest. Indices come in ascending order, so an equal value never displaces an earlier one.
+template <class Index>
+static inline void offer(float value, Index index, int32_t k, int32_t& held, float* values, Index* indices) {
+    if (held == k && !(value > values[k - 1])) return;
+    int32_t place = held < k ? held++ : k - 1;
+    for (; place > 0 && value > values[place - 1]; --place) {
+        values[place] = values[place - 1];
+        indices[place] = indices[place - 1];
+    }
+    values[place] = value;
+    indices[place] = index;
+}
+
 static void top(const float* logits, int64_t vocabulary, int32_t k, float* values, int64_t* indices, float* logsumexp) {
     int32_t held = 0;
-    auto offer = [&](float value, int64_t index) {  // ascending indices, so an equal value never displaces an earlier one
-        if (held == k && !(value > values[k - 1])) return;
-        int32_t place = held < k ? held++ : k - 1;
-        for (; place > 0 && value > values[place - 1]; --place) {
-            values[place] = values[place - 1];
-            indices[place] = indices[place - 1];
-        }
-        values[place] = value;
-        indices[place] = index;
-    };
     V most = all(-__builtin_inff());
     for (int64_t i = 0; i < vocabulary; i += 16) {
         const int64_t rest = vocabulary - i < 16 ? vocabulary - i : 16;
@@ -132,7 +143,7 @@ static void top(const float* logits, int64_t vocabulary, int32_t k, float* value
         if (rest == 16) most = larger(x, most);
         if (rest == 16 && held == k && !(largest_of(x) > values[k - 1])) continue;
         store(lane, x);
-        for (int64_t j = 0; j < rest; ++j) offer(lane[j], i + j);
+        for (int64_t j = 0; j < rest; ++j) offer(lane[j], i + j, k, held, values, indices);
         if (rest < 16)
             for (int64_t j = 0; j < rest; ++j) most = larger(all(lane[j]), most);
     }

@@ -63,17 +63,35 @@ struct Inputs {
     int32_t format = FR_BF16;
 };
 
-// Where a product goes.
-enum class Into { store, add, gated, logits };
+// The largest results that each thread has seen of every token, largest first and equal ones by index; a NaN counts as minus infinity.
+struct Top {
+    int32_t k = 0;
+    float* values = nullptr;  // [threads, tokens, k]
+    int32_t* at = nullptr;    // likewise
+    int32_t* held = nullptr;  // [threads, tokens], how many there are; zeros to begin with
+};
+
+// Where a product x goes. gated: silu(gate) * value; through: silu(gate) + value; residual: added + silu(x); top: nowhere, but the largest
+// are remembered.
+enum class Into { store, add, logits, gated, through, residual, top };
 struct Outputs {
     Into into = Into::store;
-    float* floats = nullptr;  // store, add, logits
+    float* floats = nullptr;  // store, add, logits; gated, through, residual: if set
     int64_t stride = 0;       // floats between tokens
-    Inputs* next = nullptr;   // gated
+    Inputs* next = nullptr;   // gated, through, residual: if set, as inputs (bf16 or fp32) of the next product
     const int32_t* places = nullptr;  // logits: the row of `floats` for every token
-    int64_t columns = 0;              // logits: how many there are
+    int64_t columns = 0;              // logits, top: how many there are
     float* best = nullptr;            // logits: [threads, tokens] largest so far, and where
     int64_t* best_at = nullptr;
+    const float* added = nullptr;  // residual: rows like those of `floats`
+    Top top;
+};
+
+// One of several products that are made in one step.
+struct Product {
+    const fr_matrix* matrix;
+    Inputs x;
+    Outputs to;
 };
 
 struct Shelf {
@@ -100,6 +118,7 @@ struct Kernels {
     void (*read_row)(const uint8_t* from, int32_t format, int64_t count, float* to);  // bf16 or fp32 -> fp32
     void (*write_row)(uint8_t* to, int32_t format, int64_t count, const float* from);  // and back
     void (*linear)(Team&, const fr_matrix&, const Inputs&, int64_t tokens, const Outputs&);
+    void (*products)(Team&, const Product* list, int64_t count, int64_t tokens);
     void (*norm)(const float* x, const float* weight, const float* bias, float* y, int64_t width, float eps, bool centred);
     void (*emit)(const float* row, int64_t width, Inputs& to, int64_t token);
     void (*attention)(Team&, const struct AttentionCall&, Shelf& own);

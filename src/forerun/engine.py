@@ -25,7 +25,7 @@ from forerun.accept import Typical, Verdict
 from forerun.chance import key_of
 from forerun.drafter import Context, Drafter
 from forerun.errors import DrafterError, RequestError
-from forerun.judge import judge
+from forerun.judge import judge, rule_of
 from forerun.model import Model, Scores
 from forerun.row import Row, final_chance
 from forerun.sampling import SamplingParams
@@ -263,7 +263,7 @@ class Engine:
         learned = time.perf_counter() - observing
         for request in self._running:
             if tree.nodes > 1 or not request.stats.rule:
-                request.stats.rule = judgement.rule
+                request.stats.rule = rule_of(judgement, request.row)
             request.stats.draft_seconds += drafted - begun + learned
             request.stats.verify_seconds += scored - drafted
         return self._emit(tree, scores, judgement.verdict)

@@ -52,6 +52,11 @@ class Judgement:
     laws_BNV: Tensor | None
 
 
+def rule_of(judgement: Judgement, row: Row) -> str:
+    """The rule by which one of the rows was judged: typical acceptance finds in a greedy one what greedy match does."""
+    return "greedy match" if judgement.rule == TYPICAL and row.params.is_greedy else judgement.rule
+
+
 def judge(
     tree: TokenTree,
     logits_BNV: Tensor,

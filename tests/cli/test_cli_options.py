@@ -12,15 +12,30 @@ from forerun.cli import app
 
 SAMPLING = "--max-new-tokens --temperature --top-k --top-p --min-p --seed"
 MACHINE = "--dtype --device --kernels --weights"
+HEADS = (
+    "--target --data --out --run --heads --layers --tied-layers --vocabulary --dropout --text-weight --teacher-weight"
+    " --head-decay --steps --rows --length --parts --rate --validate-every --save-every --seed --init-from --dtype --device"
+    " --kernels --floor --start-batches"
+)
 OPTIONS = {
-    "demo": f"{SAMPLING} {MACHINE} --model --drafter --drafters --prompts --rounds --json --plot",
-    "generate": f"{SAMPLING} {MACHINE} --drafter --prompt-file --repetition-penalty --presence-penalty"
+    "demo": f"{SAMPLING} {MACHINE} --acceptance --model --drafter --drafters --prompts --rounds --json --plot",
+    "generate": f"{SAMPLING} {MACHINE} --acceptance --drafter --prompt-file --repetition-penalty --presence-penalty"
     " --frequency-penalty --n --stop --ignore-eos --max-rows --logprobs --json",
     "check": f"{SAMPLING} {MACHINE} --drafter --tokens --rows --samples --prompt-file --json",
     "inspect": f"{MACHINE} --json",
+    "calibrate": f"{MACHINE} --drafter --out --data --answers --rows --rounds --max-new-tokens --temperature --seed",
+    "convert": "--to --out --target --prompts",
+    "distill": f"{SAMPLING} {MACHINE} --out --prompts --builtin --corpus --prompt-length --limit --chat --template --drafter"
+    " --rows",
     "train lm": "--corpus --run --out --build-corpus --vocabulary --width --layers --heads --kv-heads --head-dim --mlp-width"
     " --max-length --grow-from --init-from --init-layers --teacher --steps --rows --length --first --warmup --decay"
     " --muon-rate --adam-rate --validate-every --save-every --seed --device --compile",
+    "train medusa": HEADS,
+    "train hydra": HEADS,
+    "train hydra++": HEADS,
+    "train medusa2": "--target --data --out --run --init-from --heads --layers --tied-layers --vocabulary --keep"
+    " --head-weight --ramp --head-decay --rank --alpha --steps --rows --length --parts --rate --head-rate --validate-every"
+    " --save-every --seed --dtype --device",
 }
 
 

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,6 +26,8 @@ RUNTIMES = ("libasan.so", "libubsan.so")
 TESTS = {
     "test_kernels.py": "not alone_and_in_any_company and not like_single_tokens",
     "test_packed.py": "(odd or everything or pairs) and (company or grown or beside or long_text or no_trace)",
+    "test_packed_heads.py": "every_node or company or another_tree or equal or trace or beside or anywhere",
+    "test_states.py": "pieces or beside or encodes",
 }
 
 
@@ -46,18 +49,21 @@ def flags() -> list[str]:
 
 
 def compiled(sources: list[Path], folder: Path) -> Path:
-    """The kernels as a library in `folder`."""
+    """The kernels as a library in `folder`. Another process may be making it too: the last one wins."""
+    own = Path(tempfile.mkdtemp(dir=folder))
 
     def compile_(source: Path) -> str:
-        target = str(folder / f"{source.stem}.o")
+        target = str(own / f"{source.stem}.o")
         subprocess.run(["g++", *flags(), "-c", str(source), "-o", target], check=True)
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_, sources))
-    made = folder / "_kernels.so.new"
+    made = own / "_kernels.so"
     subprocess.run(["g++", "-shared", *flags(), *objects, "-o", str(made)], check=True)
-    return made.rename(folder / "_kernels.so")
+    made = made.replace(folder / "_kernels.so")
+    shutil.rmtree(own)
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +79,7 @@ def sanitized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     folder = cache.mkdir(name) if cache else tmp_path_factory.mktemp(name)
     for old in folder.parent.glob("kernels-*"):
         if old != folder:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
     library = folder / "_kernels.so"
     return library if library.exists() else compiled([path for path in files if path.suffix == ".cc"], folder)
 

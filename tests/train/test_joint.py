@@ -111,7 +111,9 @@ def medusa1(
     target: Path, data: Path, folder: Path, steps: int, heads: int = HEADS, rate: float = 3e-3
 ) -> dict[str, float]:
     schedule = drafters.schedule_for(PRESETS["medusa"], steps, rate, validate_every=steps)
-    recipe = drafters.Recipe("medusa", str(target), data, {"heads": heads}, None, schedule, 8, 64, dtype="fp32")
+    recipe = drafters.Recipe(
+        "medusa", str(target), data, {"heads": heads}, None, schedule, 8, 64, dtype="fp32", start_batches=0
+    )
     return drafters.prepare(recipe, CPU).fit(folder.with_suffix(".run"), folder)
 
 

@@ -80,6 +80,18 @@ class Checkpoint:
                     parameter.copy_(file.get_tensor(name))
 
 
+def demand_sense(config: Any) -> None:
+    """DrafterError for an architecture that no heads can have: called when a config is made, by training or from a file."""
+    for name in ("width", "vocab_size", "heads", "layers"):
+        value = getattr(config, name)
+        if type(value) is not int or value < 1:
+            raise DrafterError(f"heads with {name} {value!r} make no sense: give a whole number of 1 or more")
+    if config.vocabulary not in ("own", "shared"):
+        raise DrafterError(f"heads with the vocabulary {config.vocabulary!r} make no sense: give own or shared")
+    if not 0 <= getattr(config, "dropout", 0.0) < 1:
+        raise DrafterError(f"a dropout of {config.dropout} makes no sense: give a share from 0 to less than 1")
+
+
 def load(path: str | None, drafter: str) -> Checkpoint:
     """The checkpoint of a drafter of this kind; DrafterError or CheckpointError says what is wrong."""
     if path is None:
@@ -165,7 +177,7 @@ def demand_fit(checkpoint: Checkpoint, width: int, vocab_size: int, network: Net
 # ---- trees
 
 
-def tree_for(checkpoint: Checkpoint, wish: object, heads: int) -> RankTree:
+def tree_for(checkpoint: Checkpoint, wish: object, heads: int, vocab_size: int) -> RankTree:
     """The tree to grow: the one asked for, else the calibrated one beside the checkpoint, else a small one."""
     if wish is None:
         beside = checkpoint.folder / TREE
@@ -174,6 +186,8 @@ def tree_for(checkpoint: Checkpoint, wish: object, heads: int) -> RankTree:
         tree = RankTree.named(wish) if wish in PUBLISHED else read_tree(Path(wish))
     else:
         tree = _tree(wish, "the drafter's tree")
+    if tree.widest > vocab_size:
+        raise DrafterError(f"the tree asks for rank {tree.widest - 1}, and there are only {vocab_size} tokens")
     if tree.depth > heads:
         raise DrafterError(
             f"the tree is {tree.depth} deep and {checkpoint.folder} has {heads} heads: choose a shallower one"

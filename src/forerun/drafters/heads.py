@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from forerun.accept import Verdict
 from forerun.cache import Cache
 from forerun.drafter import Context, Drafter
+from forerun.errors import DrafterError
 from forerun.model import CHUNK, Scores
 from forerun.nn.feed import Feed
 from forerun.nn.network import Network
@@ -47,6 +48,10 @@ class HeadsModule(nn.Module):
         """Of all heads at P places, [K, P, V]. embedded: the embeddings of the K tokens that follow each place, the
         root first; head: the target's output projection, for heads that share it."""
         raise NotImplementedError
+
+    def start_from(self, maps: Sequence[Tensor], head_VD: Tensor) -> None:
+        """Begin from linear guesses: maps[i], [D, M], takes what head i sees to the state that the target will have one
+        token before the one that it proposes. Heads that cannot express this stay as they are."""
 
     def head_logits(self, index: int, z: Tensor, head_VD: Tensor) -> Tensor:
         """Of one head: z [..., M] is the context and, where heads see tokens, the embeddings that follow it."""
@@ -76,22 +81,35 @@ class TorchHeads:
         return torch.cat((root_B1, *grow(context_BD, root_B1, tree)), 1).tolist()
 
     def _all_at_once(self, context_BD: Tensor, root_B1: Tensor, tree: RankTree) -> list[Tensor]:
-        best = self.module.logits(context_BD, context_BD[:, None], self.head).topk(tree.widest, -1).indices
+        best = _best(self.module.logits(context_BD, context_BD[:, None], self.head), tree.widest)
         return [best[index][:, level.ranks] for index, level in enumerate(tree.levels)]
 
     def _level_by_level(self, context_BD: Tensor, root_B1: Tensor, tree: RankTree) -> list[Tensor]:
         z_BPM = torch.cat((context_BD[:, None], self.embedding[root_B1]), -1)
         grown = []
         for index, level in enumerate(tree.levels):
-            best = self.module.head_logits(index, z_BPM, self.head).topk(level.widest, -1).indices
+            best = _best(self.module.head_logits(index, z_BPM, self.head), level.widest)
             grown.append(best[:, level.parents, level.ranks])
             rows = level.parents[level.grows]
             z_BPM = torch.cat((z_BPM[:, rows], self.embedding[grown[-1][:, level.grows]]), -1)
         return grown
 
 
+def _best(logits: Tensor, count: int) -> Tensor:
+    """The most probable tokens, equal ones by id, as the kernels and the ranks of training have it. topk promises no order
+    among equals, so it is given integers of which no two are: the bits of the number, ordered, and behind them the id."""
+    bits = (logits.float() + 0.0).view(torch.int32).long()
+    ordered = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
+    ids = torch.arange(logits.shape[-1], device=logits.device)
+    return ((ordered << 32) | (0xFFFFFFFF - ids)).topk(count, -1).indices
+
+
 def drafting(module: HeadsModule, network: Network, weights: str) -> Drafting:
-    """The heads on the target's own kernels, number format and device."""
+    """The heads on the target's own kernels, number format and device; weights: "auto" (the target's), or "int8"."""
+    if weights not in ("auto", "int8"):
+        raise DrafterError(f"heads have no weights {weights!r}: choose auto or int8")
+    if weights == "int8" and network.kernels != "native":
+        raise DrafterError("heads with int8 weights need the native kernels, and this target runs on torch: use auto")
     module = module.to(device=network.device, dtype=network.dtype).eval().requires_grad_(False)
     if network.kernels == "native":
         kind = torch.int8 if weights == "int8" else network.weights if weights == "auto" else network.dtype
@@ -146,21 +164,21 @@ class PrefixState(LastState):
     The layer has a cache of its own, which holds verified tokens only: every step appends those that were just kept.
     """
 
-    def __init__(self, network: Network):
+    def __init__(self, network: Network, longest: int):
+        """longest: the most tokens of a row that one step keeps. Shorter rows of a batch are padded to that."""
         super().__init__()
-        self._network = network
+        self._network, self._longest = network, longest
         self.cache = Cache(network.cache_shape, network.dtype, network.device)
 
     def admit(self, row: Row, states_1SD: Tensor | None) -> None:
         rows = self.cache.rows
         slots = rows if rows < self.cache.slots else max(1, 2 * rows)
-        self.cache.reserve(max(slots, rows + 1), row.limit)
+        self.cache.reserve(max(slots, rows + 1), row.limit + self._longest)
         slot = self.cache.admit()
-        read = None
+        self._contexts.append(None)
         if states_1SD is not None:
             for part in torch.split(states_1SD, CHUNK, 1):
-                read = self._read(part, [part.shape[1]], slot)
-        self._contexts.append(None if read is None else read[0, -1])
+                self._contexts[slot] = self._read(part, [part.shape[1]], slot)[0, -1]
 
     def release(self, slot: int) -> None:
         self.cache.release(slot)

@@ -13,7 +13,7 @@ biases at zero, not at random, so that untrained heads are the target's own outp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from forerun.drafter import Drafter
 from forerun.drafters import Workshop
-from forerun.drafters.checkpoint import Checkpoint, demand_fit, load, tree_for
+from forerun.drafters.checkpoint import Checkpoint, demand_fit, demand_sense, load, tree_for
 from forerun.drafters.heads import Head, HeadDrafter, HeadsModule, LastState, PrefixState, Reader, drafting
 from forerun.nn.network import Network
 from forerun.nn.packed import pack
@@ -62,6 +62,7 @@ class HydraConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        demand_sense(self)
         if isinstance(self.prefix, Mapping):
             object.__setattr__(self, "prefix", PrefixConfig(**self.prefix))
 
@@ -100,6 +101,11 @@ class HydraHeads(HeadsModule):
         if self.prefix is not None:
             self.prefix.initialise(seed)
         return self
+
+    def start_from(self, maps: Sequence[Tensor], head_VD: Tensor) -> None:
+        with torch.no_grad():
+            for through, guess in zip(self.through, maps, strict=True):
+                through.copy_(guess)
 
     def contexts(self, states_BND: Tensor) -> Tensor:
         return states_BND if self.prefix is None else self.prefix.encode(states_BND)
@@ -159,7 +165,7 @@ def reader(module: HydraHeads, network: Network) -> Reader:
     if module.prefix is None:
         return LastState()
     prefix = module.prefix.to(device=network.device, dtype=network.dtype).requires_grad_(False)
-    return PrefixState(pack(prefix) if network.kernels == "native" else prefix)
+    return PrefixState(pack(prefix) if network.kernels == "native" else prefix, module.count + 1)
 
 
 def build(
@@ -174,7 +180,7 @@ def build(
     module = module_of(stored)
     network = workshop.target.network
     demand_fit(stored, module.config.width, module.config.vocab_size, network)
-    grows = tree_for(stored, tree, module.count)
+    grows = tree_for(stored, tree, module.count, module.config.vocab_size)
     name = "hydra" if module.prefix is None else "hydra++"
     parts = Head(drafting(module, network, weights), reader(module, network), grows, network.cache_shape.layers)
     return HeadDrafter(name, parts)

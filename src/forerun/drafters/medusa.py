@@ -8,7 +8,7 @@ target's own frozen projection instead of one per head.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from forerun.drafter import Drafter
 from forerun.drafters import Workshop
-from forerun.drafters.checkpoint import Checkpoint, demand_fit, load, tree_for
+from forerun.drafters.checkpoint import Checkpoint, demand_fit, demand_sense, load, tree_for
 from forerun.drafters.heads import Head, HeadDrafter, HeadsModule, LastState, drafting
 from forerun.nn.packed_heads import HeadWeights
 
@@ -34,6 +34,9 @@ class MedusaConfig:
     layers: int = 1
     tied_layers: bool = False
     vocabulary: str = "own"
+
+    def __post_init__(self) -> None:
+        demand_sense(self)
 
 
 class MedusaHeads(HeadsModule):
@@ -51,12 +54,18 @@ class MedusaHeads(HeadsModule):
             else None
         )
 
-    def initialise(self, head_VD: Tensor) -> MedusaHeads:
+    def initialise(self, head_VD: Tensor, seed: int = 0) -> MedusaHeads:
         """Before training every head says what the target says: zero blocks, and copies of its output projection."""
         with torch.no_grad():
             if self.vocabulary is not None:
                 self.vocabulary.copy_(head_VD.expand_as(self.vocabulary))
         return self
+
+    def start_from(self, maps: Sequence[Tensor], head_VD: Tensor) -> None:
+        """Into the projections of its own, behind blocks that do nothing yet; shared ones leave no place for it."""
+        with torch.no_grad():
+            for head, guess in enumerate(maps if self.vocabulary is not None else ()):
+                self.vocabulary[head].copy_(head_VD @ guess)  # type: ignore[index]
 
     def logits(self, context_PD: Tensor, embedded_PKD: Tensor, head_VD: Tensor) -> Tensor:
         y_KPD = context_PD.expand(self.count, -1, -1)
@@ -111,6 +120,6 @@ def build(
     module = module_of(stored)
     network = workshop.target.network
     demand_fit(stored, module.config.width, module.config.vocab_size, network)
-    grows = tree_for(stored, tree, module.count)
+    grows = tree_for(stored, tree, module.count, module.config.vocab_size)
     parts = Head(drafting(module, network, weights), LastState(), grows, network.cache_shape.layers)
     return HeadDrafter("medusa", parts)

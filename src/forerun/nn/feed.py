@@ -16,7 +16,8 @@ from forerun.chance import Ints
 class Feed:
     """N tokens for each of the slots `start .. start + B`, to be written behind what the slots hold.
 
-    tokens_BN: int64. lengths_B: committed entries of each slot; held: scratch entries behind them that earlier feeds wrote,
+    tokens_BN: int64. states_BND: the inputs themselves instead of the tokens' embeddings; of `tokens_BN` only the shape counts
+    then. lengths_B: committed entries of each slot; held: scratch entries behind them that earlier feeds wrote,
     the same number in every row. where_BN: the positions of the tokens in their texts. sees_BNM: which scratch entries (the
     M = held + N that there are now) a token sees, itself among them, a parent before its children (bool); None: all up to
     itself.
@@ -37,6 +38,7 @@ class Feed:
     last_B: Ints | None = None
     dtype: torch.dtype = torch.float32
     scratch_BM: Ints | None = None
+    states_BND: Tensor | None = None
     _biases: dict[int | None, Tensor | None] = field(default_factory=dict)
 
     @property

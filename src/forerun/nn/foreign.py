@@ -131,9 +131,22 @@ class Foreign:
     def windows(self) -> frozenset[int]:
         return frozenset(window for window in self._masks.values() if window is not None)
 
+    @property
+    def input_embedding(self) -> Tensor:
+        weight: Tensor = self.model.get_input_embeddings().weight
+        return weight
+
+    @property
+    def output_head(self) -> Tensor:
+        """Without the bias, scaling or capping that some models have behind it."""
+        weight: Tensor = self.model.get_output_embeddings().weight
+        return weight
+
     @torch.inference_mode()
     def forward(self, feed: Feed, cache: Cache, hidden_layers: Collection[int] = ()) -> Read:
         """See `Network.forward`. Logits come in the dtype in which the model gives them."""
+        if feed.states_BND is not None:
+            raise ValueError("a foreign model reads tokens, not states")
         last = None if feed.last_B is None else torch.from_numpy(feed.last_B).to(feed.device)
         steps = torch.unique(last) if last is not None and self._trims else None
         out = self.model(

@@ -51,6 +51,8 @@ class FeedRecord(ctypes.Structure):
         ("tokens", c_void_p),
         ("positions", c_void_p),
         ("sees", c_void_p),
+        ("states", c_void_p),
+        ("states_format", c_int32),
     )
 
 
@@ -122,7 +124,57 @@ class WantedRecord(ctypes.Structure):
     )
 
 
-RECORDS = (Matrix, FeedRecord, CacheRecord, LayerRecord, TransformerRecord, WantedRecord)
+class HeadRecord(ctypes.Structure):
+    """`fr_head`."""
+
+    _fields_ = (("first", Matrix), ("blocks", POINTER(Matrix)), ("block_count", c_int64), ("vocabulary", Matrix))
+
+
+class HeadsRecord(ctypes.Structure):
+    """`fr_heads`."""
+
+    _fields_ = (
+        ("count", c_int32),
+        ("width", c_int32),
+        ("vocabulary", c_int32),
+        ("format", c_int32),
+        ("head", POINTER(HeadRecord)),
+        ("embedding", c_void_p),
+    )
+
+
+class LevelRecord(ctypes.Structure):
+    """`fr_level`."""
+
+    _fields_ = (
+        ("first", c_int32),
+        ("nodes", c_int32),
+        ("parents", c_int32),
+        ("widest", c_int32),
+        ("begin", c_void_p),
+        ("ranks", c_void_p),
+        ("grown", c_void_p),
+    )
+
+
+class TreeRecord(ctypes.Structure):
+    """`fr_tree`."""
+
+    _fields_ = (("nodes", c_int32), ("levels", c_int32), ("parents", c_void_p), ("level", POINTER(LevelRecord)))
+
+
+RECORDS = (
+    Matrix,
+    FeedRecord,
+    CacheRecord,
+    LayerRecord,
+    TransformerRecord,
+    WantedRecord,
+    HeadRecord,
+    HeadsRecord,
+    LevelRecord,
+    TreeRecord,
+)
 SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "fr_sizes": (None, (c_void_p,)),
     "fr_isa_best": (c_int32, ()),
@@ -137,6 +189,7 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "fr_attention": (None, (*(c_void_p,) * 3, c_int32, c_int32, c_int32, c_float, c_void_p, c_int32)),
     "fr_top": (None, (c_void_p, c_int64, c_int64, c_int32, *(c_void_p,) * 3, c_int32)),
     "fr_forward": (c_int32, (*(c_void_p,) * 4, c_int32)),
+    "fr_draft": (c_int32, (*(c_void_p,) * 5, c_int64, c_int32)),
 }
 
 
@@ -156,9 +209,10 @@ def _opened() -> tuple[ctypes.CDLL | None, str]:
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
         return None, f"{path} cannot be loaded ({error}): install forerun again"
-    sizes = (c_int32 * len(RECORDS))()
+    sizes = (c_int32 * 64)()  # room for those of any version
     library.fr_sizes(sizes)
-    if list(sizes) != [ctypes.sizeof(record) for record in RECORDS]:
+    expected = [ctypes.sizeof(record) for record in RECORDS]
+    if list(sizes) != expected + [0] * (len(sizes) - len(expected)):
         return None, f"{path} belongs to another version of forerun: install forerun again"
     return library, ""
 

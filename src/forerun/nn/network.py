@@ -6,9 +6,11 @@ from collections.abc import Collection
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from forerun.cache import Cache, CacheShape
 from forerun.nn.feed import Feed, Read
+from forerun.nn.native import Packed
 
 
 class Network(Protocol):
@@ -16,6 +18,9 @@ class Network(Protocol):
 
     kernels: "native" or "torch", what a forward runs on. weights: their number format (dtype, or int8). max_length: the
     most tokens a row may have. windows: the sliding-window sizes for which `forward` needs a mask of its own.
+
+    input_embedding and output_head, [V, D] each: the matrices themselves, for drafters that use the target's. Nobody else's to
+    write to.
     """
 
     @property
@@ -41,6 +46,12 @@ class Network(Protocol):
 
     @property
     def windows(self) -> frozenset[int]: ...
+
+    @property
+    def input_embedding(self) -> Tensor: ...
+
+    @property
+    def output_head(self) -> Tensor | Packed: ...
 
     def forward(self, feed: Feed, cache: Cache, hidden_layers: Collection[int] = ()) -> Read:
         """Write the keys and values of `feed` into `cache` and score its tokens.

@@ -13,6 +13,7 @@ import mmap
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from threading import Lock
 
 import numpy as np
@@ -23,7 +24,7 @@ from forerun.cache import Cache, CacheShape
 from forerun.nn import native
 from forerun.nn.feed import Feed, Read
 from forerun.nn.native import FeedRecord, LayerRecord, Packed, TransformerRecord, WantedRecord, padded
-from forerun.nn.transformer import TransformerConfig, rope_tables
+from forerun.nn.transformer import NO_VOCABULARY, TransformerConfig, rope_tables
 
 HUGE_PAGE = 2 << 20
 ERRORS: dict[int, tuple[type[Exception], str]] = {
@@ -129,6 +130,15 @@ class PackedTransformer:
         """Empty: the kernels know windows themselves."""
         return frozenset()
 
+    @cached_property
+    def input_embedding(self) -> Tensor:
+        """[V, D]; where the packed head is the embedding too, a copy, made when first asked for."""
+        return self.head.unpacked().to(self.dtype) if self.embedding is None else self.embedding
+
+    @property
+    def output_head(self) -> Packed:
+        return self.head
+
     @property
     def parameters(self) -> int:
         """How many numbers the model has learnt."""
@@ -202,9 +212,9 @@ class PackedTransformer:
         rows, count = feed.tokens_BN.shape
         scored = count if feed.last_B is None else 1
         logits = torch.empty((rows, scored, self.vocab_size), dtype=torch.float32)
-        best = torch.empty((rows, scored), dtype=torch.int64)
+        best = torch.empty((rows, scored), dtype=torch.int64) if self.vocab_size else None
         hidden = {layer: torch.empty((rows, count, self.config.width), dtype=self.dtype) for layer in hidden_layers}
-        wanted = WantedRecord(logits.data_ptr(), best.data_ptr())
+        wanted = WantedRecord(logits.data_ptr(), None if best is None else best.data_ptr())
         if hidden:
             layers = (ctypes.c_int32 * len(hidden))(*hidden)
             places = (ctypes.c_void_p * len(hidden))(*(tensor.data_ptr() for tensor in hidden.values()))
@@ -219,6 +229,9 @@ class PackedTransformer:
         begin = ints.ctypes.data
         record = FeedRecord(rows, count, feed.start, feed.held, begin, begin + 4 * rows, tokens.data_ptr())
         record.positions = begin + 12 * rows
+        states = self._states(feed)
+        if states is not None:
+            record.states, record.states_format = states.data_ptr(), native.FORMATS[states.dtype]
         if feed.last_B is not None:
             wanted.last = begin + 8 * rows
         if sees is not None:
@@ -237,6 +250,19 @@ class PackedTransformer:
             kind, said = ERRORS[error]
             raise kind(said)
         return Read(logits, hidden, best)
+
+    def _states(self, feed: Feed) -> Tensor | None:
+        """Inputs that are no tokens, as the kernels read them."""
+        if feed.states_BND is None:
+            if not self.vocab_size:
+                raise ValueError(NO_VOCABULARY)
+            return None
+        states = feed.states_BND.detach().contiguous()
+        if states.shape != (*feed.tokens_BN.shape, self.config.width):
+            raise ValueError(
+                f"states {list(states.shape)} for tokens {list(feed.tokens_BN.shape)} of width {self.config.width}"
+            )
+        return states if states.dtype in (torch.bfloat16, torch.float32) else states.to(self.dtype)
 
     def _turn_up_to(self, length: int) -> None:
         """Rotary tables [length, head_dim / 2] for every position the cache may hold. Old ones are kept: another thread may

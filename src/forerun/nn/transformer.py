@@ -17,13 +17,16 @@ from forerun.cache import Cache, CacheShape
 from forerun.nn import ops
 from forerun.nn.feed import Feed, Read
 
+NO_VOCABULARY = "a transformer without a vocabulary reads states, not tokens: give states_BND"
+
 
 @dataclass(frozen=True)
 class TransformerConfig:
     """Every architectural choice; sizes in elements, `max_length` in tokens.
 
-    `windows` holds one sliding-window size per layer (None: full attention). `inv_freq` are the rotary frequencies after
-    any length scaling, `rope_scale` the factor that YaRN-like scalings put on cos and sin.
+    With a `vocab_size` of 0 it is a stack of layers that reads states (`Feed.states_BND`) and gives states: nothing is embedded,
+    nothing scored. `windows` holds one sliding-window size per layer (None: full attention). `inv_freq` are the rotary
+    frequencies after any length scaling, `rope_scale` the factor that YaRN-like scalings put on cos and sin.
     """
 
     vocab_size: int
@@ -82,17 +85,19 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        if config.vocab_size:
+            self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.final_norm = nn.Parameter(torch.ones(config.width))
-        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
-        if config.tied:
-            self.head.weight = self.embedding.weight
+        if config.vocab_size:
+            self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+            if config.tied:
+                self.head.weight = self.embedding.weight
         self._rope: tuple[Tensor, Tensor] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embedding.weight.dtype
+        return self.final_norm.dtype
 
     @property
     def weights(self) -> torch.dtype:
@@ -100,7 +105,7 @@ class Transformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.embedding.weight.device
+        return self.final_norm.device
 
     @property
     def vocab_size(self) -> int:
@@ -118,6 +123,14 @@ class Transformer(nn.Module):
     def windows(self) -> frozenset[int]:
         """The sliding-window sizes for which `forward` needs a mask of its own."""
         return frozenset(window for window in self.config.windows if window is not None)
+
+    @property
+    def input_embedding(self) -> Tensor:
+        return self.embedding.weight
+
+    @property
+    def output_head(self) -> Tensor:
+        return self.head.weight
 
     def initialise(self, seed: int = 0) -> Transformer:
         """Random weights for training: normal with 0.02, residual outputs scaled down by sqrt(2 * layers) (GPT-2)."""
@@ -143,7 +156,7 @@ class Transformer(nn.Module):
         tables = self._rope_tables()
         cos, sin = tables[0][feed.positions_BN, None], tables[1][feed.positions_BN, None]
         hidden: dict[int, Tensor] = {}
-        x = self.embedding.weight[feed.tokens_BN]
+        x = self._inputs(feed)
         for index, block in enumerate(self.blocks):
             if index in hidden_layers:
                 hidden[index] = x
@@ -151,7 +164,15 @@ class Transformer(nn.Module):
         x = ops.rms_norm(x, self.final_norm, self.config.norm_eps)
         if self.config.layers in hidden_layers:
             hidden[self.config.layers] = x
-        return Read(ops.linear(feed.wanted(x), self.head.weight), hidden)
+        wanted = feed.wanted(x)
+        return Read(ops.linear(wanted, self.head.weight) if self.vocab_size else wanted[..., :0], hidden)
+
+    def _inputs(self, feed: Feed) -> Tensor:
+        if feed.states_BND is not None:
+            return feed.states_BND.to(self.dtype)
+        if not self.vocab_size:
+            raise ValueError(NO_VOCABULARY)
+        return self.embedding.weight[feed.tokens_BN]
 
     def _block(
         self, index: int, block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, feed: Feed, cache: Cache
@@ -182,9 +203,13 @@ class Transformer(nn.Module):
 
     def features(self, tokens_BN: Tensor) -> Tensor:
         """Final-norm states [B, N, D] of whole sequences from position 0, without a cache: the training forward."""
+        return self.encode(self.embedding(tokens_BN))
+
+    def encode(self, x_BND: Tensor) -> Tensor:
+        """The same for whole sequences of states instead of tokens."""
         tables = self._rope_tables()
-        cos, sin = tables[0][: tokens_BN.shape[1], None], tables[1][: tokens_BN.shape[1], None]
-        x = self.embedding(tokens_BN)
+        cos, sin = tables[0][: x_BND.shape[1], None], tables[1][: x_BND.shape[1], None]
+        x = x_BND.to(self.dtype)
         for index, block in enumerate(self.blocks):
             assert isinstance(block, Layer)
             q, k, v = self._project(block, ops.rms_norm(x, block.attention_norm, self.config.norm_eps), cos, sin)

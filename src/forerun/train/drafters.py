@@ -3,6 +3,7 @@ loop has ended."""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -21,12 +22,14 @@ from forerun.nn.dtype import dtype_of
 from forerun.nn.foreign import Foreign
 from forerun.nn.load import load_network
 from forerun.nn.network import Network
+from forerun.nn.packed import PackedTransformer
 from forerun.nn.transformer import Transformer
-from forerun.train.distill import Distilled, Sample, read
-from forerun.train.heads import Answers, HeadsObjective, Teacher
-from forerun.train.loop import Schedule, fit
+from forerun.train.distill import Distilled, Sample, digest, read
+from forerun.train.heads import Answers, HeadsObjective, Teacher, least_squares
+from forerun.train.loop import STATE, Schedule, fit
 from forerun.train.presets import PRESETS, Preset, Weights
 
+RECIPE = "recipe.json"
 FEWEST_TOKENS = 2000
 """Answer tokens below which nothing can be learnt that holds elsewhere."""
 SMALLEST_SHARE = 0.02
@@ -35,7 +38,9 @@ SMALLEST_SHARE = 0.02
 
 @dataclass(frozen=True)
 class Recipe:
-    """A training of heads. architecture: what differs from the preset's. weights, rate: None: the preset's."""
+    """A training of heads. architecture: what differs from the preset's. weights: None: the preset's. init_from: trained heads
+    of the same shape to go on from. start_batches: without them, batches over which heads are first fitted by least
+    squares (0: they start as copies of the target's output projection, as the papers' do)."""
 
     preset: str
     target: str
@@ -48,9 +53,13 @@ class Recipe:
     seed: int = 0
     init_from: str | None = None
     dtype: str = "auto"
+    start_batches: int = 64
+    kernels: str = "auto"
 
 
-def schedule_for(preset: Preset, steps: int, rate: float | None = None, **rest: Any) -> Schedule:
+def schedule_for(
+    preset: Preset, steps: int, rate: float | None = None, floor: float | None = None, **rest: Any
+) -> Schedule:
     """The preset's schedule over so many steps."""
     warmup = preset.warmup if preset.warmup >= 1 else preset.warmup * steps
     return Schedule(
@@ -60,7 +69,7 @@ def schedule_for(preset: Preset, steps: int, rate: float | None = None, **rest: 
         adam_rate=preset.rate if rate is None else rate,
         weight_decay=preset.weight_decay,
         shape="cosine",
-        floor=preset.floor,
+        floor=preset.floor if floor is None else floor,
         **rest,
     )
 
@@ -77,6 +86,9 @@ class Training:
 
     def fit(self, run: Path, out: Path) -> dict[str, float]:
         """Train to the schedule's end, resuming what was interrupted in `run`, and write the heads to `out`."""
+        self._demand_same_recipe(run)
+        if not (run / STATE).exists():
+            self._start()
         try:
             figures = fit(self.objective, self.recipe.schedule, run, out.name) or self.objective.validate()
         except KeyboardInterrupt:
@@ -84,6 +96,45 @@ class Training:
             raise
         checkpoints.write(self.objective.module, self.config, self._about(out, figures))
         return figures
+
+    def _start(self) -> None:
+        recipe, module, teacher = self.recipe, self.objective.module, self.objective.teacher
+        if recipe.init_from is None and recipe.start_batches:
+            maps = least_squares(module, teacher, self.answers, recipe.start_batches)
+            module.start_from(maps, teacher.head_VD.float())
+
+    def _demand_same_recipe(self, run: Path) -> None:
+        """A run's folder remembers what it was made of; another training must not go on there."""
+        recipe, path = self.recipe, run / RECIPE
+        ours = {
+            "preset": recipe.preset,
+            "target": Path(recipe.target).name,
+            "data": digest([[sample.prompt, sample.answer] for sample in self.answers.samples]),
+            "architecture": asdict(self.config),
+            "weights": asdict(self.objective.weights),
+            "rows": recipe.rows,
+            "length": recipe.length,
+            "seed": recipe.seed,
+            "init_from": recipe.init_from,
+            "start_batches": recipe.start_batches,
+        }
+        if path.is_file():
+            theirs = self._recorded(path)
+            other = next((name for name in ours if theirs.get(name) != ours[name]), None)
+            if other:
+                raise TrainingError(f"{run} belongs to a run with another {other}: remove it, or name another --run")
+            return
+        run.mkdir(parents=True, exist_ok=True)
+        beside = run / f"{RECIPE}.partial"
+        beside.write_text(json.dumps(ours) + "\n")
+        beside.replace(path)
+
+    @staticmethod
+    def _recorded(path: Path) -> dict[str, Any]:
+        try:
+            return dict(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise TrainingError(f"{path} cannot be read ({error}): remove the run, or repair the file") from None
 
     def _about(self, out: Path, figures: Mapping[str, float]) -> Checkpoint:
         recipe = self.recipe
@@ -94,6 +145,7 @@ class Training:
             "rows": recipe.rows,
             "length": recipe.length,
             "seed": recipe.seed,
+            "start_batches": recipe.start_batches,
             "weights": asdict(self.objective.weights),
             "schedule": asdict(recipe.schedule),
             "figures": {name: round(value, 4) for name, value in figures.items()},
@@ -106,12 +158,14 @@ def prepare(recipe: Recipe, device: torch.device) -> Training:
     fit, before anything is written."""
     preset = PRESETS[recipe.preset]
     distilled = read(recipe.data)
-    network = load_network(recipe.target, dtype_of(recipe.dtype, device), device)
+    network = load_network(recipe.target, dtype_of(recipe.dtype, device), device, recipe.kernels)
     answers = Answers(distilled.samples, recipe.rows, recipe.length, recipe.seed)
     _demand_data(answers, network, recipe)
     teacher = Teacher(network)
     module, config = _heads(preset, recipe, network)
-    module.initialise(teacher.head_VD.float().cpu()) if recipe.init_from is None else _start(module, recipe.init_from)
+    module.initialise(teacher.head_VD.float().cpu(), recipe.seed) if recipe.init_from is None else _start(
+        module, recipe.init_from
+    )
     weights = recipe.weights or preset.weights
     tree = DEFAULT_TREE.within(module.count, DEFAULT_TREE.size) or DEFAULT_TREE
     objective = HeadsObjective(module.to(device), teacher, answers, weights, tree)
@@ -119,10 +173,8 @@ def prepare(recipe: Recipe, device: torch.device) -> Training:
 
 
 def _heads(preset: Preset, recipe: Recipe, network: Network) -> tuple[Any, MedusaConfig | HydraConfig]:
-    head = network.output_head
-    assert isinstance(head, torch.Tensor)
-    fields: dict[str, Any] = {**preset.architecture, **recipe.architecture}
-    fields |= {"width": head.shape[1], "vocab_size": head.shape[0]}
+    vocab_size, width = network.input_embedding.shape
+    fields: dict[str, Any] = {**preset.architecture, **recipe.architecture, "width": width, "vocab_size": vocab_size}
     torch.manual_seed(recipe.seed)
     if preset.drafter == "medusa":
         medusa = MedusaConfig(**fields)
@@ -135,7 +187,7 @@ def _heads(preset: Preset, recipe: Recipe, network: Network) -> tuple[Any, Medus
 
 def prefix_like(network: Network) -> PrefixConfig:
     """A prefix layer of the shape of one of the target's own layers."""
-    if isinstance(network, Transformer):
+    if isinstance(network, Transformer | PackedTransformer):
         config = network.config
         mlp_width, eps, theta = config.mlp_width, config.norm_eps, config.rope_theta
         heads, max_length = config.heads, config.max_length

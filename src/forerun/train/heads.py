@@ -37,6 +37,8 @@ CHUNK_NUMBERS = 1 << 25
 RANKS = 16
 """Ranks are told apart up to here; everything behind is `RANKS`."""
 SHOWN_TOP = (1, 2, 3, 4, 5)
+RIDGE = 1e-3
+"""Damping of the least squares, as a share of the inputs' own size."""
 POOL = 16
 """Batches whose samples are sorted by length together."""
 
@@ -72,7 +74,7 @@ class Teacher:
         feed = Feed(
             tokens_BN=tokens_BN,
             lengths_B=np.zeros(rows, np.int64),
-            where_BN=np.broadcast_to(np.arange(count), (rows, count)),
+            where_BN=np.tile(np.arange(count), (rows, 1)),
             last_B=np.full(rows, count - 1),
             dtype=self.network.dtype,
         )
@@ -118,9 +120,10 @@ class Answers:
         if epoch not in self._passes:
             random = np.random.default_rng((self.seed, epoch))
             order = random.permutation(len(self.training)).tolist()
+            order = order[: max(1, len(order) // self.rows) * self.rows]
             pools = [order[at : at + POOL * self.rows] for at in range(0, len(order), POOL * self.rows)]
             ranked = [pick for pool in pools for pick in sorted(pool, key=lambda pick: self.training[pick].size)]
-            cut = [ranked[at : at + self.rows] for at in range(0, max(1, len(ranked) - self.rows + 1), self.rows)]
+            cut = [ranked[at : at + self.rows] for at in range(0, len(ranked), self.rows)]
             self._passes.clear()
             self._passes[epoch] = [cut[place] for place in random.permutation(len(cut))]
         return self._passes[epoch]
@@ -219,19 +222,22 @@ class HeadsObjective:
     weights: Weights
     tree: RankTree
     most_validated: int = 64
-    _held: list[Sample] = field(default_factory=list)
 
     def loss(self, number: int) -> Tensor:
         """The weighted sum over heads, in nats: each head's mean over the places that have its token."""
         self.module.train()
+        torch.manual_seed(self.answers.seed + number)  # the luck of dropout belongs to the batch, for runs that go on
         return self.loss_on(self.answers.batch(number))
 
     def loss_on(self, batch: Batch) -> Tensor:
         with self.teacher.precision():
             lesson = Lesson.of(self.module, self.teacher, batch)
             counts_K = lesson.valid_KP.sum(1).clamp(min=1)
-            parts = lesson.chunks(_chunk(self.module, self.teacher))
-            sums = [checkpoint(self._sums, part, use_reentrant=False) for part in parts]
+            parts = list(lesson.chunks(_chunk(self.module, self.teacher)))
+            if len(parts) == 1:  # nothing to save
+                sums = [self._sums(lesson)]
+            else:
+                sums = [checkpoint(self._sums, part, use_reentrant=False) for part in parts]
         scale = self.weights.decay ** torch.arange(1, self.module.count + 1, device=counts_K.device)
         total: Tensor = (torch.stack(sums).sum(0) / counts_K * scale).sum()
         return total
@@ -266,6 +272,39 @@ class HeadsObjective:
 
 
 @torch.no_grad()
+def least_squares(module: HeadsModule, teacher: Teacher, answers: Answers, batches: int) -> list[Tensor]:
+    """Per head, [D, M]: the linear map from what it sees (the context, and the embeddings behind it if heads see tokens)
+    to the target's state one token before the one that it proposes, fitted over so many batches (ridge regression).
+
+    A head that starts there is a fair predictor at once. One that starts as a copy of the target's output projection
+    first has to unlearn a sharp opinion about another token (our addition; the papers start from the copy).
+    """
+    module.eval()
+    width = teacher.head_VD.shape[1]
+    sizes = [width * (head + 2 if module.sees_tokens else 1) for head in range(module.count)]
+    squares = [torch.zeros(size, size, device=teacher.device) for size in sizes]
+    products = [torch.zeros(size, width, device=teacher.device) for size in sizes]
+    for number in range(batches):
+        with teacher.precision():
+            lesson = Lesson.of(module, teacher, answers.batch(number))
+        embedded = F.embedding(lesson.tokens_PK[:, : module.count], teacher.embedding_VD)
+        inputs = torch.cat((lesson.context_PD[:, None], embedded), 1).flatten(1).float()
+        for head, size in enumerate(sizes):
+            there = lesson.valid_KP[head]
+            seen = inputs[there, :size]
+            squares[head] += seen.T @ seen
+            products[head] += seen.T @ lesson.states_PKD[there, head].float()
+    return [_ridge(square, product) for square, product in zip(squares, products, strict=True)]
+
+
+def _ridge(square: Tensor, product: Tensor) -> Tensor:
+    scale = square.diagonal().mean()
+    damped = square + torch.diag(RIDGE * (square.diagonal() + scale))
+    solved: Tensor = torch.linalg.solve(damped, product)
+    return solved.T.contiguous()
+
+
+@torch.no_grad()
 def ranks_of(module: HeadsModule, teacher: Teacher, samples: Sequence[Sample], answers: Answers) -> list[Ranks]:
     """Per sample, [A, K]: at place a of its A places (a = 0: before the first answer token), which best token of
     every head the true one is; -1 beyond the answer's end. Equal logits: the lower token id is the better."""
@@ -277,8 +316,14 @@ def ranks_of(module: HeadsModule, teacher: Teacher, samples: Sequence[Sample], a
             parts = lesson.chunks(_chunk(module, teacher))
             found = torch.cat([_ranks(logits_of(module, teacher, part), part) for part in parts], 1)
         counts = [max(0, end - max(2, begin)) for begin, end in zip(batch.begins, batch.ends, strict=True)]
-        tables += [table.T.cpu().numpy() for table in torch.split(found, counts, 1)]
+        found_here = [table.T.cpu().numpy() for table in torch.split(found, counts, 1)]
+        tables += [_from_the_first(table, begin) for table, begin in zip(found_here, batch.begins, strict=True)]
     return tables
+
+
+def _from_the_first(table: Ranks, begin: int) -> Ranks:
+    """A prompt of one token leaves the heads nothing to see before the first answer token."""
+    return np.concatenate((np.full((max(0, 2 - begin), table.shape[1]), -1), table))
 
 
 def _chunk(module: HeadsModule, teacher: Teacher) -> int:
@@ -301,7 +346,7 @@ def steps_of(ranks: Ranks, tree: RankTree) -> int:
     while place < len(ranks):
         row = ranks[place]
         known = row[: int((row >= 0).sum())].tolist()
-        place += 1 + tree.followed(known[: max(0, len(ranks) - place - 1)])
+        place += 1 + tree.followed(known)
         steps += 1
     return steps
 

@@ -282,7 +282,10 @@ def prepare(recipe: JointRecipe, device: torch.device) -> JointTraining:
     ramp, preset = Ramp.named(recipe.ramp), preset_of(recipe.keep)
     _demand_ours(recipe.heads.target)
     wish = replace(
-        recipe.heads, architecture=_architecture(recipe.heads), weights=recipe.heads.weights or preset.heads.weights
+        recipe.heads,
+        architecture=_architecture(recipe.heads),
+        weights=recipe.heads.weights or preset.heads.weights,
+        kernels="torch",  # packed weights cannot be trained
     )
     heads = drafters.prepare(wish, device)
     network = heads.objective.teacher.network

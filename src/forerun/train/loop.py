@@ -162,10 +162,10 @@ class _Run:
             loss = self.objective.loss(self.step * self.schedule.parts + part) / self.schedule.parts
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
-        if not self._sound(total):
-            return total
         moved = [p for group in self._groups() for p in group["params"] if p.grad is not None]
-        nn.utils.clip_grad_norm_(moved, self.schedule.clip)
+        size = nn.utils.clip_grad_norm_(moved, self.schedule.clip)
+        if not self._sound(total + 0 * size.item()):  # a finite loss may have gradients that are not
+            return total
         rate = self.schedule.rate(self.step)
         for optimiser in self.optimisers:
             full = self.schedule.muon_rate if isinstance(optimiser, torch.optim.Muon) else self.schedule.adam_rate

@@ -1,0 +1,187 @@
+"""`forerun calibrate`: the static tree that is fastest for trained heads on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from forerun.cli import options
+
+if TYPE_CHECKING:
+    from forerun.drafters.heads import HeadsModule
+    from forerun.engine import Engine
+    from forerun.sampling import SamplingParams
+    from forerun.train.calibrate import Calibration
+    from forerun.train.distill import Sample
+
+Heads = Annotated[
+    str,
+    typer.Option(
+        "--drafter", metavar="SPEC", help="Trained heads: medusa:DIR, hydra:DIR, or a file that describes them."
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Where the tree goes.", show_default="tree.json beside the heads, where they find it"
+    ),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="The target's answers, from forerun distill.",
+        show_default="answers to built-in prompts",
+    ),
+]
+Answers = Annotated[int, typer.Option(min=4, help="So many answers are looked at.")]
+Rows = Annotated[int, typer.Option(min=1, help="Requests that run side by side in the timings.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Timings of every size; their median counts.")]
+
+
+def calibrate(
+    model: options.Model,
+    drafter: Heads,
+    out: Out = None,
+    data: Data = None,
+    answers: Answers = 48,
+    rows: Rows = 1,
+    rounds: Rounds = 5,
+    max_new_tokens: options.MaxNewTokens = 192,
+    temperature: options.Temperature = 0.0,
+    seed: options.Seed = 0,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    kernels: options.Kernels = "auto",
+    weights: options.Weights = "auto",
+) -> None:
+    """Count which paths of best tokens the target follows, time trees of every size here, and keep the fastest.
+
+    One half of the answers says which paths a tree has, the other half how far it gets. Nothing but the tree changes: what the
+    model says stays the same.
+    """
+    import json
+
+    from forerun.cli import engines
+    from forerun.drafters import describe
+    from forerun.sampling import SamplingParams
+    from forerun.train import calibrate as calibration
+
+    description = describe(drafter)
+    checkpoint = _checkpoint(description, drafter)
+    module = calibration.module_of(checkpoint)
+    target = out or Path(checkpoint) / "tree.json"
+    _demand_place(target)
+    spec = json.dumps(description | {"tree": [[0]]})  # whatever tree is there now, even a damaged one, does not matter
+    engine = engines.load(model, spec, engines.Machine(dtype, device, kernels, weights), max(rows, 8))
+    params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    samples = _samples(engine, data, answers, params)
+    found = _watched(engine, module, samples, rows, rounds)
+    calibration.write(found, calibration.machine_of(engine) | {"temperature": temperature}, target)
+    _report(found, target, found_there=out is None)
+
+
+def _checkpoint(description: dict[str, Any], spec: str) -> str:
+    """The folder of the heads that a description is about."""
+    from forerun.errors import DrafterError
+
+    checkpoint = description.get("checkpoint")
+    if description.get("drafter") not in ("medusa", "hydra") or not isinstance(checkpoint, str):
+        raise DrafterError(f"{spec} names no trained heads: write medusa:DIR or hydra:DIR")
+    return checkpoint
+
+
+def _demand_place(target: Path) -> None:
+    from forerun.cli.files import demand_place
+    from forerun.errors import ForerunError
+
+    demand_place(target)
+    if target.is_dir():
+        raise ForerunError(f"cannot write {target}, for it is a folder: name a file in it")
+
+
+def _samples(engine: Engine, data: Path | None, count: int, params: SamplingParams) -> list[Sample]:
+    """Answers to look at: those of a file, or to the built-in suite's later prompts (the demo measures on the first)."""
+    from forerun.bench import suites
+    from forerun.cli.demo import fitted, spread
+    from forerun.errors import TrainingError
+    from forerun.train.calibrate import answers_of
+
+    if data is not None:
+        return _of_file(data, count, params.temperature)
+    if engine.tokenizer is None:
+        raise TrainingError("this model has no tokenizer for the built-in prompts: give its answers with --data")
+    prompts = [fitted(engine, prompt.prompt, params) for prompt in spread(suites.load())[-count:]]
+    return answers_of(engine, prompts, params)
+
+
+def _of_file(data: Path, count: int, temperature: float) -> list[Sample]:
+    """Greedy answers, or those that were drawn. First those that training holds out, for heads know the others too well."""
+    from forerun.errors import TrainingError
+    from forerun.train.distill import read
+    from forerun.train.heads import Answers as Parted
+
+    parted = Parted(read(data).samples)
+    fitting = [
+        sample
+        for sample in (*parted.heldout, *reversed(parted.training))
+        if (sample.temperature == 0) == (temperature == 0) and len(sample.answer) > 1
+    ]
+    if len(fitting) < 2:
+        kind = "greedy answers" if temperature == 0 else "answers at a temperature above 0"
+        raise TrainingError(f"{data} has {len(fitting)} {kind}: distil more, or set another --temperature")
+    return fitting[:count]
+
+
+def _watched(engine: Engine, module: HeadsModule, samples: list[Sample], rows: int, rounds: int) -> Calibration:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from forerun.train.calibrate import calibrate as measure
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("timing trees", total=None)
+        return measure(
+            engine,
+            module,
+            samples,
+            rows,
+            rounds,
+            lambda done, total: progress.update(task, completed=done, total=total),
+        )
+
+
+def _report(found: Calibration, out: Path, found_there: bool) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from forerun.cli.narration import on_stdout
+
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("nodes", "tokens\nper step", "ms\nper step", "tokens\nper s", "over\nplain"):
+        table.add_column(heading, justify="right")
+    for one in found.candidates:
+        marked = "bold" if one is found.best else ""
+        speedup = one.tokens_per_second * found.plain_seconds
+        table.add_row(
+            str(one.nodes),
+            f"{one.tokens_per_step:.2f}",
+            f"{1e3 * one.step_seconds:.2f}",
+            f"{one.tokens_per_second:.0f}",
+            f"{speedup:.2f}x",
+            style=marked,
+        )
+    console = on_stdout()
+    console.print(table)
+    where = "" if found_there else f'; name it in a description of the drafter: "tree": "{out}"'
+    pays = "" if found.speedup > 1 else "; plain decoding is faster here"
+    console.print(
+        f"{out}: {found.best.nodes} nodes, {found.tree.depth} deep; projected {found.speedup:.2f}x plain decoding"
+        f" ({1e3 * found.plain_seconds:.2f} ms per step) with {found.rows} request(s), from {found.answers} answers"
+        f"{pays}{where}",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,266 @@
+"""`forerun train medusa|hydra|hydra++`: draft heads on a target of your own, from its own answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from forerun.cli import options
+
+if TYPE_CHECKING:
+    from forerun.train.drafters import Training
+
+SHAPE, LOSS, SCHEDULE = "Shape", "Loss", "Schedule"
+PAPER = "the paper's"
+HEADS = {
+    "medusa": "Train Medusa heads: independent, each on the target's last state alone.",
+    "hydra": "Train Hydra heads: each sees the tokens drafted before its own.",
+    "hydra++": "Train Hydra++ heads: deeper, behind a layer of their own, taught by the target's law.",
+}
+SHOWN_TOKENS = 48
+
+Target = Annotated[str, typer.Option(metavar="MODEL", help="The model that the heads are for; it stays as it is.")]
+Data = Annotated[Path, typer.Option(metavar="FILE", help="Its answers, as forerun distill leaves them.")]
+Out = Annotated[
+    Path, typer.Option(metavar="DIR", help="Folder for the finished heads; older heads in it are replaced.")
+]
+Run = Annotated[
+    Path | None,
+    typer.Option(
+        "--run",
+        metavar="DIR",
+        help="Folder for checkpoints; an interrupted run in it goes on.",
+        show_default="OUT.run",
+    ),
+]
+Heads = Annotated[int | None, typer.Option(min=1, help="How many heads.", rich_help_panel=SHAPE, show_default=PAPER)]
+Layers = Annotated[int | None, typer.Option(min=1, help="Blocks per head.", rich_help_panel=SHAPE, show_default=PAPER)]
+Tied = Annotated[
+    bool | None,
+    typer.Option(
+        "--tied-layers/--own-layers",
+        help="One block, repeated, or each its own weights.",
+        rich_help_panel=SHAPE,
+        show_default=PAPER,
+    ),
+]
+Vocabulary = Annotated[
+    Literal["own", "shared"],
+    typer.Option(metavar="own|shared", help="A projection per head, or the target's for all.", rich_help_panel=SHAPE),
+]
+Dropout = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        max=0.99,
+        help="In training, before every block and projection (hydra alone).",
+        rich_help_panel=SHAPE,
+        show_default=PAPER,
+    ),
+]
+TextWeight = Annotated[
+    float | None,
+    typer.Option(min=0.0, help="Of the next token's log-probability.", rich_help_panel=LOSS, show_default=PAPER),
+]
+TeacherWeight = Annotated[
+    float | None,
+    typer.Option(min=0.0, help="Of the target's whole law there.", rich_help_panel=LOSS, show_default=PAPER),
+]
+HeadDecay = Annotated[
+    float | None,
+    typer.Option(min=0.0, help="Head k counts this to the power of k.", rich_help_panel=LOSS, show_default=PAPER),
+]
+Steps = Annotated[int, typer.Option(min=1, rich_help_panel=SCHEDULE)]
+Rows = Annotated[int, typer.Option(min=1, help="Answers per part of a step.", rich_help_panel=SCHEDULE)]
+Length = Annotated[
+    int,
+    typer.Option(
+        help="Tokens of an answer with its prompt; longer prompts lose their beginning.", rich_help_panel=SCHEDULE
+    ),
+]
+Parts = Annotated[int, typer.Option(min=1, help="Parts of a step (gradient accumulation).", rich_help_panel=SCHEDULE)]
+Rate = Annotated[
+    float | None,
+    typer.Option(min=0.0, help="Peak learning rate.", rich_help_panel=SCHEDULE, show_default=PAPER),
+]
+Floor = Annotated[
+    float | None,
+    typer.Option(min=0.0, max=1.0, help="Share of the rate at the end.", rich_help_panel=SCHEDULE, show_default=PAPER),
+]
+Every = Annotated[int, typer.Option(min=1, rich_help_panel=SCHEDULE)]
+Seed = Annotated[
+    int, typer.Option(help="Of the order of answers and of random first weights.", rich_help_panel=SCHEDULE)
+]
+StartBatches = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Batches over which untrained heads are first fitted by least squares; 0: they start as copies of the target's"
+        " output projection, as in the papers.",
+    ),
+]
+InitFrom = Annotated[str | None, typer.Option(metavar="DIR", help="Go on from trained heads of the same shape.")]
+
+
+def command(preset: str) -> Callable[..., None]:
+    """The command that trains heads of this kind."""
+
+    def train(
+        target: Target,
+        data: Data,
+        out: Out,
+        run: Run = None,
+        heads: Heads = None,
+        layers: Layers = None,
+        tied_layers: Tied = None,
+        vocabulary: Vocabulary = "own",
+        dropout: Dropout = None,
+        text_weight: TextWeight = None,
+        teacher_weight: TeacherWeight = None,
+        head_decay: HeadDecay = None,
+        steps: Steps = 1000,
+        rows: Rows = 16,
+        length: Length = 512,
+        parts: Parts = 1,
+        rate: Rate = None,
+        floor: Floor = None,
+        validate_every: Every = 200,
+        save_every: Every = 100,
+        seed: Seed = 0,
+        start_batches: StartBatches = 64,
+        init_from: InitFrom = None,
+        dtype: options.Dtype = "auto",
+        device: options.Device = "auto",
+        kernels: options.Kernels = "auto",
+    ) -> None:
+        _demand_sense(preset, out, dropout, text_weight, teacher_weight)
+
+        from forerun.assembly import device_of
+        from forerun.train import drafters
+        from forerun.train.presets import PRESETS
+
+        chosen = PRESETS[preset]
+        shape: dict[str, object] = {"heads": heads, "layers": layers, "tied_layers": tied_layers}
+        shape |= {"vocabulary": vocabulary, "dropout": dropout}
+        rest = {"parts": parts, "validate_every": validate_every, "save_every": save_every}
+        recipe = drafters.Recipe(
+            preset=preset,
+            target=target,
+            data=data,
+            architecture={name: value for name, value in shape.items() if value is not None},
+            weights=_weights(chosen.weights, text_weight, teacher_weight, head_decay),
+            schedule=drafters.schedule_for(chosen, steps, rate, floor, **rest),
+            rows=rows,
+            length=length,
+            seed=seed,
+            init_from=init_from,
+            dtype=dtype,
+            start_batches=start_batches,
+            kernels=kernels,
+        )
+        training = drafters.prepare(recipe, device_of(device))
+        _introduce(training)
+        _report(training, training.fit(run or out.with_name(out.name + ".run"), out), out)
+
+    train.__doc__ = f"""{HEADS[preset]}
+
+    The target is frozen; its states are computed on the fly. First one answer is shown with the trained tokens marked; in
+    the end, how often each head is right, and the tokens per step that this promises. The run's folder has a log of the
+    figures on the way.
+    """
+    return train
+
+
+def _demand_sense(
+    preset: str, out: Path, dropout: float | None, text_weight: float | None, teacher_weight: float | None
+) -> None:
+    """Refuse what could not be followed to the end, before the target is read."""
+    from forerun.errors import TrainingError
+    from forerun.train.presets import PRESETS
+
+    if dropout is not None and PRESETS[preset].drafter != "hydra":
+        raise TrainingError(f"{preset} heads have no dropout: leave --dropout out")
+    weights = _weights(PRESETS[preset].weights, text_weight, teacher_weight, None)
+    if not weights.text and not weights.teacher:
+        raise TrainingError("nothing would be learnt: give --text-weight or --teacher-weight a number above 0")
+    if out.name in ("", ".."):
+        raise TrainingError(f"--out {out} has no name of its own: name a folder, new or with older heads")
+    above = next(place for place in (out, *out.parents) if place.exists())
+    if not above.is_dir():
+        raise TrainingError(f"--out {out} cannot be a folder, for {above} is a file: choose another")
+    if (out / "config.json").exists() and not _is_ours(out / "config.json"):
+        raise TrainingError(f"{out} holds another model, which would be overwritten: choose another --out")
+
+
+def _is_ours(config: Path) -> bool:
+    """A checkpoint of draft heads, which may be replaced."""
+    import json
+
+    try:
+        return "drafter" in json.loads(config.read_text())
+    except (OSError, ValueError):
+        return False
+
+
+def _weights(preset: Any, text: float | None, teacher: float | None, decay: float | None) -> Any:
+    from dataclasses import replace
+
+    given = {"text": text, "teacher": teacher, "decay": decay}
+    return replace(preset, **{name: value for name, value in given.items() if value is not None})
+
+
+def _introduce(training: Training) -> None:
+    """One sample with what is trained on marked, and the size of everything."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from forerun.assembly import tokenizer_of
+    from forerun.cli.narration import DRAFTED
+    from forerun.train.drafters import example
+
+    console, sample = Console(stderr=True), example(training)
+    tokenizer = tokenizer_of(training.recipe.target)
+
+    def said(ids: Any) -> str:
+        return str(tokenizer.backend_tokenizer.decode(list(ids))) if tokenizer else " ".join(map(str, ids)) + " "
+
+    prompt, answer = said(sample.prompt[-SHOWN_TOKENS:]), said(sample.answer[:SHOWN_TOKENS])
+    marks = (answer, DRAFTED) if console.is_terminal else f">>>{answer}<<<"
+    console.print(Text.assemble((prompt, "dim"), marks), highlight=False, soft_wrap=True)
+    answers = training.answers
+    tokens = sum(len(one.answer) for one in answers.training)
+    numbers = sum(p.numel() for p in training.objective.module.parameters())
+    console.print(
+        f"\nMarked tokens are trained on: {answers.trained_share:.0%} of what is read, {tokens:,} tokens in"
+        f" {len(answers.training):,} answers; {len(answers.heldout):,} answers are held out. The heads have {numbers:,}"
+        " parameters.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _report(training: Training, figures: dict[str, float], out: Path) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from forerun.cli.narration import on_stdout
+
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("head", "top 1", "top 2", "top 3", "top 4", "top 5"):
+        table.add_column(heading, justify="right")
+    head = 1
+    while f"head{head}_top1" in figures:
+        table.add_row(str(head), *(f"{figures[f'head{head}_top{k}']:.1%}" for k in range(1, 6)))
+        head += 1
+    console = on_stdout()
+    console.print(table)
+    nodes, where = training.objective.tree.size, "held-out" if training.answers.heldout else "the training"
+    console.print(
+        f"{out}: {figures['tokens_per_step']:.2f} tokens per step projected on {where} answers (a tree of {nodes} nodes);"
+        " forerun calibrate fits the tree to this machine",
+        highlight=False,
+        soft_wrap=True,
+    )
