@@ -14,6 +14,7 @@ import safetensors
 import torch
 import transformers
 from safetensors.torch import load_file
+from test_cli_options import OPTIONS
 
 from forerun.errors import TrainingError
 from forerun.train import corpus, loop, recipe
@@ -210,11 +211,11 @@ def test_a_model_that_finds_no_room_leaves_nothing(data, tmp_path, monkeypatch):
 # ---- the script that reproduces the reference family
 
 
-def commands_of_the_family(tmp_path: Path) -> list[list[str]]:
+def commands_of(name: str, tmp_path: Path) -> list[list[str]]:
     stub, log = tmp_path / "stub", tmp_path / "log"
     stub.write_text(f'#!/bin/sh\nfor word in "$@"; do printf "%s\\n" "$word"; done >>{log}\necho "---" >>{log}\n')
     stub.chmod(0o755)
-    script = [str(ROOT / "scripts" / "family"), str(tmp_path / "work"), str(tmp_path / "models")]
+    script = [str(ROOT / "scripts" / name), str(tmp_path / "work"), str(tmp_path / "models")]
     subprocess.run(script, env={**os.environ, "FORERUN": str(stub)}, check=True)
     return [part.splitlines() for part in log.read_text().split("---\n") if part]
 
@@ -228,7 +229,7 @@ def test_the_family_script_says_what_this_command_understands(forerun, tmp_path,
 
     monkeypatch.setattr(recipe, "train", noted)
     monkeypatch.setattr(recipe, "build_corpus", lambda folder, vocabulary: str(vocabulary))
-    lines = commands_of_the_family(tmp_path)
+    lines = commands_of("family", tmp_path)
     assert [forerun(*line)[0] for line in lines] == [0] * 4
     assert [out for _, out in made] == ["target", "small", "wide"]
     target, small, wide = (wish for wish, _ in made)
@@ -236,3 +237,15 @@ def test_the_family_script_says_what_this_command_understands(forerun, tmp_path,
     assert (small.shape.width, small.shape.layers, small.shape.mlp_width) == (256, 2, 768)
     assert (wide.shape.width, wide.shape.layers, wide.shape.mlp_width) == (512, 1, 2048)
     assert target.teacher is None and small.teacher == wide.teacher == str(tmp_path / "models" / "target")
+
+
+def test_the_script_of_the_heads_says_what_these_commands_understand(tmp_path):
+    lines = commands_of("heads", tmp_path)
+    assert [line[0] for line in lines] == ["distill", *["train", "calibrate"] * 3]
+    assert [line[1] for line in lines if line[0] == "train"] == ["medusa", "hydra", "hydra++"]
+    for line in lines:
+        command = " ".join(line[: 1 + (line[0] == "train")])
+        assert {word for word in line if word.startswith("--")} <= set(OPTIONS[command].split()), command
+    models = tmp_path / "models"
+    drafters = [line[line.index("--drafter") + 1] for line in lines if line[0] == "calibrate"]
+    assert drafters == [f"medusa:{models}/medusa", f"hydra:{models}/hydra", f"hydra:{models}/hydra++"]
