@@ -92,7 +92,7 @@ def show(shards: Sequence[Measurement], title: str) -> None:
             _range([row.speedup for row in rows]),
             *(f"{median(values):.3f}" for values in parts),
             {True: "yes", False: "no", None: "-"}[
-                first.identical if all(row.identical for row in rows) else rows[0].identical
+                None if first.identical is None else all(row.identical for row in rows)
             ],
         )
     Console().print(table)

@@ -78,11 +78,13 @@ class Cache:
         return self.rows - 1
 
     def release(self, slot: int, ready: int | None = None) -> None:
-        """Close a slot and keep the others dense: the last row moves into it.
+        """Close a slot and keep the others dense: the last row moves into it. A slot that was never opened is left alone.
 
         With `ready`, rows 0 .. ready - 1 stay in front of the rest: the last ready row moves into the hole, and the very
         last row into the place that this one leaves.
         """
+        if slot >= self.rows:
+            return
         for source in sorted({self.rows - 1, (ready or self.rows) - 1}):
             self._move(source, slot)
             slot = source

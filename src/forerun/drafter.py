@@ -52,7 +52,7 @@ class Drafter:
         """A new row takes the next slot. hidden: the states it `reads`, [1, S - 1, D], for the prompt but its last token."""
 
     def release(self, slot: int) -> None:
-        """A row has ended."""
+        """A row has ended. A slot that was never opened, because admitting its row failed, is nothing to complain about."""
 
     def propose(self, context: Context) -> TokenTree:
         """A tree per row, node 0 being the row's last token."""

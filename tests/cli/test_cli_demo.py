@@ -8,8 +8,8 @@ import shutil
 import pytest
 
 from forerun.bench.run import Row
-from forerun.bench.suites import Prompt
-from forerun.cli.demo import same, spread
+from forerun.bench.suites import Prompt, spread
+from forerun.cli.demo import same
 
 COLUMNS = {
     "drafter", "tokens_per_second", "speedup", "tokens_per_step", "draft_seconds", "verify_seconds", "other_seconds", "identical",

@@ -324,7 +324,7 @@ def test_places_that_cannot_hold_heads(refused_run, family, tmp_path, monkeypatc
 def test_starts_that_do_not_fit(refused_run, trained, family, tmp_path):
     first, *_ = trained("medusa", "first")
     assert "3, 600, 32" in refused_run("medusa", "--init-from", first, "--heads", 3)
-    assert "first_biases" in refused_run("hydra", "--init-from", first)
+    assert "of the kind medusa" in refused_run("hydra", "--init-from", first)
     assert "no-such" in refused_run("medusa", "--init-from", tmp_path / "no-such")
     assert "forerun convert" in refused_run("medusa", "--init-from", family / "small")
 

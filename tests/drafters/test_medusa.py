@@ -602,6 +602,25 @@ def test_an_interrupted_engine_returns_what_the_target_said_and_goes_on(
     assert [output.token_ids for output in again] == [greedy(lively(), prompt, 12) for prompt in PROMPTS[:3]]
 
 
+def test_a_row_that_cannot_be_admitted_leaves_an_engine_that_goes_on() -> None:
+    """Out of memory, say, within the drafter or before it has begun."""
+    for kind in ("medusa", "hydra++"):
+        one = engine_with(some_heads(kind), lively(), TREES["gaps"], max_rows=3)
+        assert isinstance(one.drafter, HeadDrafter)
+        reader, admit = one.drafter.head.reader, one.drafter.head.reader.admit
+
+        def failing(*args: Any) -> None:
+            raise MemoryError("no room")
+
+        reader.admit = failing  # type: ignore[method-assign]
+        with pytest.raises(MemoryError, match="no room"):
+            one.generate(PROMPTS[:2], SamplingParams(max_new_tokens=5))
+        reader.admit = admit  # type: ignore[method-assign]
+        assert one.is_idle and one.target.cache.rows == 0
+        outputs = one.generate(PROMPTS[:3], SamplingParams(max_new_tokens=12))
+        assert [output.token_ids for output in outputs] == [greedy(lively(), prompt, 12) for prompt in PROMPTS[:3]]
+
+
 # ---- from a checkpoint
 
 

@@ -6,6 +6,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -380,8 +381,11 @@ def found(clock) -> Calibration:
     return calibrate(engine(), trained("medusa"), samples())
 
 
-def stored(folder: Path, kind: str = "medusa") -> Path:
-    heads = trained(kind)
+def stored(folder: Path, kind: str = "medusa", scale: float = 1.0) -> Path:
+    heads = deepcopy(trained(kind))
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.mul_(scale)
     checkpoints.write(heads, heads.config, Checkpoint(folder, kind.rstrip("+"), {}, "lively", {}))
     return folder
 
@@ -395,7 +399,9 @@ def test_the_tree_is_found_by_the_drafter(found, tmp_path):
     assert built(checkpoint=str(heads)).head.tree == DEFAULT_TREE
     write(found, {"machine": {}}, heads / "tree.json")
     assert built(checkpoint=str(heads)).head.tree == found.tree != DEFAULT_TREE
-    stored(heads)  # trained anew: what was calibrated is no longer true
+    stored(heads)  # the same weights again, as a finished training writes them
+    assert built(checkpoint=str(heads)).head.tree == found.tree
+    stored(heads, "medusa", scale=2.0)  # trained anew: what was calibrated is no longer true
     assert built(checkpoint=str(heads)).head.tree == DEFAULT_TREE
 
 

@@ -44,7 +44,7 @@ from forerun.drafters.heads import HeadsModule, LastState
 from forerun.drafters.hydra import HydraConfig, HydraHeads
 from forerun.drafters.medusa import MedusaConfig, MedusaHeads
 from forerun.engine import Engine
-from forerun.errors import CheckpointError, ForerunError, TrainingError
+from forerun.errors import ForerunError, TrainingError
 from forerun.model import Model
 from forerun.nn.save import save_pretrained
 from forerun.nn.transformer import Transformer
@@ -768,7 +768,7 @@ def test_a_training_may_begin_with_trained_heads_of_the_same_shape(
     ):
         assert torch.equal(one.bfloat16(), other.bfloat16()), name
     for preset, architecture in (("medusa", {"heads": 3}), ("hydra", {})):
-        with pytest.raises(CheckpointError, match="heads"):
+        with pytest.raises(ForerunError, match="heads"):
             prepared(target_folder, data, preset, architecture=architecture, init_from=str(tmp_path / "heads"))
 
 

@@ -364,6 +364,16 @@ def test_an_interrupted_run_ends_as_one_that_was_not(prepared, tmp_path, monkeyp
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+@pytest.mark.parametrize(
+    "other", [{"head_weight": 5.0}, {"ramp": "constant"}, {"alpha": 640.0}, {"keep": "text"}], ids=str
+)
+def test_a_run_of_other_settings_is_not_gone_on_with(prepared, tmp_path, other):
+    prepared().fit(tmp_path / "run", tmp_path / "first")
+    with pytest.raises(TrainingError, match=f"another {next(iter(other))}"):
+        prepared(**other).fit(tmp_path / "run", tmp_path / "second")
+    assert not (tmp_path / "second").exists()
+
+
 # ---- the result
 
 

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
-from itertools import accumulate, chain, islice
+from itertools import accumulate, chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,14 @@ def load(name: str | Path = "builtin") -> list[Prompt]:
         return parse(Path(name).read_text(encoding="utf-8"), str(name))
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"cannot read the suite '{name}': {error}") from error
+
+
+def spread(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """One of every category, then the second of every category, and so on: any beginning of it is a fair selection."""
+    groups: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        groups.setdefault(prompt.category, []).append(prompt)
+    return [prompt for layer in zip_longest(*groups.values()) for prompt in layer if prompt is not None]
 
 
 def parse(text: str, origin: str) -> list[Prompt]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -77,10 +78,12 @@ def calibrate(
     spec = json.dumps(description | {"tree": [[0]]})  # whatever tree is there now, even a damaged one, does not matter
     engine = engines.load(model, spec, engines.Machine(dtype, device, kernels, weights), max(rows, 8))
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    samples = _samples(engine, data, answers, params)
+    samples, note = _samples(engine, data, answers, params)
     found = _watched(engine, module, samples, rows, rounds)
     calibration.write(found, calibration.machine_of(engine) | {"temperature": temperature}, target)
     _report(found, target, found_there=out is None)
+    if note:
+        print(note, file=sys.stderr)
 
 
 def _checkpoint(description: dict[str, Any], spec: str) -> str:
@@ -102,10 +105,11 @@ def _demand_place(target: Path) -> None:
         raise ForerunError(f"cannot write {target}, for it is a folder: name a file in it")
 
 
-def _samples(engine: Engine, data: Path | None, count: int, params: SamplingParams) -> list[Sample]:
-    """Answers to look at: those of a file, or to the built-in suite's later prompts (the demo measures on the first)."""
+def _samples(engine: Engine, data: Path | None, count: int, params: SamplingParams) -> tuple[list[Sample], str]:
+    """Answers to look at, and what is to be said about them: those of a file, or to the built-in suite's later prompts (the
+    demo measures on the first)."""
     from forerun.bench import suites
-    from forerun.cli.demo import fitted, spread
+    from forerun.cli.engines import fitted
     from forerun.errors import TrainingError
     from forerun.train.calibrate import answers_of
 
@@ -113,11 +117,11 @@ def _samples(engine: Engine, data: Path | None, count: int, params: SamplingPara
         return _of_file(data, count, params.temperature)
     if engine.tokenizer is None:
         raise TrainingError("this model has no tokenizer for the built-in prompts: give its answers with --data")
-    prompts = [fitted(engine, prompt.prompt, params) for prompt in spread(suites.load())[-count:]]
-    return answers_of(engine, prompts, params)
+    prompts = [fitted(engine, prompt.prompt, params) for prompt in suites.spread(suites.load())[-count:]]
+    return answers_of(engine, prompts, params), ""
 
 
-def _of_file(data: Path, count: int, temperature: float) -> list[Sample]:
+def _of_file(data: Path, count: int, temperature: float) -> tuple[list[Sample], str]:
     """Greedy answers, or those that were drawn. First those that training holds out, for heads know the others too well."""
     from forerun.errors import TrainingError
     from forerun.train.distill import read
@@ -132,7 +136,10 @@ def _of_file(data: Path, count: int, temperature: float) -> list[Sample]:
     if len(fitting) < 2:
         kind = "greedy answers" if temperature == 0 else "answers at a temperature above 0"
         raise TrainingError(f"{data} has {len(fitting)} {kind}: distil more, or set another --temperature")
-    return fitting[:count]
+    chosen = fitting[:count]
+    held = sum(sample in parted.heldout for sample in chosen)
+    note = f"only {held} of these answers were held out of training: the figures flatter the heads"
+    return chosen, note if held < len(chosen) else ""
 
 
 def _watched(engine: Engine, module: HeadsModule, samples: list[Sample], rows: int, rounds: int) -> Calibration:

@@ -128,12 +128,12 @@ def _compare(before: float, after: float) -> None:
 def _answers(engine: Engine, file: Path | None) -> list[Sample]:
     """What the target says, greedily."""
     from forerun.bench import suites
-    from forerun.cli.demo import fitted, spread
+    from forerun.cli.engines import fitted
     from forerun.cli.files import prompts_in
     from forerun.sampling import SamplingParams
     from forerun.train.calibrate import answers_of
 
-    texts = prompts_in(file) if file else [prompt.prompt for prompt in spread(suites.load())]
+    texts = prompts_in(file) if file else [prompt.prompt for prompt in suites.spread(suites.load())]
     params = SamplingParams(max_new_tokens=ANSWER_TOKENS)
     ids = [fitted(engine, text, params)[-PROMPT_TOKENS:] for text in texts[:PROMPTS]]
     return answers_of(engine, ids, params)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from itertools import chain, zip_longest
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -162,18 +162,20 @@ def _compare(
     from rich.console import Console
 
     from forerun.bench import suites
+    from forerun.cli.engines import fitted
     from forerun.cli.narration import on_stdout
 
     console = Console(stderr=True) if str(json_file) == "-" else on_stdout()
     plain = engines["none"]
     network = plain.target.network
     machine = f"{str(network.dtype).removeprefix('torch.')} on {network.device.type}"
-    chosen = spread(suites.load())[:prompts]
+    chosen = suites.spread(suites.load())[:prompts]
     texts = [fitted(plain, prompt.prompt, params) for prompt in chosen]
     _stream(console, engines, chosen[0].source, chosen[0].prompt, texts[0], params)
     result = _measure(console, engines, texts, params, rounds)
     amount = f"prompts: {len(texts)}, new tokens each: {params.max_new_tokens}, rounds: {result.rounds}"
-    title = f"{amount}; {machine}"
+    lossy = "" if all(row.exact for row in result.rows) else "; typical acceptance: lossy"
+    title = f"{amount}; {machine}{lossy}"
     _print_table(console, result.rows, title)
     if any(row.identical is False for row in result.rows):
         console.print(
@@ -185,20 +187,6 @@ def _compare(
         _write_json(json_file, result, {"dtype": str(network.dtype).removeprefix("torch."), "title": title})
     if plot:
         _write_plot(plot, result.rows, title)
-
-
-def spread(prompts: Sequence[Any]) -> list[Any]:
-    """One of every category, then the second of every category, and so on: any beginning of it is a fair selection."""
-    groups: dict[str, list[Any]] = {}
-    for prompt in prompts:
-        groups.setdefault(prompt.category, []).append(prompt)
-    return [prompt for layer in zip_longest(*groups.values()) for prompt in layer if prompt is not None]
-
-
-def fitted(engine: Engine, text: str, params: SamplingParams) -> list[int]:
-    """The prompt's token ids, cut so that the new tokens have room in the context."""
-    room = engine.target.max_length - (params.max_new_tokens or 0)
-    return engine.encode(text)[: max(1, room)]
 
 
 def _stream(

@@ -10,6 +10,7 @@ from huggingface_hub.utils.tqdm import enable_progress_bars
 from forerun import assembly
 from forerun.drafters import describe
 from forerun.engine import Engine
+from forerun.sampling import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,12 @@ def load(model: str, drafter: str, machine: Machine, max_rows: int = 16, accepta
     assembly.lossy_of(acceptance)
     quiet()
     return assembly.load(model, drafter=drafter, max_rows=max_rows, acceptance=acceptance, **asdict(machine))
+
+
+def fitted(engine: Engine, text: str, params: SamplingParams) -> list[int]:
+    """The prompt's token ids, cut so that the new tokens have room in the context."""
+    room = engine.target.max_length - (params.max_new_tokens or 0)
+    return engine.encode(text)[: max(1, room)]
 
 
 def quiet() -> None:

@@ -48,8 +48,13 @@ Tied = Annotated[
     ),
 ]
 Vocabulary = Annotated[
-    Literal["own", "shared"],
-    typer.Option(metavar="own|shared", help="A projection per head, or the target's for all.", rich_help_panel=SHAPE),
+    Literal["own", "shared"] | None,
+    typer.Option(
+        metavar="own|shared",
+        help="A projection per head, or the target's for all.",
+        rich_help_panel=SHAPE,
+        show_default="own",
+    ),
 ]
 Dropout = Annotated[
     float | None,
@@ -116,7 +121,7 @@ def command(preset: str) -> Callable[..., None]:
         heads: Heads = None,
         layers: Layers = None,
         tied_layers: Tied = None,
-        vocabulary: Vocabulary = "own",
+        vocabulary: Vocabulary = None,
         dropout: Dropout = None,
         text_weight: TextWeight = None,
         teacher_weight: TeacherWeight = None,
@@ -162,8 +167,8 @@ def command(preset: str) -> Callable[..., None]:
             kernels=kernels,
         )
         training = drafters.prepare(recipe, device_of(device))
-        _introduce(training)
-        _report(training, training.fit(run or out.with_name(out.name + ".run"), out), out)
+        introduce(training)
+        report(training, training.fit(run or out.with_name(out.name + ".run"), out), out)
 
     train.__doc__ = f"""{HEADS[preset]}
 
@@ -212,7 +217,7 @@ def _weights(preset: Any, text: float | None, teacher: float | None, decay: floa
     return replace(preset, **{name: value for name, value in given.items() if value is not None})
 
 
-def _introduce(training: Training) -> None:
+def introduce(training: Training) -> None:
     """One sample with what is trained on marked, and the size of everything."""
     from rich.console import Console
     from rich.text import Text
@@ -242,7 +247,7 @@ def _introduce(training: Training) -> None:
     )
 
 
-def _report(training: Training, figures: dict[str, float], out: Path) -> None:
+def report(training: Training, figures: dict[str, float], out: Path) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 

@@ -151,11 +151,11 @@ def medusa2(
         alpha=alpha,
     )
     training = joint.prepare(recipe, device_of(device))
-    heads._introduce(training.heads)
+    heads.introduce(training.heads)
     _warn(training, out)
     figures = training.fit(run or out.with_name(out.name + ".run"), out)
-    heads._report(training.heads, figures, out / joint.HEADS)
-    _report(figures, target, out)
+    heads.report(training.heads, figures, out / joint.HEADS)
+    report(figures, target, out)
 
 
 def _demand_place(out: Path) -> None:
@@ -180,7 +180,7 @@ def _warn(training: JointTraining, out: Path) -> None:
     )
 
 
-def _report(figures: dict[str, Any], target: str, out: Path) -> None:
+def report(figures: dict[str, Any], target: str, out: Path) -> None:
     from forerun.cli.narration import on_stdout
 
     on_stdout().print(

@@ -9,10 +9,11 @@ Reading is strict: fields and tensors are exactly those that the kind calls for,
 
 from __future__ import annotations
 
+import filecmp
 import json
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -62,7 +63,8 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder / CONFIG} lacks architecture fields ({brief(error)})") from None
 
     def fill(self, module: nn.Module) -> None:
-        """Give the module the folder's weights, which must be exactly its parameters."""
+        """Give the module the folder's weights, which must be exactly its parameters. It may be without memory yet (on the
+        device meta)."""
         own = dict(module.named_parameters())
         with opened(self.folder / WEIGHTS) as file:
             held = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -75,21 +77,35 @@ class Checkpoint:
             ]
             if lines:
                 raise CheckpointError(difference(self.folder, lines))
+            if any(parameter.is_meta for parameter in own.values()):
+                own = dict(module.to_empty(device="cpu").named_parameters())
             with torch.no_grad():
                 for name, parameter in own.items():
                     parameter.copy_(file.get_tensor(name))
 
 
+LARGEST = 1 << 24
+"""Of any size in an architecture."""
+
+
+def demand_counts(config: Any, names: Sequence[str]) -> None:
+    """DrafterError unless these fields are sizes that something can have."""
+    for name in names:
+        value = getattr(config, name)
+        if type(value) is not int or not 1 <= value <= LARGEST:
+            raise DrafterError(f"heads with {name} {value!r} make no sense: give a whole number of 1 or more")
+
+
 def demand_sense(config: Any) -> None:
     """DrafterError for an architecture that no heads can have: called when a config is made, by training or from a file."""
-    for name in ("width", "vocab_size", "heads", "layers"):
-        value = getattr(config, name)
-        if type(value) is not int or value < 1:
-            raise DrafterError(f"heads with {name} {value!r} make no sense: give a whole number of 1 or more")
+    demand_counts(config, ("width", "vocab_size", "heads", "layers"))
+    if type(config.tied_layers) is not bool:
+        raise DrafterError(f"heads with tied_layers {config.tied_layers!r} make no sense: give true or false")
     if config.vocabulary not in ("own", "shared"):
         raise DrafterError(f"heads with the vocabulary {config.vocabulary!r} make no sense: give own or shared")
-    if not 0 <= getattr(config, "dropout", 0.0) < 1:
-        raise DrafterError(f"a dropout of {config.dropout} makes no sense: give a share from 0 to less than 1")
+    dropout = getattr(config, "dropout", 0.0)
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise DrafterError(f"a dropout of {dropout!r} makes no sense: give a share from 0 to less than 1")
 
 
 def load(path: str | None, drafter: str) -> Checkpoint:
@@ -115,10 +131,13 @@ def read(path: str | Path) -> Checkpoint:
         raise CheckpointError(
             f"{folder} does not hold heads of this library: bring published ones into its format with forerun convert"
         )
-    try:
-        return Checkpoint(folder, found["drafter"], found["architecture"], found["target"], found["training"])
-    except KeyError as error:
-        raise CheckpointError(f"{folder / CONFIG} lacks the field {error}: write the checkpoint again") from None
+    kinds = {"drafter": str, "architecture": dict, "target": str, "training": dict}
+    wrong = next((name for name, kind in kinds.items() if not isinstance(found.get(name), kind)), None)
+    if wrong:
+        raise CheckpointError(
+            f"{folder / CONFIG} lacks the field {wrong!r}, or has no sense in it: write the checkpoint again"
+        )
+    return Checkpoint(folder, *(found[name] for name in kinds))
 
 
 def write(
@@ -158,7 +177,9 @@ def _replace(beside: Path, folder: Path) -> None:
     if not folder.exists():
         beside.rename(folder)
         return
-    (folder / TREE).unlink(missing_ok=True)
+    same = (folder / WEIGHTS).is_file() and filecmp.cmp(beside / WEIGHTS, folder / WEIGHTS, shallow=False)
+    if not same:
+        (folder / TREE).unlink(missing_ok=True)
     for name in (WEIGHTS, CONFIG):
         (beside / name).replace(folder / name)
 

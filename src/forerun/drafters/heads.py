@@ -24,6 +24,7 @@ from forerun.drafter import Context, Drafter
 from forerun.errors import DrafterError
 from forerun.model import CHUNK, Scores
 from forerun.nn.feed import Feed
+from forerun.nn.native import Packed
 from forerun.nn.network import Network
 from forerun.nn.packed_heads import HeadWeights, PackedHeads
 from forerun.ranktree import RankTree
@@ -57,7 +58,7 @@ class HeadsModule(nn.Module):
         """Of one head: z [..., M] is the context and, where heads see tokens, the embeddings that follow it."""
         raise NotImplementedError
 
-    def weights(self, head_VD: Tensor | object) -> list[HeadWeights]:
+    def weights(self, head_VD: Tensor | Packed) -> list[HeadWeights]:
         """The heads as plain matrices, for the kernels."""
         raise NotImplementedError
 
@@ -112,7 +113,7 @@ def drafting(module: HeadsModule, network: Network, weights: str) -> Drafting:
         raise DrafterError("heads with int8 weights need the native kernels, and this target runs on torch: use auto")
     module = module.to(device=network.device, dtype=network.dtype).eval().requires_grad_(False)
     if network.kernels == "native":
-        kind = torch.int8 if weights == "int8" else network.weights if weights == "auto" else network.dtype
+        kind = torch.int8 if weights == "int8" else network.weights
         embedding = network.input_embedding if module.sees_tokens else None
         return PackedHeads(module.weights(network.output_head), embedding, network.dtype, kind)
     head = network.output_head
@@ -124,7 +125,8 @@ class Reader(Protocol):
     """Turns the target's states into contexts, row by row in slot order."""
 
     def admit(self, row: Row, states_1SD: Tensor | None) -> None:
-        """A new row takes the next slot; its prompt gave these states (None: it has but one token)."""
+        """A new row takes the next slot; its prompt gave these states (None: it has but one token). If this fails, nothing
+        has changed."""
 
     def release(self, slot: int) -> None: ...
 
@@ -142,17 +144,17 @@ class LastState:
         self._contexts: list[Tensor | None] = []
 
     def admit(self, row: Row, states_1SD: Tensor | None) -> None:
-        self._contexts.append(None if states_1SD is None else states_1SD[0, -1])
+        self._contexts.append(None if states_1SD is None else states_1SD[0, -1].clone())  # not the whole prompt's
 
     def release(self, slot: int) -> None:
+        if slot >= len(self._contexts):
+            return
         last = self._contexts.pop()
         if slot < len(self._contexts):
             self._contexts[slot] = last
 
     def observe(self, states_BND: Tensor, kept: Sequence[Sequence[int]]) -> None:
-        rows = torch.arange(len(kept), device=states_BND.device)
-        ends = torch.tensor([path[-1] for path in kept], device=states_BND.device)
-        self._contexts = list(states_BND[rows, ends].unbind(0))
+        self._contexts = [states_BND[row, path[-1]] for row, path in enumerate(kept)]
 
     def contexts(self) -> list[Tensor | None]:
         return self._contexts
@@ -174,11 +176,14 @@ class PrefixState(LastState):
         rows = self.cache.rows
         slots = rows if rows < self.cache.slots else max(1, 2 * rows)
         self.cache.reserve(max(slots, rows + 1), row.limit + self._longest)
-        slot = self.cache.admit()
-        self._contexts.append(None)
-        if states_1SD is not None:
-            for part in torch.split(states_1SD, CHUNK, 1):
-                self._contexts[slot] = self._read(part, [part.shape[1]], slot)[0, -1]
+        slot, context = self.cache.admit(), None
+        try:
+            for part in () if states_1SD is None else torch.split(states_1SD, CHUNK, 1):
+                context = self._read(part, [part.shape[1]], slot)[0, -1]
+        except BaseException:
+            self.cache.release(slot)
+            raise
+        self._contexts.append(context)
 
     def release(self, slot: int) -> None:
         self.cache.release(slot)
@@ -187,11 +192,9 @@ class PrefixState(LastState):
     def observe(self, states_BND: Tensor, kept: Sequence[Sequence[int]]) -> None:
         counts = [len(path) for path in kept]
         longest = max(counts)
-        nodes = torch.tensor([[*path, *[0] * (longest - len(path))] for path in kept], device=states_BND.device)
-        rows = torch.arange(len(kept), device=states_BND.device)
-        read = self._read(states_BND[rows[:, None], nodes], counts, 0)
-        ends = torch.tensor(counts, device=states_BND.device) - 1
-        self._contexts = list(read[rows, ends].unbind(0))
+        paths = [[*path, *[0] * (longest - len(path))] for path in kept]
+        read = self._read(torch.stack([states_BND[row, path] for row, path in enumerate(paths)]), counts, 0)
+        self._contexts = [read[row, count - 1] for row, count in enumerate(counts)]
 
     def _read(self, states_BND: Tensor, counts: Sequence[int], start: int) -> Tensor:
         """Append states to the slots from `start` on; what the layer says of them, [B, N, D]."""

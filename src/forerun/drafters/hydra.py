@@ -23,8 +23,9 @@ from torch.nn import functional as F
 
 from forerun.drafter import Drafter
 from forerun.drafters import Workshop
-from forerun.drafters.checkpoint import Checkpoint, demand_fit, demand_sense, load, tree_for
+from forerun.drafters.checkpoint import Checkpoint, demand_counts, demand_fit, demand_sense, load, tree_for
 from forerun.drafters.heads import Head, HeadDrafter, HeadsModule, LastState, PrefixState, Reader, drafting
+from forerun.errors import DrafterError
 from forerun.nn.network import Network
 from forerun.nn.packed import pack
 from forerun.nn.packed_heads import HeadWeights
@@ -42,6 +43,17 @@ class PrefixConfig:
     max_length: int
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        demand_counts(self, ("heads", "kv_heads", "head_dim", "mlp_width", "max_length"))
+        if self.heads % self.kv_heads or self.head_dim % 2:
+            raise DrafterError(
+                f"a prefix layer of {self.heads} heads of {self.head_dim} with {self.kv_heads} key heads makes no sense"
+            )
+        if not all(isinstance(value, int | float) and value > 0 for value in (self.norm_eps, self.rope_theta)):
+            raise DrafterError(
+                f"a prefix layer with {self.norm_eps!r} and {self.rope_theta!r} in its norm and angles makes no sense"
+            )
 
     def transformer(self, width: int) -> TransformerConfig:
         return TransformerConfig(vocab_size=0, width=width, layers=1, **asdict(self))
@@ -65,6 +77,8 @@ class HydraConfig:
         demand_sense(self)
         if isinstance(self.prefix, Mapping):
             object.__setattr__(self, "prefix", PrefixConfig(**self.prefix))
+        if not isinstance(self.prefix, PrefixConfig | None):
+            raise DrafterError(f"a prefix layer of {self.prefix!r} makes no sense: give its sizes, or none")
 
 
 class HydraHeads(HeadsModule):
@@ -155,7 +169,9 @@ class HydraHeads(HeadsModule):
 
 def module_of(checkpoint: Checkpoint) -> HydraHeads:
     """The heads of a checkpoint."""
-    module = HydraHeads(checkpoint.config(HydraConfig))
+    config = checkpoint.config(HydraConfig)
+    with torch.device("meta"):  # memory only once the file is known to fit
+        module = HydraHeads(config)
     checkpoint.fill(module)
     return module
 

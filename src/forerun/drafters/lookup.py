@@ -186,8 +186,9 @@ class Lookup(Drafter):
         self._memories.append(memory)
 
     def release(self, slot: int) -> None:
-        self._memories[slot] = self._memories[-1]
-        self._memories.pop()
+        if slot < len(self._memories):
+            self._memories[slot] = self._memories[-1]
+            self._memories.pop()
 
     def retract(self, lengths: Sequence[int]) -> None:
         for memory, length in zip(self._memories, lengths, strict=True):

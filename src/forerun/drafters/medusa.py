@@ -100,7 +100,9 @@ class MedusaHeads(HeadsModule):
 
 def module_of(checkpoint: Checkpoint) -> MedusaHeads:
     """The heads of a checkpoint."""
-    module = MedusaHeads(checkpoint.config(MedusaConfig))
+    config = checkpoint.config(MedusaConfig)
+    with torch.device("meta"):  # memory only once the file is known to fit
+        module = MedusaHeads(config)
     checkpoint.fill(module)
     return module
 

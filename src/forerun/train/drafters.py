@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from forerun.drafters import checkpoint as checkpoints
 from forerun.drafters.checkpoint import DEFAULT_TREE, Checkpoint
@@ -19,17 +18,20 @@ from forerun.drafters.hydra import HydraConfig, HydraHeads, PrefixConfig
 from forerun.drafters.medusa import MedusaConfig, MedusaHeads
 from forerun.errors import TrainingError
 from forerun.nn.dtype import dtype_of
+from forerun.nn.folder import checkpoint_folder
 from forerun.nn.foreign import Foreign
 from forerun.nn.load import load_network
 from forerun.nn.network import Network
 from forerun.nn.packed import PackedTransformer
 from forerun.nn.transformer import Transformer
-from forerun.train.distill import Distilled, Sample, digest, read
+from forerun.train.distill import Distilled, Sample, digest, fingerprint_of_model, read
 from forerun.train.heads import Answers, HeadsObjective, Teacher, least_squares
 from forerun.train.loop import STATE, Schedule, fit
 from forerun.train.presets import PRESETS, Preset, Weights
 
 RECIPE = "recipe.json"
+WIDEST_START = 12288
+"""Inputs of a head above which no least squares are solved: their matrix takes 4 bytes times the square of that."""
 FEWEST_TOKENS = 2000
 """Answer tokens below which nothing can be learnt that holds elsewhere."""
 SMALLEST_SHARE = 0.02
@@ -86,7 +88,7 @@ class Training:
 
     def fit(self, run: Path, out: Path) -> dict[str, float]:
         """Train to the schedule's end, resuming what was interrupted in `run`, and write the heads to `out`."""
-        self._demand_same_recipe(run)
+        demand_same_recipe(run, self.record())
         if not (run / STATE).exists():
             self._start()
         try:
@@ -98,17 +100,25 @@ class Training:
         return figures
 
     def _start(self) -> None:
+        """Fit untrained heads by least squares, if that is wanted and not too large."""
         recipe, module, teacher = self.recipe, self.objective.module, self.objective.teacher
-        if recipe.init_from is None and recipe.start_batches:
-            maps = least_squares(module, teacher, self.answers, recipe.start_batches)
-            module.start_from(maps, teacher.head_VD.float())
+        if recipe.init_from is not None or not recipe.start_batches:
+            return
+        widest = teacher.head_VD.shape[1] * (module.count + 1 if module.sees_tokens else 1)
+        if widest > WIDEST_START:
+            print(
+                f"heads with {widest} inputs start as copies: a least-squares fit would be too large", file=sys.stderr
+            )
+            return
+        maps = least_squares(module, teacher, self.answers, recipe.start_batches)
+        module.start_from(maps, teacher.head_VD.float())
 
-    def _demand_same_recipe(self, run: Path) -> None:
-        """A run's folder remembers what it was made of; another training must not go on there."""
-        recipe, path = self.recipe, run / RECIPE
-        ours = {
+    def record(self) -> dict[str, Any]:
+        """What the run's weights depend on, but for its schedule."""
+        recipe = self.recipe
+        return {
             "preset": recipe.preset,
-            "target": Path(recipe.target).name,
+            "target": fingerprint_of_model(checkpoint_folder(recipe.target)),
             "data": digest([[sample.prompt, sample.answer] for sample in self.answers.samples]),
             "architecture": asdict(self.config),
             "weights": asdict(self.objective.weights),
@@ -118,23 +128,6 @@ class Training:
             "init_from": recipe.init_from,
             "start_batches": recipe.start_batches,
         }
-        if path.is_file():
-            theirs = self._recorded(path)
-            other = next((name for name in ours if theirs.get(name) != ours[name]), None)
-            if other:
-                raise TrainingError(f"{run} belongs to a run with another {other}: remove it, or name another --run")
-            return
-        run.mkdir(parents=True, exist_ok=True)
-        beside = run / f"{RECIPE}.partial"
-        beside.write_text(json.dumps(ours) + "\n")
-        beside.replace(path)
-
-    @staticmethod
-    def _recorded(path: Path) -> dict[str, Any]:
-        try:
-            return dict(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise TrainingError(f"{path} cannot be read ({error}): remove the run, or repair the file") from None
 
     def _about(self, out: Path, figures: Mapping[str, float]) -> Checkpoint:
         recipe = self.recipe
@@ -153,6 +146,24 @@ class Training:
         return Checkpoint(out, PRESETS[recipe.preset].drafter, {}, Path(recipe.target).name, training)
 
 
+def demand_same_recipe(run: Path, ours: dict[str, Any]) -> None:
+    """A run's folder remembers what it was made of (recipe.json); TrainingError where that was something else."""
+    path = run / RECIPE
+    if path.is_file():
+        try:
+            theirs = dict(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise TrainingError(f"{path} cannot be read ({error}): remove the run, or repair the file") from None
+        other = next((name for name in ours if theirs.get(name) != ours[name]), None)
+        if other:
+            raise TrainingError(f"{run} belongs to a run with another {other}: remove it, or name another --run")
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    beside = run / f"{RECIPE}.partial"
+    beside.write_text(json.dumps(ours) + "\n")
+    beside.replace(path)
+
+
 def prepare(recipe: Recipe, device: torch.device) -> Training:
     """Read everything that a training needs. Raises TrainingError, CheckpointError or DrafterError for what does not
     fit, before anything is written."""
@@ -161,11 +172,13 @@ def prepare(recipe: Recipe, device: torch.device) -> Training:
     network = load_network(recipe.target, dtype_of(recipe.dtype, device), device, recipe.kernels)
     answers = Answers(distilled.samples, recipe.rows, recipe.length, recipe.seed)
     _demand_data(answers, network, recipe)
+    _warn_of_another_target(distilled, recipe)
     teacher = Teacher(network)
     module, config = _heads(preset, recipe, network)
-    module.initialise(teacher.head_VD.float().cpu(), recipe.seed) if recipe.init_from is None else _start(
-        module, recipe.init_from
-    )
+    if recipe.init_from is None:
+        module.initialise(teacher.head_VD.float().cpu(), recipe.seed)
+    else:
+        checkpoints.read(recipe.init_from).fill(module)
     weights = recipe.weights or preset.weights
     tree = DEFAULT_TREE.within(module.count, DEFAULT_TREE.size) or DEFAULT_TREE
     objective = HeadsObjective(module.to(device), teacher, answers, weights, tree)
@@ -174,7 +187,9 @@ def prepare(recipe: Recipe, device: torch.device) -> Training:
 
 def _heads(preset: Preset, recipe: Recipe, network: Network) -> tuple[Any, MedusaConfig | HydraConfig]:
     vocab_size, width = network.input_embedding.shape
-    fields: dict[str, Any] = {**preset.architecture, **recipe.architecture, "width": width, "vocab_size": vocab_size}
+    start = checkpoints.load(recipe.init_from, preset.drafter).architecture if recipe.init_from else {}
+    fields: dict[str, Any] = {**preset.architecture, **start, **recipe.architecture}
+    fields |= {"width": width, "vocab_size": vocab_size}
     torch.manual_seed(recipe.seed)
     if preset.drafter == "medusa":
         medusa = MedusaConfig(**fields)
@@ -204,11 +219,6 @@ def prefix_like(network: Network) -> PrefixConfig:
     return PrefixConfig(heads, kv_heads, shape.head_dim, mlp_width, max_length, eps, theta)
 
 
-def _start(module: nn.Module, source: str) -> None:
-    """Go on from trained heads of the same shape."""
-    checkpoints.read(source).fill(module)
-
-
 def _demand_data(answers: Answers, network: Network, recipe: Recipe) -> None:
     """Refuse data that cannot teach this target."""
     largest = max(max((*s.prompt, *s.answer)) for s in answers.samples)
@@ -225,6 +235,16 @@ def _demand_data(answers: Answers, network: Network, recipe: Recipe) -> None:
         raise TrainingError(
             f"{recipe.data} has {tokens:,} answer tokens to train on, {answers.trained_share:.1%} of what would be read:"
             " make more or longer answers with forerun distill"
+        )
+
+
+def _warn_of_another_target(distilled: Distilled, recipe: Recipe) -> None:
+    """Heads learn what the answers' author would say."""
+    author = (distilled.header.get("target") or {}).get("fingerprint")
+    if author and author != fingerprint_of_model(checkpoint_folder(recipe.target)):
+        print(
+            f"{recipe.data} holds the answers of another model than {recipe.target}: distil from this one unless you mean it",
+            file=sys.stderr,
         )
 
 

@@ -228,6 +228,8 @@ class JointTraining:
 
         Can be called once: the adapters are gone afterwards.
         """
+        own = {name: getattr(self.recipe, name) for name in ("keep", "head_weight", "ramp", "rank", "alpha")}
+        drafters.demand_same_recipe(run, self.heads.record() | own)
         try:
             figures = fit(self.objective, self.recipe.heads.schedule, run, out.name) or self.objective.validate()
         except KeyboardInterrupt:
@@ -246,9 +248,11 @@ class JointTraining:
             checkpoints.write(self.objective.heads.module, self.heads.config, about)
             out.mkdir(exist_ok=True)
             for name in (MODEL, HEADS):
+                old = out / f".{name}.old"
                 if (out / name).exists():
-                    (out / name).rename(beside / f"old {name}")
+                    (out / name).rename(old)
                 (beside / name).rename(out / name)
+                shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             raise TrainingError(
                 f"{out} cannot be written ({error.strerror}): make room, or choose another folder"
