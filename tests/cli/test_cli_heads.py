@@ -163,6 +163,17 @@ def test_a_target_that_is_not_ours(preset, forerun, answers, tmp_path):
     assert engine.generate([[5, 6, 7]], SamplingParams(max_new_tokens=20))[0].token_ids == plain[0].token_ids
 
 
+def test_a_law_that_is_more_than_states_and_a_matrix_is_not_taught(refused, forerun, answers, tmp_path):
+    """Gemma 2 caps its logits: heads may learn its text, not a law that is not its own."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    outside = transformers.Gemma2Config(vocab_size=600, head_dim=8, num_key_value_heads=4, **sizes)
+    transformers.Gemma2ForCausalLM(outside).save_pretrained(tmp_path / "target")
+    base = ("--target", tmp_path / "target", "--data", answers, "--out", tmp_path / "heads", *FEW, *FP32)
+    assert "--teacher-weight 0" in refused("train", "hydra++", *base)
+    code, _, err = forerun("train", "hydra++", *base, "--text-weight", 1, "--teacher-weight", 0)
+    assert code == 0, err
+
+
 # ---- runs that stop and go on
 
 

@@ -144,9 +144,11 @@ def command(preset: str) -> Callable[..., None]:
         _demand_sense(preset, out, dropout, text_weight, teacher_weight)
 
         from forerun.assembly import device_of
+        from forerun.cli import engines
         from forerun.train import drafters
         from forerun.train.presets import PRESETS
 
+        engines.quiet()
         chosen = PRESETS[preset]
         shape: dict[str, object] = {"heads": heads, "layers": layers, "tied_layers": tied_layers}
         shape |= {"vocabulary": vocabulary, "dropout": dropout}

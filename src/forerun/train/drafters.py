@@ -180,6 +180,7 @@ def prepare(recipe: Recipe, device: torch.device) -> Training:
     else:
         checkpoints.read(recipe.init_from).fill(module)
     weights = recipe.weights or preset.weights
+    _demand_a_law(network, weights, recipe)
     tree = DEFAULT_TREE.within(module.count, DEFAULT_TREE.size) or DEFAULT_TREE
     objective = HeadsObjective(module.to(device), teacher, answers, weights, tree)
     return Training(recipe, objective, config, answers, distilled)
@@ -235,6 +236,23 @@ def _demand_data(answers: Answers, network: Network, recipe: Recipe) -> None:
         raise TrainingError(
             f"{recipe.data} has {tokens:,} answer tokens to train on, {answers.trained_share:.1%} of what would be read:"
             " make more or longer answers with forerun distill"
+        )
+
+
+def _demand_a_law(network: Network, weights: Weights, recipe: Recipe) -> None:
+    """The target's law is taken from its states and its output matrix; some models do more than that to their logits."""
+    if not weights.teacher or not isinstance(network, Foreign):
+        return
+    outside = network.model.config.get_text_config(decoder=True)
+    more = [
+        name for name in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(outside, name, None)
+    ]
+    if getattr(network.model.get_output_embeddings(), "bias", None) is not None:
+        more.append("a bias of the output projection")
+    if more:
+        raise TrainingError(
+            f"{recipe.target} has {more[0]}, which the teacher's law would miss: train on the text alone"
+            " (--text-weight 1 --teacher-weight 0)"
         )
 
 
