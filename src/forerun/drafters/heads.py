@@ -105,15 +105,26 @@ def _best(logits: Tensor, count: int) -> Tensor:
     return ((ordered << 32) | (0xFFFFFFFF - ids)).topk(count, -1).indices
 
 
-def drafting(module: HeadsModule, network: Network, weights: str) -> Drafting:
-    """The heads on the target's own kernels, number format and device; weights: "auto" (the target's), or "int8"."""
-    if weights not in ("auto", "int8"):
-        raise DrafterError(f"heads have no weights {weights!r}: choose auto or int8")
-    if weights == "int8" and network.kernels != "native":
+def format_of(network: Network, weights: str) -> torch.dtype:
+    """The number format of heads on this target. weights: "int8", "target" (as the target's), or "auto": int8 on the native
+    kernels beside a target in half precision, for a guess need not be exact, and it is read at every step.
+
+    Raises DrafterError for another word, and where int8 cannot be had.
+    """
+    if weights not in ("auto", "int8", "target"):
+        raise DrafterError(f"heads have no weights {weights!r}: choose auto, int8 or target")
+    is_native = network.kernels == "native"
+    if weights == "int8" and not is_native:
         raise DrafterError("heads with int8 weights need the native kernels, and this target runs on torch: use auto")
+    rounded = weights == "int8" or (weights == "auto" and is_native and network.dtype == torch.bfloat16)
+    return torch.int8 if rounded else network.weights
+
+
+def drafting(module: HeadsModule, network: Network, weights: str) -> Drafting:
+    """The heads on the target's own kernels and device, in the number format of `format_of`."""
+    kind = format_of(network, weights)
     module = module.to(device=network.device, dtype=network.dtype).eval().requires_grad_(False)
     if network.kernels == "native":
-        kind = torch.int8 if weights == "int8" else network.weights
         embedding = network.input_embedding if module.sees_tokens else None
         return PackedHeads(module.weights(network.output_head), embedding, network.dtype, kind)
     head = network.output_head

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from forerun.drafter import Drafter
 from forerun.drafters import Workshop
 from forerun.drafters.checkpoint import Checkpoint, demand_counts, demand_fit, demand_sense, load, tree_for
-from forerun.drafters.heads import Head, HeadDrafter, HeadsModule, LastState, PrefixState, Reader, drafting
+from forerun.drafters.heads import Head, HeadDrafter, HeadsModule, LastState, PrefixState, Reader, drafting, format_of
 from forerun.errors import DrafterError
 from forerun.nn.network import Network
 from forerun.nn.packed import pack
@@ -176,12 +176,13 @@ def module_of(checkpoint: Checkpoint) -> HydraHeads:
     return module
 
 
-def reader(module: HydraHeads, network: Network) -> Reader:
-    """Where the heads' contexts come from, on the target's kernels."""
+def reader(module: HydraHeads, network: Network, weights: str = "auto") -> Reader:
+    """Where the heads' contexts come from, on the target's kernels and in the number format of `format_of`."""
     if module.prefix is None:
         return LastState()
     prefix = module.prefix.to(device=network.device, dtype=network.dtype).requires_grad_(False)
-    return PrefixState(pack(prefix) if network.kernels == "native" else prefix, module.count + 1)
+    kind = format_of(network, weights)
+    return PrefixState(pack(prefix, kind) if network.kernels == "native" else prefix, module.count + 1)
 
 
 def build(
@@ -190,7 +191,7 @@ def build(
     tree: str | list[list[int]] | Mapping[str, Any] | None = None,
     weights: str = "auto",
 ) -> Drafter:
-    """{"drafter": "hydra", "checkpoint": PATH, "tree": TREE, "weights": "auto" | "int8"}, as for medusa; Hydra++ is a
+    """{"drafter": "hydra", "checkpoint": PATH, "tree": TREE, "weights": "auto" | "int8" | "target"}, as for medusa; Hydra++ is a
     checkpoint with a prefix layer."""
     stored = load(checkpoint, "hydra")
     module = module_of(stored)
@@ -198,5 +199,7 @@ def build(
     demand_fit(stored, module.config.width, module.config.vocab_size, network)
     grows = tree_for(stored, tree, module.count, module.config.vocab_size)
     name = "hydra" if module.prefix is None else "hydra++"
-    parts = Head(drafting(module, network, weights), reader(module, network), grows, network.cache_shape.layers)
+    parts = Head(
+        drafting(module, network, weights), reader(module, network, weights), grows, network.cache_shape.layers
+    )
     return HeadDrafter(name, parts)

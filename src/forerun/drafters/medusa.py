@@ -113,7 +113,7 @@ def build(
     tree: str | list[list[int]] | Mapping[str, Any] | None = None,
     weights: str = "auto",
 ) -> Drafter:
-    """{"drafter": "medusa", "checkpoint": PATH, "tree": TREE, "weights": "auto" | "int8"}
+    """{"drafter": "medusa", "checkpoint": PATH, "tree": TREE, "weights": "auto" | "int8" | "target"}
 
     tree: the name of a published tree, a file that `forerun calibrate` wrote, or a list of paths of ranks; without it, the one
     beside the checkpoint, else a small one.
