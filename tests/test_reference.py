@@ -6,10 +6,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
 import forerun
 from forerun.bench.suites import load as load_suite
+from forerun.drafters import describe
 from forerun.engine import Engine
+from forerun.nn import native
 
 MODELS = Path(__file__).parents[1] / "models"
 SMALL, WIDE = str(MODELS / "small"), str(MODELS / "wide")
@@ -21,7 +24,16 @@ DRAFTERS = {
     "tree": {"drafter": "small", "checkpoint": SMALL, "tree": {"width": 3, "depth": 4, "nodes": 12}},
     "sampled tree": {"drafter": "small", "checkpoint": WIDE, "widths": [2, 2, 1]},
     "composed": str(MODELS / "composed.yaml"),
+    "medusa": f"medusa:{MODELS / 'medusa'}",
+    "hydra": f"hydra:{MODELS / 'hydra'}",
+    "hydra++": f"hydra:{MODELS / 'hydra++'}",
+    "hydra++, the published tree": {
+        "drafter": "hydra",
+        "checkpoint": str(MODELS / "hydra++"),
+        "tree": "mc_sim_7b_63",
+    },
 }
+REASON = native.why_not(torch.device("cpu"), torch.bfloat16)
 ROWS, TOKENS = 8, 128
 GREEDY = forerun.SamplingParams(max_new_tokens=TOKENS, ignore_eos=True)
 
@@ -53,15 +65,31 @@ def test_a_thousand_greedy_tokens_are_identical(
 
 
 def test_every_drafter_helps(prompts: list[list[int]]) -> None:
-    for name in ("lookup", "small", "wide"):
+    for name in ("lookup", "small", "wide", "medusa", "hydra", "hydra++"):
         stats = [output.stats for output in drafted(name, ROWS).generate(prompts, GREEDY)]
         assert sum(one.accepted_tokens for one in stats) > 0.2 * sum(one.steps for one in stats), name
+
+
+@pytest.mark.skipif(REASON is not None, reason=str(REASON))
+@pytest.mark.parametrize("weights", ["auto", "target"])
+@pytest.mark.parametrize("name", ["medusa", "hydra", "hydra++"])
+def test_heads_in_any_format_change_nothing_in_bf16(name: str, weights: str, prompts: list[list[int]]) -> None:
+    """int8 heads (auto) guess a little differently, and the target says what it says."""
+    description = {**describe(DRAFTERS[name]), "weights": weights}
+    texts = [
+        [output.token_ids for output in engine.generate(prompts, GREEDY)]
+        for engine in (
+            forerun.load(MODELS / "target", dtype="bf16"),
+            forerun.load(MODELS / "target", drafter=description, dtype="bf16"),
+        )
+    ]
+    assert texts[0] == texts[1] and sum(map(len, texts[0])) >= 1000
 
 
 def test_a_deterministic_drafter_samples_the_same_text_as_plain_decoding(prompts: list[list[int]]) -> None:
     params = forerun.SamplingParams(max_new_tokens=64, temperature=0.9, top_p=0.95, seed=3, ignore_eos=True)
     plain = forerun.load(MODELS / "target", dtype="fp32").generate(prompts, params)
-    for name in ("lookup", "tree"):
+    for name in ("lookup", "tree", "hydra++"):
         outputs = drafted(name, ROWS).generate(prompts, params)
         assert [output.token_ids for output in outputs] == [output.token_ids for output in plain]
 

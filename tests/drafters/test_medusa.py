@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,11 +59,12 @@ from forerun.chance import key_of
 from forerun.drafter import Context
 from forerun.drafters import Workshop, checkpoint, medusa
 from forerun.drafters.checkpoint import Checkpoint
-from forerun.drafters.heads import Head, HeadDrafter, LastState, TorchHeads, drafting
+from forerun.drafters.heads import Head, HeadDrafter, LastState, TorchHeads, drafting, format_of
 from forerun.drafters.medusa import MedusaConfig, MedusaHeads
 from forerun.engine import Engine
 from forerun.errors import DrafterError
 from forerun.model import Model
+from forerun.nn.packed import pack
 from forerun.nn.save import save_pretrained
 from forerun.ranktree import PUBLISHED, RankTree
 from forerun.row import Row
@@ -681,6 +683,17 @@ def test_every_published_tree_can_be_asked_for_by_name(name: str, tmp_path: Path
     assert drafter.max_nodes == 63
     outputs = Engine(workshop.target, drafter).generate(PROMPTS, SamplingParams(max_new_tokens=10))
     assert [output.token_ids for output in outputs] == [greedy(lively(), prompt, 10) for prompt in PROMPTS]
+
+
+@needs_kernels
+def test_heads_are_int8_beside_a_target_in_bf16_and_nowhere_else_unless_asked() -> None:
+    half, full = pack(deepcopy(lively()).bfloat16()), pack(lively())
+    expected = {("auto", half): torch.int8, ("auto", full): torch.float32, ("target", half): torch.bfloat16}
+    expected |= {("int8", full): torch.int8, ("auto", lively()): torch.float32}
+    for (weights, network), kind in expected.items():
+        assert format_of(network, weights) == kind
+    with pytest.raises(DrafterError, match="native kernels"):
+        format_of(lively(), "int8")
 
 
 def test_weights_of_an_unknown_kind_are_refused(tmp_path: Path) -> None:

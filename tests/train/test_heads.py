@@ -61,6 +61,7 @@ from forerun.train.heads import (
     HeadsObjective,
     Lesson,
     Teacher,
+    least_squares,
     logits_of,
     projected,
     ranks_of,
@@ -573,6 +574,49 @@ def test_the_figures_are_those_of_the_heldout_answers() -> None:
         for top in range(1, 6):
             assert figures[f"head{head + 1}_top{top}"] == pytest.approx((known < top).mean())
     assert one.validate() == figures
+
+
+# ---- the start
+
+
+@pytest.mark.parametrize("kind", ["medusa", "hydra", "hydra++"])
+def test_the_fit_is_the_ridge_regression_that_it_says_it_is(kind: str) -> None:
+    """Place by place, in fp64: what a head sees, against the target's state one token before the one it proposes."""
+    module, network, samples = some_heads(kind).eval(), lively(), some_samples(12)
+    answers = Answers(samples, rows=4, length=64, holdout=1000)
+    maps = least_squares(module, Teacher(network), answers, 3)
+    for head in range(module.count):
+        seen, there = [], []
+        for sample in samples:
+            text = [*sample.prompt, *sample.answer]
+            with torch.no_grad():
+                states = network.features(torch.tensor([text]))
+                context = module.contexts(states)[0]
+            for place in range(max(0, len(sample.prompt) - 2), len(text) - head - 2):
+                behind = [network.embedding.weight[token] for token in text[place + 1 : place + head + 2]]
+                seen.append(torch.cat([context[place], *(behind if module.sees_tokens else [])]))
+                there.append(states[0, place + head + 1])
+        inputs, targets = torch.stack(seen).double(), torch.stack(there).double()
+        square = inputs.T @ inputs
+        damping = teaching.RIDGE * (square.diagonal() + square.diagonal().mean())
+        slow = torch.linalg.solve(square + torch.diag(damping), inputs.T @ targets).T
+        torch.testing.assert_close(inputs @ maps[head].double().T, inputs @ slow.T, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["medusa", "hydra"])
+def test_heads_that_start_from_the_fit_know_a_cyclic_text_at_once(kind: str) -> None:
+    """And those that start as copies of the projection are wrong about every token of it."""
+    network = cyclic()
+    config = replace(CONFIGS[kind], width=16, vocab_size=16, layers=1)
+    texts = [[(start := n % 16), *(int(ahead(torch.tensor(start), k, 16)) for k in range(1, 30))] for n in range(16)]
+    samples = [Sample(tuple(text[:3]), tuple(text[3:])) for text in texts]
+    answers = Answers(samples, rows=4, length=64, holdout=1000)
+    module = heads_of(config)
+    module.initialise(network.head.weight)  # type: ignore[operator]
+    before = np.concatenate(ranks_of(module, Teacher(network), samples, answers))
+    module.start_from(least_squares(module, Teacher(network), answers, 4), network.head.weight)
+    after = np.concatenate(ranks_of(module, Teacher(network), samples, answers))
+    assert not (before == 0).any() and (after[after >= 0] == 0).all() and (after >= 0).any(0).all()
 
 
 # ---- going on

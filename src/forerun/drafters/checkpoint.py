@@ -13,7 +13,7 @@ import filecmp
 import json
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +35,7 @@ DEFAULT_TREE = RankTree([(0,), (0, 0), (1,), (0, 0, 0), (2,), (0, 1), (1, 0), (0
 """For heads that were never calibrated: few nodes, because every machine can afford them."""
 
 Config = TypeVar("Config")
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,14 @@ class Checkpoint:
             return kind(**self.architecture)
         except TypeError as error:
             raise CheckpointError(f"{self.folder / CONFIG} lacks architecture fields ({brief(error)})") from None
+
+    def module(self, make: Callable[[Config], Module], kind: type[Config]) -> Module:
+        """The heads of this folder. They get memory only once the file is known to fit."""
+        config = self.config(kind)
+        with torch.device("meta"):
+            module = make(config)
+        self.fill(module)
+        return module
 
     def fill(self, module: nn.Module) -> None:
         """Give the module the folder's weights, which must be exactly its parameters. It may be without memory yet (on the

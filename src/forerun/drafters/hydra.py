@@ -169,11 +169,7 @@ class HydraHeads(HeadsModule):
 
 def module_of(checkpoint: Checkpoint) -> HydraHeads:
     """The heads of a checkpoint."""
-    config = checkpoint.config(HydraConfig)
-    with torch.device("meta"):  # memory only once the file is known to fit
-        module = HydraHeads(config)
-    checkpoint.fill(module)
-    return module
+    return checkpoint.module(HydraHeads, HydraConfig)
 
 
 def reader(module: HydraHeads, network: Network, weights: str = "auto") -> Reader:

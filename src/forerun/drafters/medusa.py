@@ -100,11 +100,7 @@ class MedusaHeads(HeadsModule):
 
 def module_of(checkpoint: Checkpoint) -> MedusaHeads:
     """The heads of a checkpoint."""
-    config = checkpoint.config(MedusaConfig)
-    with torch.device("meta"):  # memory only once the file is known to fit
-        module = MedusaHeads(config)
-    checkpoint.fill(module)
-    return module
+    return checkpoint.module(MedusaHeads, MedusaConfig)
 
 
 def build(

@@ -195,7 +195,7 @@ def _heads(preset: Preset, recipe: Recipe, network: Network) -> tuple[Any, Medus
     if preset.drafter == "medusa":
         medusa = MedusaConfig(**fields)
         return MedusaHeads(medusa), medusa
-    if fields.pop("prefix", False):
+    if fields.get("prefix") is True:  # heads to go on from bring the shape of their own
         fields["prefix"] = prefix_like(network)
     hydra = HydraConfig(**fields)
     return HydraHeads(hydra), hydra
@@ -203,18 +203,17 @@ def _heads(preset: Preset, recipe: Recipe, network: Network) -> tuple[Any, Medus
 
 def prefix_like(network: Network) -> PrefixConfig:
     """A prefix layer of the shape of one of the target's own layers."""
-    if isinstance(network, Transformer | PackedTransformer):
+    if not isinstance(network, Foreign):
+        assert isinstance(network, Transformer | PackedTransformer)
         config = network.config
         mlp_width, eps, theta = config.mlp_width, config.norm_eps, config.rope_theta
         heads, max_length = config.heads, config.max_length
-    elif isinstance(network, Foreign):
+    else:
         outside = network.model.config.get_text_config(decoder=True)
         heads = outside.num_attention_heads
         width = network.input_embedding.shape[1]
         mlp_width = getattr(outside, "intermediate_size", None) or 4 * width
         eps, theta, max_length = 1e-6, 10000.0, network.max_length
-    else:
-        raise TrainingError("a prefix layer is shaped after a target on torch's kernels: load it with kernels torch")
     shape = network.cache_shape
     kv_heads = shape.kv_heads if heads % shape.kv_heads == 0 else heads
     return PrefixConfig(heads, kv_heads, shape.head_dim, mlp_width, max_length, eps, theta)
