@@ -161,8 +161,8 @@ def _source(wish: _Wish, seed: int) -> Source:
 
     given = [wish.file is not None, wish.builtin, wish.corpus is not None]
     if sum(given) != 1:
-        wrong = "several sources of prompts" if any(given) else "no source of prompts"
-        raise RequestError(f"there are {wrong}: give one of --prompts FILE, --builtin and --corpus DIR")
+        wrong = "are several sources of prompts" if any(given) else "is no source of prompts"
+        raise RequestError(f"there {wrong}: give one of --prompts FILE, --builtin and --corpus DIR")
     if wish.corpus:
         return _from_corpus(wish, seed)
     source = _from_file(wish.file) if wish.file else _from_suite()
