@@ -5,7 +5,7 @@ one by one, and to study one by one (append, and learn how well it was foretold)
 and tree) and of the whole proposal (study, look up, make tensors, as the engine asks for it); bytes per token; and what a
 target that says the following 2,000 tokens would have accepted. Times are wall-clock; the machine should be idle.
 
---fit prints the logistic regression behind `forerun.drafters.lookup.prior`, fitted to source code.
+--fit prints the logistic regression behind `forerun.drafters.lookup.growth.prior`, fitted to source code.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits as cross_entrop
 
 from forerun.automaton import SuffixAutomaton
 from forerun.drafter import Context
-from forerun.drafters import lookup
+from forerun.drafters.lookup import Lookup
+from forerun.drafters.lookup.context import ContextView
+from forerun.drafters.lookup.growth import RANKS
+from forerun.drafters.lookup.store import Limits
 from forerun.row import Row
 from forerun.sampling import SamplingParams
 from forerun.tree import TokenTree
@@ -42,7 +45,7 @@ FOLLOWING = 2000
 VOCABULARY = 4096
 """Of the random text."""
 DEVICE = torch.device("cpu")
-LIMITS = lookup.Limits(nodes=16, depth=16, min_match=1, cost=0.05)
+LIMITS = Limits(nodes=16, depth=16, min_match=1, cost=0.05)
 
 IdsOf = Callable[[str], Sequence[int]]
 
@@ -131,7 +134,7 @@ def measure(name: str, text: list[int], count: int) -> Figures:
     row = Row(list(prompt), count, SamplingParams(), key=0, limit=len(text))
     automaton = SuffixAutomaton(prompt)
     appending = microseconds(lambda: append_each(automaton, following)) / len(following)
-    drafter, memory = lookup.Lookup(LIMITS), lookup.Memory()
+    drafter, memory = Lookup(LIMITS), ContextView()
     drafter.admit(row, {})
     memory.read(row.tokens, count)
     context = Context([row], LIMITS.nodes, [LIMITS.depth], DEVICE)
@@ -180,8 +183,8 @@ def evidence(text: Sequence[int], known: int) -> Iterator[tuple[int, int, bool, 
     for token in text[known:]:
         match = automaton.match
         if match.length:
-            found = automaton.continuations(match, lookup.RANKS)
-            rank = found.index(token) if token in found else lookup.RANKS
+            found = automaton.continuations(match, RANKS)
+            rank = found.index(token) if token in found else RANKS
             _, run, branches = automaton.outlook(match)
             yield min(match.length, 64), min(run, 8), branches, len(found), rank
         automaton.append(token)
@@ -193,7 +196,7 @@ def fitted(ids: IdsOf) -> list[list[float]]:
     rows = torch.tensor([row for text in texts for row in evidence(text[:1400], 400)])
     length, run, branches, found, came = rows.double().unbind(1)
     features = torch.stack((torch.ones_like(length), length.log2(), run.log2(), branches), 1)
-    return [_regression(features[found > rank], (came == rank)[found > rank].double()) for rank in range(lookup.RANKS)]
+    return [_regression(features[found > rank], (came == rank)[found > rank].double()) for rank in range(RANKS)]
 
 
 def _regression(features: torch.Tensor, hits: torch.Tensor) -> list[float]:

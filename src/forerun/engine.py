@@ -177,8 +177,9 @@ class Engine:
         tokens = self.encode(prompt)
         limit = self._limit(tokens, params)
         seed = secrets.randbits(63) if params.seed is None else params.seed
+        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos)
         for sample in range(params.n):
-            row = Row(list(tokens), len(tokens), params, key_of(seed, sample), limit)
+            row = Row(list(tokens), len(tokens), params, key_of(seed, sample), limit, ends=ends)
             stats = Stats(self.drafter.name, exact=self.lossy is None or params.is_greedy)
             request = _Request(self._count, prompt_index, sample, row, self._text_stream(tokens, params), stats)
             self._waiting.append(request)
@@ -308,8 +309,7 @@ class Engine:
         )
 
     def _ending(self, request: _Request, token: int) -> str | None:
-        params = request.row.params
-        if token in params.stop_token_ids or (token in self.eos and not params.ignore_eos):
+        if token in request.row.ends:
             return "stop"
         if request.stream and request.stream.stopped:
             return "stop"

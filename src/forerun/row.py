@@ -16,7 +16,8 @@ class Row:
 
     tokens: prompt and output. The last `tentative` of them stand for a verified drafter's own progress and may be taken
     back; outside such a drafter there are none. limit: the total length at which the row must end. key: where its random
-    streams start (`chance.key_of`). step: how many steps it has made.
+    streams start (`chance.key_of`). step: how many steps it has made. ends: tokens that end the text: nothing need be drafted
+    behind them.
     """
 
     tokens: list[int]
@@ -26,6 +27,7 @@ class Row:
     limit: int
     step: int = 0
     tentative: int = 0
+    ends: frozenset[int] = frozenset()
 
     @property
     def remaining(self) -> int:

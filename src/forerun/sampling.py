@@ -50,6 +50,7 @@ _KINDS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ),
     ("stop", "a string or several", lambda stop: isinstance(stop, str) or _are(stop, lambda one: isinstance(one, str))),
     ("stop_token_ids", "token ids", lambda ids: _are(ids, _is_whole)),
+    ("tenant", "a name", lambda tenant: isinstance(tenant, str)),
     ("processors", "functions of (input_ids, scores)", lambda processors: _are(processors, callable)),
 )
 """Parameters, what kind of value they want, and how to tell."""
@@ -66,7 +67,8 @@ class SamplingParams:
     processors: transformers `LogitsProcessor`s or any callable like them, called with each node's own prefix.
     seed: None draws one. n: samples per prompt. stop: strings that end the text (not part of it). stop_token_ids: tokens
     that end it. ignore_eos: go on after end-of-sequence. logprobs: how many alternatives to report beside each token
-    (0: the token alone; None: none); natural logarithms of the model's own law, before any of the above.
+    (0: the token alone; None: none); natural logarithms of the model's own law, before any of the above. tenant: whose memory
+    a drafter may use: what the model said to one tenant is never proposed to another.
     """
 
     max_new_tokens: int | None = 256
@@ -85,6 +87,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    tenant: str = ""
 
     def __post_init__(self) -> None:
         for wrong in self._misfits() or self._complaints():

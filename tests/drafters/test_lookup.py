@@ -14,7 +14,9 @@ from fakes import Near, TableNetwork, engine_of, plain
 from forerun.automaton import Outlook
 from forerun.drafter import Context
 from forerun.drafters import Workshop, build
-from forerun.drafters.lookup import RANKS, Limits, Lookup, Odds, prior
+from forerun.drafters.lookup import Lookup
+from forerun.drafters.lookup.growth import RANKS, Odds, prior
+from forerun.drafters.lookup.store import Limits
 from forerun.errors import DrafterError
 from forerun.model import Model
 from forerun.row import Row
@@ -206,7 +208,7 @@ def test_tentative_tokens_are_followed_but_not_learned() -> None:
     row.tentative = 3
     drafter.retract([5])
     assert propose(drafter, [row]).sizes == (1,), "6 7 is not firm, so it is no place to copy from"
-    assert len(drafter._memories[0].automaton) == 5
+    assert len(drafter._views[0].automaton) == 5
 
 
 def test_tokens_that_become_firm_are_learned() -> None:
