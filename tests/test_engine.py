@@ -54,6 +54,31 @@ DRAFTERS: dict[str, Any] = {
         "inner": {"drafter": "verified", "checkpoint": "low", "inner": {**SMALL, "length": 2}, "length": 3},
         "length": 5,
     },
+    "verified, lenient": {**MIDDLE, "inner": {**SMALL, "length": 3}, "length": 3, "leniency": 3},
+    "cascade, vertical": {
+        "drafter": "cascade",
+        "models": ["middle", "small"],
+        "k": [[2, 2, 3], [0, 1, 3], [0, 0, 3]],
+        "last": "lookup",
+    },
+    "cascade, lenient": {
+        "drafter": "cascade",
+        "models": ["middle"],
+        "k": [[2, 3], [0, 4]],
+        "last": "lookup",
+        "leniency": 2,
+    },
+    "cascade, horizontal": {
+        "drafter": "cascade",
+        "parts": [
+            {**MIDDLE, "inner": {**SMALL, "length": 1}, "length": 1, "until": 2},
+            {**SMALL, "widths": [2, 1], "until": 4},
+            {"drafter": "lookup", "until": 6},
+        ],
+    },
+    "fallback": "lookup | small:small",
+    "fallback, enough": {"drafter": "fallback", "sources": ["lookup", {**SMALL, "length": 3}, "lookup"], "enough": 3},
+    "fallback in a model": "verified:middle(lookup | verified:low(small:small))",
 }
 DETERMINISTIC = ("lookup", "small, tree")
 every_drafter = pytest.mark.parametrize("name", DRAFTERS)
@@ -308,6 +333,36 @@ SHORT: dict[str, Any] = {
         **MIDDLE,
         "inner": {"drafter": "verified", "checkpoint": "low", "inner": {**SMALL, "length": 1}, "length": 1},
         "length": 1,
+    },
+    "verified, lenient": {**MIDDLE, "inner": {**SMALL, "length": 1}, "length": 2, "leniency": 2},
+    "cascade, vertical": {
+        "drafter": "cascade",
+        "models": ["middle"],
+        "k": [[1, 1], [0, 1]],
+        "last": {"drafter": "lookup", "nodes": 1, "cost": 0.01},
+    },
+    "cascade, horizontal": {
+        "drafter": "cascade",
+        "parts": [
+            {**MIDDLE, "inner": "none", "length": 1, "until": 1},
+            {**SMALL, "length": 1, "until": 2},
+        ],
+    },
+    "cascade, mixed": {
+        "drafter": "cascade",
+        "parts": [{"drafter": "lookup", "nodes": 1, "cost": 0.01, "until": 1}, {**SMALL, "length": 1, "until": 2}],
+    },
+    "fallback": {
+        "drafter": "fallback",
+        "sources": [{"drafter": "lookup", "nodes": 2, "cost": 0.3}, {**SMALL, "length": 1}],
+    },
+    "fallback, enough": {
+        "drafter": "fallback",
+        "sources": [
+            {"drafter": "lookup", "nodes": 1, "cost": 0.01},
+            {**SMALL, "stopping": {"rule": "confidence", "threshold": 0.4, "most": 2}},
+        ],
+        "enough": 2,
     },
 }
 

@@ -1,8 +1,9 @@
 """Acceptance: which part of a proposed tree the target would have said itself. Pure functions; luck comes in as an argument.
 
-Every rule here but one leaves the law of the output as it is: by construction for `match` (the target's own choice decides, the
+Every rule here but two leaves the law of the output as it is: by construction for `match` (the target's own choice decides, the
 tree only saves time), and by the residual laws of speculative sampling for the others (Leviathan et al. 2023, Chen et al.
-2023; siblings as in SpecInfer, Miao et al. 2024). The tests enumerate every outcome. `typical` is lossy, and says so.
+2023; siblings as in SpecInfer, Miao et al. 2024). The tests enumerate every outcome. `typical` and `lenient` are lossy, and
+say so.
 """
 
 from __future__ import annotations
@@ -222,6 +223,70 @@ def typical(tree: TokenTree, laws_BNV: Tensor, rule: Typical) -> Verdict:
         verdict.next_tokens.append(best[row][end])
         verdict.bonus.append(end not in above)
     return verdict
+
+
+@dataclass(frozen=True)
+class Lenient:
+    """CS Drafting's relaxed review (Chen et al. 2024; reconstruction of the sampled half): a drafted token may be up to
+    `factor` times less probable than its drafter thought. 1 would be exact, for chains."""
+
+    factor: float = 2.0
+
+
+def lenient(tree: TokenTree, laws_BNV: Tensor, rule: Lenient, greedy: Sequence[bool], chance: Chance) -> Verdict:
+    """Lossy: keep a token x for which factor * target(x) / draft(x) exceeds 1 (greedy rows), or else with that probability.
+
+    A greedy row also keeps the target's best token, as the published code does, and ends with it; its laws here are those of
+    temperature 1. Sampled rows end with a draw from what the rejected siblings left. The code has no rule for sampling.
+    """
+    rows = torch.arange(tree.rows, device=laws_BNV.device)[:, None]
+    padded = [[max(0, p) for p in (*row, *[0] * (tree.nodes - len(row)))] for row in tree.topology.parents]
+    parents_BN = torch.tensor(padded, device=laws_BNV.device)
+    worth_BN = rule.factor * laws_BNV[rows, parents_BN, tree.tokens_BN]
+    if tree.laws_BNV is not None:
+        drawn = torch.from_numpy(np.asarray(tree.drawn_BN, dtype=np.bool_)).to(worth_BN.device)[rows, parents_BN]
+        worth_BN = torch.where(drawn, worth_BN / tree.laws_BNV[rows, parents_BN, tree.tokens_BN], worth_BN)
+    places = np.take_along_axis(tree.topology.depths_BN, np.asarray(padded), 1)
+    coins_BN = chance.coin(worth_BN.clamp(max=1.0), places, np.arange(tree.nodes)[None].repeat(tree.rows, 0))
+    best_BN = laws_BNV.argmax(-1)
+    is_best = tree.tokens_BN == best_BN.gather(1, parents_BN)
+    chosen = torch.tensor(greedy, device=worth_BN.device)[:, None]
+    kept_BN = torch.where(chosen, is_best | (worth_BN > 1), coins_BN).tolist()
+    paths = [
+        _lenient_path(children, *told)
+        for children, *told in zip(tree.topology.children, kept_BN, is_best.tolist(), greedy, strict=True)
+    ]
+    ends = [path[-1] for path in paths]
+    bonus = [end not in children for end, children in zip(ends, tree.topology.children, strict=True)]
+    left = torch.stack([_left_over(tree, row, end, laws_BNV[row, end]) for row, end in enumerate(ends)])
+    drawn_B = chance.token(left[:, None], np.array([[len(path) - 1] for path in paths]))[:, 0]
+    following = torch.where(
+        chosen[:, 0], best_BN.gather(1, torch.tensor(ends, device=best_BN.device)[:, None])[:, 0], drawn_B
+    )
+    return Verdict(paths, following.tolist(), bonus)
+
+
+def _lenient_path(
+    children: dict[int, list[int]], kept: Sequence[bool], is_best: Sequence[bool], greedy: bool
+) -> list[int]:
+    """Down to the first child that is kept; greedy rows prefer the target's own choice."""
+    path = [0]
+    while below := [node for node in children.get(path[-1], []) if kept[node]]:
+        path.append(next((node for node in below if greedy and is_best[node]), below[0]))
+    return path
+
+
+def _left_over(tree: TokenTree, row: int, end: int, law_V: Tensor) -> Tensor:
+    """What the rejected children of a path's end leave of the law there."""
+    children = tree.topology.children[row].get(end)
+    if children is None:
+        return law_V
+    if tree.drawn_BN is not None and tree.drawn_BN[row, end]:
+        assert tree.laws_BNV is not None
+        return residual(law_V, tree.laws_BNV[row, end])
+    rest = law_V.clone()
+    rest[[tree.tokens[row][node] for node in children]] = 0
+    return rest if float(rest.sum()) > 0 else law_V
 
 
 def _ratio(target_probs: Tensor, draft_probs: Tensor) -> Tensor:

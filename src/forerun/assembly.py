@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from forerun.accept import Typical
+from forerun.accept import Lenient, Typical
 from forerun.drafter import Drafter
 from forerun.drafters import Description, Workshop, build
 from forerun.engine import Engine, check_fit
 from forerun.errors import CheckpointError, ForerunError
+from forerun.judge import Lossy
 from forerun.model import Model
 from forerun.nn.dtype import dtype_of
 from forerun.nn.load import load_network
@@ -39,8 +42,8 @@ def load(
         kernels: auto (native where this machine and the model allow it), native, or torch; for every network.
         weights: auto (as dtype) or int8 (needs native kernels); the model with such weights is then the one whose output is
             kept exactly.
-        acceptance: exact, or typical[:EPSILON,DELTA], Medusa's relaxed rule for requests that sample (see
-            `forerun.accept.Typical`): lossy, and so marked in every statistic.
+        acceptance: exact, or a lossy rule, so marked in every statistic: typical[:EPSILON,DELTA], Medusa's for requests that
+            sample (`forerun.accept.Typical`), or lenient[:FACTOR], CS Drafting's (`forerun.accept.Lenient`).
 
     Raises:
         CheckpointError: a checkpoint that is missing, broken or of an unsupported kind.
@@ -54,27 +57,30 @@ def load(
     return Engine(target, made, tokenizer_of(path), end_tokens(path), max_rows, lossy)
 
 
-def lossy_of(acceptance: str) -> Typical | None:
+def lossy_of(acceptance: str) -> Lossy | None:
     """None for exact, else the relaxed rule that the word asks for."""
     name, _, numbers = acceptance.partition(":")
     try:
+        values = [float(number) for number in numbers.split(",")] if numbers else []
         if acceptance == "exact":
             return None
-        if name == "typical":
-            values = [float(number) for number in numbers.split(",")] if numbers else []
-            if len(values) in (0, 2) and all(0 < value < 1 for value in values):
-                return Typical(*values)
+        if name == "typical" and len(values) in (0, 2) and all(0 < value < 1 for value in values):
+            return Typical(*values)
+        if name == "lenient" and len(values) < 2 and all(1 < value < math.inf for value in values):
+            return Lenient(*values)
     except ValueError:
         pass
     raise ForerunError(
-        f"there is no acceptance {acceptance!r}: use exact, typical, or typical:EPSILON,DELTA with numbers between 0 and 1"
+        f"there is no acceptance {acceptance!r}: use exact, typical, typical:EPSILON,DELTA with numbers between 0 and 1,"
+        " lenient, or lenient:FACTOR with a factor above 1"
     )
 
 
 def drafter_for(target: Model, drafter: str | Description, kernels: str = "auto", weights: str = "auto") -> Drafter:
     """A drafter for a target, its networks in the target's dtype; "native" binds the target alone. Raises as `load`."""
     kind, place, chosen = target.network.dtype, target.device, "torch" if kernels == "torch" else "auto"
-    made = build(drafter, Workshop(target, lambda path: load_network(path, kind, place, chosen, weights)))
+    network = cache(lambda path: load_network(path, kind, place, chosen, weights))  # a model may have several places
+    made = build(drafter, Workshop(target, network))
     check_fit(target, made)
     return made
 

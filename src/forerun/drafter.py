@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
@@ -33,6 +33,31 @@ class Context:
     def chance(self) -> Dice:
         """Luck that no other step, level or row sees."""
         return draft_chance(self.rows, self.path)
+
+
+@dataclass
+class Tally:
+    """What one part of a drafter did so far: a level of a hierarchy, a tier of stores. Sums over rows and steps.
+
+    asked: proposals asked of it, hits: those that held anything. drafted: tokens; accepted[i]: those at depth i + 1 that the
+    level above kept. seconds: of asking it, everything below included. passes: forwards of its own model.
+    """
+
+    name: str
+    asked: int = 0
+    hits: int = 0
+    drafted: int = 0
+    accepted: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+    passes: int = 0
+
+    def keep(self, depth: int) -> None:
+        """A token at this depth (from 1) was kept."""
+        self.accepted += [0] * (depth - len(self.accepted))
+        self.accepted[depth - 1] += 1
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
 
 
 class Drafter:
@@ -66,3 +91,8 @@ class Drafter:
 
         Only a verified drafter does this, to the tokens it had committed tentatively (`Row.tentative`).
         """
+
+    def tallies(self) -> list[Tally]:
+        """What its parts did, those of the uppermost level first. A drafter of one part has nothing to add to the engine's own
+        statistics."""
+        return []

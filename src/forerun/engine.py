@@ -21,11 +21,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from forerun.accept import Typical, Verdict
+from forerun.accept import Verdict
 from forerun.chance import key_of
 from forerun.drafter import Context, Drafter
 from forerun.errors import DrafterError, RequestError
-from forerun.judge import judge, rule_of
+from forerun.judge import Lossy, is_exact, judge, rule_of
 from forerun.model import Model, Scores
 from forerun.row import Row, final_chance
 from forerun.sampling import SamplingParams
@@ -146,7 +146,7 @@ class Engine:
     """A target, a drafter and the rows that are running.
 
     max_rows: how many requests run side by side; others wait. eos: token ids that end a text unless a request ignores
-    them. lossy: judge requests that sample by typical acceptance; their statistics then say that they are not exact. Use
+    them. lossy: judge requests by this rule; the statistics of those that it touches then say that they are not exact. Use
     `forerun.load` to make one from a model folder.
     """
 
@@ -157,7 +157,7 @@ class Engine:
         tokenizer: HuggingFaceTokenizer | None = None,
         eos: Iterable[int] = (),
         max_rows: int = 16,
-        lossy: Typical | None = None,
+        lossy: Lossy | None = None,
     ):
         self.target, self.drafter, self.tokenizer, self.lossy = target, drafter, tokenizer, lossy
         self.eos = frozenset(eos)
@@ -180,7 +180,7 @@ class Engine:
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos)
         for sample in range(params.n):
             row = Row(list(tokens), len(tokens), params, key_of(seed, sample), limit, ends=ends)
-            stats = Stats(self.drafter.name, exact=self.lossy is None or params.is_greedy)
+            stats = Stats(self.drafter.name, exact=is_exact(self.lossy, row))
             request = _Request(self._count, prompt_index, sample, row, self._text_stream(tokens, params), stats)
             self._waiting.append(request)
             self._count += 1

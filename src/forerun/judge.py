@@ -6,20 +6,23 @@ deterministic               sampled     sample and match
 sampled chain               any         speculative sampling
 anything else               any         recursive rejection
 
-A caller may ask for typical acceptance instead, which is lossy: rows that sample are then judged by it, greedy ones as always.
+A caller may ask for a lossy rule instead: typical acceptance, by which rows that sample are then judged and greedy ones as
+always, or leniency, which is for both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from forerun.accept import (
+    Lenient,
     Typical,
     Verdict,
+    lenient,
     match,
     recursive_rejection,
     sample_choices,
@@ -32,6 +35,8 @@ from forerun.sampling import edited, laws
 from forerun.tree import TokenTree
 
 TYPICAL = "typical acceptance (lossy)"
+LENIENT = "lenient review (lossy)"
+Lossy = Typical | Lenient
 
 
 def rule_for(tree: TokenTree, greedy: bool) -> str:
@@ -52,6 +57,11 @@ class Judgement:
     laws_BNV: Tensor | None
 
 
+def is_exact(lossy: Lossy | None, row: Row) -> bool:
+    """Whether a row's text stays the target's own under this rule."""
+    return lossy is None or (isinstance(lossy, Typical) and row.params.is_greedy)
+
+
 def rule_of(judgement: Judgement, row: Row) -> str:
     """The rule by which one of the rows was judged: typical acceptance finds in a greedy one what greedy match does."""
     return "greedy match" if judgement.rule == TYPICAL and row.params.is_greedy else judgement.rule
@@ -63,13 +73,15 @@ def judge(
     rows: Sequence[Row],
     chance: Chance,
     best_BN: Tensor | None = None,
-    lossy: Typical | None = None,
+    lossy: Lossy | None = None,
 ) -> Judgement:
     """Accept what fits the model's law under each row's own sampling parameters. Exact, unless `lossy` asks for something else.
 
     best_BN: the best token of `logits_BNV` at every node, if the network has found it already.
     """
     scores = node_scores(tree, logits_BNV, rows)
+    if isinstance(lossy, Lenient):
+        return _leniently(tree, scores, rows, chance, lossy)
     rule = rule_for(tree, all(row.params.is_greedy for row in rows))
     if rule == "greedy match":
         if best_BN is None or scores is not logits_BNV:
@@ -85,6 +97,14 @@ def judge(
     else:
         verdict = recursive_rejection(tree, law, chance)
     return Judgement(verdict, rule, law)
+
+
+def _leniently(tree: TokenTree, scores_BNV: Tensor, rows: Sequence[Row], chance: Chance, rule: Lenient) -> Judgement:
+    """Greedy rows have one-hot laws, in which nothing is nearly as probable as the best: theirs are taken at temperature 1."""
+    greedy = [row.params.is_greedy for row in rows]
+    params = [replace(row.params, temperature=1.0) if row.params.is_greedy else row.params for row in rows]
+    law = laws(scores_BNV, params)
+    return Judgement(lenient(tree, law, rule, greedy, chance), LENIENT, law)
 
 
 def node_scores(tree: TokenTree, logits_BNV: Tensor, rows: Sequence[Row]) -> Tensor:

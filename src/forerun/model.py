@@ -18,7 +18,7 @@ from forerun.chance import Ints
 from forerun.nn.feed import Feed, Read
 from forerun.nn.network import Network
 from forerun.row import Row
-from forerun.tree import TokenTree
+from forerun.tree import TokenTree, Topology
 
 CHUNK = 512
 """Tokens of one row read at a time while catching up."""
@@ -30,12 +30,14 @@ SHORT = 8
 class Scores:
     """What a model says about a tree: logits [B, N, V] after every node, and the hidden states asked for, [B, N, D].
 
-    best: the most probable token after every node, [B, N] (the first of equals).
+    best: the most probable token after every node, [B, N] (the first of equals). before: per layer and row, the hidden states
+    [m, D] of committed tokens that were read on this occasion, in front of the tree; empty where there were none.
     """
 
     logits_BNV: Tensor
     hidden: dict[int, Tensor] = field(default_factory=dict)
     best_BN: Tensor | None = None
+    before: dict[int, list[Tensor]] = field(default_factory=dict)
 
     @property
     def best(self) -> Tensor:
@@ -52,6 +54,9 @@ class Model:
         self.cache = Cache(network.cache_shape, network.dtype, network.device)
         self._held = 0  # scratch entries in use; the same for all rows, which are padded to it
         self._offsets: list[Ints] = []  # their offsets behind the committed text, for sliding windows
+        self._leads: list[int] = []  # committed tokens that were read together with a tree, in front of it
+        self.passes = 0
+        """Forwards so far, whatever they read."""
 
     @property
     def device(self) -> torch.device:
@@ -84,7 +89,7 @@ class Model:
 
         Returns the hidden states asked for of that chunk, [1, N, D], or None when nothing is left to read.
         """
-        self._held = 0
+        self._forget_scratch()
         start = self.cache.lengths[slot]
         part = row.tokens[start : min(start + CHUNK, len(row.tokens) - 1)]
         if not part:
@@ -94,22 +99,43 @@ class Model:
     def score(self, tree: TokenTree, rows: Sequence[Row], layers: Collection[int] = ()) -> Scores:
         """One forward over all nodes of all rows. The nodes stay in scratch until `keep` says which were right.
 
-        Rows must stand in slots 0 .. B - 1; node 0 of each is its newest token.
+        Rows must stand in slots 0 .. B - 1; node 0 of each is its newest token. A few committed tokens that the cache does not
+        hold yet, such as a model above has placed, are read in the same forward.
         """
-        self._held = 0
-        for slot, row in enumerate(rows):
-            self.cache.truncate(slot, len(row.tokens) - 1)
-        self._catch_up([row.tokens[:-1] if self._behind(row, slot, 1) else None for slot, row in enumerate(rows)])
-        topology = tree.topology
+        self._align(rows)
+        texts = [row.tokens[:-1] if self._behind(row, slot, SHORT) else None for slot, row in enumerate(rows)]
+        read = self._catch_up(texts, layers=layers)
+        missing = [row.tokens[self.cache.lengths[slot] : -1] for slot, row in enumerate(rows)]
+        if not any(missing):
+            logits, hidden, best = self._read_tree(tree.tokens_BN, tree.topology, layers)
+            return Scores(logits, hidden, best, read)
+        leads = [len(part) for part in missing]
+        tokens = [[*part, *nodes] for part, nodes in zip(missing, tree.tokens, strict=True)]
+        longest = max(map(len, tokens))
+        tokens_BN = torch.tensor([row + [0] * (longest - len(row)) for row in tokens], device=self.device)
+        logits, hidden, best = self._read_tree(tokens_BN, tree.topology.behind(leads), layers)
+        self._leads = leads
+        nodes = _Nodes(leads, tree.nodes, self.device)
+        for layer, states in hidden.items():
+            heads = [row[:lead] for row, lead in zip(states, leads, strict=True)]
+            read[layer] = [torch.cat(pair) for pair in zip(read[layer], heads, strict=True)] if layer in read else heads
+        return Scores(
+            nodes.of(logits),
+            {layer: nodes.of(states) for layer, states in hidden.items()},
+            None if best is None else nodes.of(best),
+            read,
+        )
+
+    def _read_tree(
+        self, tokens_BN: Tensor, topology: Topology, layers: Collection[int]
+    ) -> tuple[Tensor, dict[int, Tensor], Tensor | None]:
         sees = None if topology.is_chain else topology.ancestors_BNN
-        read = self._grow(tree.tokens_BN, topology.depths_BN, sees, layers, np.asarray(tree.sizes))
-        return Scores(read.logits_BNV, read.hidden, read.best_BN)
+        read = self._grow(tokens_BN, topology.depths_BN, sees, layers, np.asarray(topology.sizes))
+        return read.logits_BNV, read.hidden, read.best_BN
 
     def next_scores(self, rows: Sequence[Row]) -> Scores:
         """Catch up with all committed tokens and score what comes next (N is 1): how a draft model begins a draft."""
-        self._held = 0
-        for slot, row in enumerate(rows):
-            self.cache.truncate(slot, len(row.tokens) - 1)
+        self._align(rows)
         self._catch_up([row.tokens if self._behind(row, slot, SHORT) else None for slot, row in enumerate(rows)], SHORT)
         parts = [row.tokens[self.cache.lengths[slot] :] for slot, row in enumerate(rows)]
         read = self._commit(parts)
@@ -127,23 +153,46 @@ class Model:
     def keep(self, paths: Sequence[Sequence[int]]) -> None:
         """Commit these scratch entries of each row, in order, and forget the rest."""
         for slot, path in enumerate(paths):
-            self.cache.keep(slot, [node for node in path if node < self._held])
-        self._held = 0
+            lead = self._leads[slot] if self._leads else 0
+            entries = [*range(lead), *(lead + node for node in path)] if lead else path
+            self.cache.keep(slot, [entry for entry in entries if entry < self._held])
+        self._forget_scratch()
 
     def truncate(self, slot: int, length: int) -> None:
         """Forget everything from this length on."""
         self.cache.truncate(slot, length)
-        self._held = 0
+        self._forget_scratch()
+
+    def _forget_scratch(self) -> None:
+        self._held, self._leads = 0, []
+
+    def _align(self, rows: Sequence[Row]) -> None:
+        """Forget the scratch, and what the rows do not hold any more. The newest token is always read again."""
+        self._forget_scratch()
+        for slot, row in enumerate(rows):
+            self.cache.truncate(slot, len(row.tokens) - 1)
 
     def _behind(self, row: Row, slot: int, allowed: int) -> bool:
         return len(row.tokens) - self.cache.lengths[slot] > allowed
 
-    def _catch_up(self, texts: Sequence[list[int] | None], leave: int = 0) -> None:
-        """Read what is missing of these texts (None: nothing), one row at a time, leaving at most `leave` tokens unread."""
+    def _catch_up(
+        self, texts: Sequence[list[int] | None], leave: int = 0, layers: Collection[int] = ()
+    ) -> dict[int, list[Tensor]]:
+        """Read what is missing of these texts (None: nothing), one row at a time, leaving at most `leave` tokens unread. Returns
+        the hidden states asked for, [n, D] per layer and row, if anything was read."""
+        parts: dict[int, list[list[Tensor]]] = {layer: [[] for _ in texts] for layer in layers}
         for slot, text in enumerate(texts):
             while text is not None and (missing := len(text) - leave - self.cache.lengths[slot]) > 0:
                 start = self.cache.lengths[slot]
-                self._commit([text[start : start + min(CHUNK, missing)]], slot)
+                read = self._commit([text[start : start + min(CHUNK, missing)]], slot, layers)
+                for layer, states in read.hidden.items():
+                    parts[layer][slot].append(states[0])
+        some = {layer: next((part for row in rows for part in row), None) for layer, rows in parts.items()}
+        return {
+            layer: [torch.cat(row) if row else first[:0] for row in parts[layer]]
+            for layer, first in some.items()
+            if first is not None
+        }
 
     def _commit(self, parts: Sequence[list[int]], start: int = 0, layers: Collection[int] = ()) -> Read:
         """Read committed tokens of rows `start ..`, ragged, and score the last of each."""
@@ -156,6 +205,7 @@ class Model:
             start,
         )
         feed.last_B = feed.counts_B - 1 if feed.counts_B is not None else None
+        self.passes += 1
         read = self.network.forward(feed, self.cache, layers)
         for row, part in enumerate(parts):
             self.cache.lengths[start + row] += len(part)
@@ -173,6 +223,7 @@ class Model:
         if self.network.windows:
             self._offsets = [*self._offsets, offsets_BN] if self._held else [offsets_BN]
             feed.scratch_BM = feed.lengths_B[:, None] + np.concatenate(self._offsets, 1)
+        self.passes += 1
         read = self.network.forward(feed, self.cache, layers)
         self._held += tokens_BN.shape[1]
         return read
@@ -197,3 +248,20 @@ class Model:
             counts_B=counts_B,
             dtype=self.network.dtype,
         )
+
+
+class _Nodes:
+    """Picks a tree's nodes out of a forward that read other tokens before them, `leads[b]` in row b."""
+
+    def __init__(self, leads: Sequence[int], count: int, device: torch.device):
+        self._same = leads[0] if len(set(leads)) == 1 else None
+        self._rows = torch.arange(len(leads), device=device)[:, None]
+        columns = np.asarray(leads)[:, None] + np.arange(count)
+        self._columns, self._count = columns, count
+
+    def of(self, read_BM: Tensor) -> Tensor:
+        """[B, M, ...] -> [B, N, ...]; where a row has fewer nodes than N, anything."""
+        if self._same is not None:
+            return read_BM[:, self._same : self._same + self._count]
+        columns = torch.from_numpy(np.minimum(self._columns, read_BM.shape[1] - 1)).to(read_BM.device)
+        return read_BM[self._rows, columns]

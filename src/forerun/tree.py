@@ -60,6 +60,15 @@ class Topology:
         """From one parent list per row, each starting with -1 for node 0."""
         return _topology(tuple(map(tuple, parents)))
 
+    def behind(self, leads: Sequence[int]) -> Topology:
+        """The same trees at the ends of chains: `leads[b]` nodes stand before node 0 of row b, whose number they shift."""
+        return Topology.of(
+            [
+                (*range(-1, lead), *(parent + lead for parent in row[1:]))
+                for lead, row in zip(leads, self.parents, strict=True)
+            ]
+        )
+
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Nodes per row."""

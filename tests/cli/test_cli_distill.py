@@ -144,6 +144,21 @@ def test_windows_of_a_corpus(target, corpus, distil):
     assert len(prompts_in(more)) == 10 and "2 answers" in said and "8 from before" in said
 
 
+def test_a_corpus_of_another_tokenizer_is_refused(target, corpus, distil, refused, tmp_path):
+    """Its windows would be noise, and the answers too, without anybody noticing."""
+    shutil.copytree(target, corpus / "tokenizer", ignore=shutil.ignore_patterns("*.safetensors"))
+    options = ("--corpus", corpus, "--limit", 2, "--prompt-length", "5,9")
+    distil(target, "a.jsonl", *options)
+    file = corpus / "tokenizer" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    first, second = sorted(vocabulary, key=vocabulary.get)[300:302]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(content))
+    complaint = refused("distill", target, "--out", tmp_path / "b.jsonl", *options)
+    assert "another tokenizer" in complaint and not (tmp_path / "b.jsonl").exists()
+
+
 def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(
     target, corpus, forerun, distil, tmp_path, monkeypatch
 ):

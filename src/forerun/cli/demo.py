@@ -174,7 +174,7 @@ def _compare(
     _stream(console, engines, chosen[0].source, chosen[0].prompt, texts[0], params)
     result = _measure(console, engines, texts, params, rounds)
     amount = f"prompts: {len(texts)}, new tokens each: {params.max_new_tokens}, rounds: {result.rounds}"
-    lossy = "" if all(row.exact for row in result.rows) else "; typical acceptance: lossy"
+    lossy = "" if all(row.exact for row in result.rows) else "; lossy acceptance"
     title = f"{amount}; {machine}{lossy}"
     _print_table(console, result.rows, title)
     if any(row.identical is False for row in result.rows):

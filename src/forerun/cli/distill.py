@@ -107,7 +107,7 @@ def distill(
     """
     from forerun.cli import engines
     from forerun.cli.files import demand_place
-    from forerun.train.distill import Ledger, Sampling, deal, header_of
+    from forerun.train.distill import Ledger, Sampling, deal, demand_tokenizer, header_of
 
     sampling = Sampling(tuple(temperature or (0.0,)), max_new_tokens, top_k, top_p, min_p, seed)
     demand_place(out)
@@ -115,6 +115,8 @@ def distill(
     source = _source(wish, seed)
     rendering = _template(template)
     engine = engines.load(target, drafter, engines.Machine(dtype, device, kernels, weights), rows)
+    if corpus is not None:
+        demand_tokenizer(corpus, engine)
     reader = _Reader(engine, rendering, chat)
     ids = [reader.ids(opening) for opening in source.openings]
     header = header_of(target, engine, sampling, source.header, reader.template)

@@ -60,8 +60,8 @@ Weights = Annotated[
 Acceptance = Annotated[
     str,
     typer.Option(
-        metavar="exact|typical",
-        help="typical[:EPSILON,DELTA] is Medusa's relaxed rule at temperatures above 0: faster, deterministic, and lossy.",
+        metavar="exact|typical|lenient",
+        help="Lossy rules: typical[:EPSILON,DELTA], Medusa's at temperatures above 0; lenient[:FACTOR], CS Drafting's.",
         rich_help_panel=SAMPLING,
     ),
 ]

@@ -4,9 +4,13 @@ A drafter file offers `build(workshop, **settings) -> Drafter`; its settings are
 
     none                                      a name
     small:models/small                        a name and a checkpoint
-    mine.yaml                                 a file (JSON or YAML) with a description; its checkpoints may be named
-                                              as they lie beside the file
+    verified:models/small(lookup)             a drafter inside a drafter, its "inner"
+    lookup | hydra:heads                      one in front of another: a "fallback"
+    mine.yaml                                 a file (JSON or YAML) with a description; what it names may be named as it lies
+                                              beside the file
     {"drafter": "small", "checkpoint": "models/small", "stopping": {"rule": "confidence", "threshold": 0.5}}
+
+Wherever a description holds another drafter, any of these forms will do.
 
 Packages outside this one register theirs under the entry point group `forerun.drafters`, as name = module.
 """
@@ -17,6 +21,7 @@ import difflib
 import importlib
 import inspect
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -35,6 +40,8 @@ REGISTRY = {
     "lookup": "forerun.drafters.lookup",
     "small": "forerun.drafters.small",
     "verified": "forerun.drafters.verified",
+    "cascade": "forerun.drafters.cascade",
+    "fallback": "forerun.drafters.fallback",
     "medusa": "forerun.drafters.medusa",
     "hydra": "forerun.drafters.hydra",
 }
@@ -72,20 +79,43 @@ def names() -> list[str]:
 
 
 def describe(spec: str | Description) -> dict[str, Any]:
-    """The description behind a command-line SPEC: `name`, `name:CHECKPOINT`, JSON, or a JSON or YAML file."""
+    """The description behind a SPEC: a name, `name:CHECKPOINT`, `name:CHECKPOINT(SPEC)`, `SPEC | SPEC`, JSON, or a JSON or YAML
+    file."""
     if not isinstance(spec, str):
         return dict(spec)
     if spec.lstrip().startswith("{"):
         return _parsed(spec, "the drafter description")
-    name, _, checkpoint = spec.partition(":")
-    if name in names():
-        return {"drafter": name, **({"checkpoint": checkpoint} if checkpoint else {})}
+    alternatives = [part.strip() for part in _outside_brackets(spec)]
+    if len(alternatives) > 1:
+        return {"drafter": "fallback", "sources": [describe(part) for part in alternatives]}
+    found = _SPEC.fullmatch(spec.strip())
+    if found and found["name"] in names():
+        checkpoint, inner = found["checkpoint"], found["inner"]
+        inside = {"inner": describe(inner)} if inner else {}
+        return {"drafter": found["name"], **({"checkpoint": checkpoint} if checkpoint else {}), **inside}
     if spec.endswith((".json", ".yaml", ".yml")):
         try:
-            return _anchored(_parsed(Path(spec).read_text(), spec), Path(spec).parent)
+            return dict(_anchored(_parsed(Path(spec).read_text(), spec), Path(spec).parent))
         except OSError as error:
             raise DrafterError(f"cannot read the drafter file {spec}: {error.strerror}") from None
-    raise DrafterError(_unknown(name))
+    raise DrafterError(_unknown(spec.partition(":")[0].partition("(")[0].strip()))
+
+
+_SPEC = re.compile(r"(?P<name>[^:()|]+)(:(?P<checkpoint>[^()|]*))?(\((?P<inner>.*)\))?", re.DOTALL)
+
+
+def _outside_brackets(spec: str) -> list[str]:
+    """Cut at the bars that stand in no brackets."""
+    parts, depth = [""], 0
+    for sign in spec:
+        depth += (sign == "(") - (sign == ")")
+        if sign == "|" and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    if depth:
+        raise DrafterError(f"the brackets of the drafter {spec!r} do not match")
+    return parts
 
 
 def build(spec: str | Description, workshop: Workshop) -> Drafter:
@@ -120,14 +150,21 @@ def _parsed(text: str, source: str) -> dict[str, Any]:
     return value
 
 
-def _anchored(description: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Checkpoints and trees that lie beside the file that names them, wherever the command runs."""
-    inside = {key: _anchored(value, folder) if isinstance(value, dict) else value for key, value in description.items()}
-    for key in ("checkpoint", "tree"):
-        value = inside.get(key)
-        if isinstance(value, str) and (folder / value).exists():
-            inside[key] = str(folder / value)
-    return inside
+def _anchored(description: Any, folder: Path, key: str = "") -> Any:
+    """Checkpoints, trees and stores that lie beside the file that names them, wherever the command runs."""
+    if isinstance(description, Mapping):
+        return {key: _anchored(value, folder, key) for key, value in description.items()}
+    if isinstance(description, list):
+        return [_anchored(value, folder, key) for value in description]
+    if isinstance(description, str) and key in _PLACES:
+        kind, colon, place = description.rpartition(":")
+        if place and (folder / place).exists():
+            return f"{kind}{colon}{folder / place}"
+    return description
+
+
+_PLACES = {"checkpoint", "tree", "store", "stores", "models", "inner", "drafter", "sources", "last"}
+"""Settings that may name files, alone or behind the name of a drafter or store."""
 
 
 def _unknown(name: str) -> str:

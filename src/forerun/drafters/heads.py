@@ -141,71 +141,159 @@ class Reader(Protocol):
 
     def release(self, slot: int) -> None: ...
 
-    def observe(self, states_BND: Tensor, kept: Sequence[Sequence[int]]) -> None:
-        """The states of a tree's nodes, and which nodes of each row were kept."""
+    def observe(self, states: Sequence[Tensor]) -> None:
+        """The states [n, D] of the tokens that were just verified in each row, oldest first."""
+
+    def retract(self, slot: int, length: int) -> None:
+        """Forget the states of all tokens from this length on."""
+
+    def known(self, slot: int) -> int:
+        """Of how many of a row's tokens the states were read."""
 
     def contexts(self) -> list[Tensor | None]:
-        """[D] per row; None where the target has read nothing yet."""
+        """[D] per row; None where nothing is known."""
+
+
+REMEMBERED = 256
+"""States of a row that can be gone back to: more than a level of a hierarchy ever takes back."""
+
+
+class _States:
+    """The newest states of one row. count: how many of its tokens have had one."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._parts: list[Tensor] = []
+        self._held = 0
+
+    def append(self, part_ND: Tensor) -> None:
+        self._parts.append(part_ND)
+        self.count += len(part_ND)
+        self._held += len(part_ND)
+        while self._held - len(self._parts[0]) >= REMEMBERED:
+            self._held -= len(self._parts.pop(0))
+
+    def truncate(self, length: int) -> None:
+        """Forget the newest, down to this count."""
+        excess, self.count = max(0, self.count - length), min(self.count, length)
+        while excess and self._parts:
+            part = self._parts.pop()
+            kept = part[: max(0, len(part) - excess)]
+            self._held -= len(part) - len(kept)
+            excess -= len(part) - len(kept)
+            if len(kept):
+                self._parts.append(kept)
+
+    @property
+    def last(self) -> Tensor | None:
+        return self._parts[-1][-1] if self._parts else None
 
 
 class LastState:
     """The context is the target's state itself."""
 
     def __init__(self) -> None:
-        self._contexts: list[Tensor | None] = []
+        self._rows: list[_States] = []
 
     def admit(self, row: Row, states_1SD: Tensor | None) -> None:
-        self._contexts.append(None if states_1SD is None else states_1SD[0, -1].clone())  # not the whole prompt's
+        states = _States()
+        if states_1SD is not None:
+            states.append(states_1SD[0, -1:].clone())  # not the whole prompt's
+            states.count = states_1SD.shape[1]
+        self._rows.append(states)
 
     def release(self, slot: int) -> None:
-        if slot >= len(self._contexts):
+        if slot >= len(self._rows):
             return
-        last = self._contexts.pop()
-        if slot < len(self._contexts):
-            self._contexts[slot] = last
+        last = self._rows.pop()
+        if slot < len(self._rows):
+            self._rows[slot] = last
 
-    def observe(self, states_BND: Tensor, kept: Sequence[Sequence[int]]) -> None:
-        self._contexts = [states_BND[row, path[-1]] for row, path in enumerate(kept)]
+    def observe(self, states: Sequence[Tensor]) -> None:
+        for row, part in zip(self._rows, states, strict=True):
+            row.append(part)
+
+    def retract(self, slot: int, length: int) -> None:
+        self._rows[slot].truncate(length)
+
+    def known(self, slot: int) -> int:
+        return self._rows[slot].count
 
     def contexts(self) -> list[Tensor | None]:
-        return self._contexts
+        return [row.last for row in self._rows]
 
 
 class PrefixState(LastState):
     """The context is what a layer of the heads' own makes of the states of all verified tokens (Hydra++).
 
-    The layer has a cache of its own, which holds verified tokens only: every step appends those that were just kept.
+    The layer has a cache of its own, which holds verified tokens only. What was verified waits until a context is asked for: a
+    drafter in front of the heads may answer for many steps.
     """
 
     def __init__(self, network: Network, longest: int):
         """longest: the most tokens of a row that one step keeps. Shorter rows of a batch are padded to that."""
         super().__init__()
-        self._network, self._longest = network, longest
+        self._network, self._longest = network, max(longest, REMEMBERED // 8)
         self.cache = Cache(network.cache_shape, network.dtype, network.device)
+        self._waiting: list[list[Tensor]] = []
 
     def admit(self, row: Row, states_1SD: Tensor | None) -> None:
         rows = self.cache.rows
         slots = rows if rows < self.cache.slots else max(1, 2 * rows)
         self.cache.reserve(max(slots, rows + 1), row.limit + self._longest)
-        slot, context = self.cache.admit(), None
+        slot, read = self.cache.admit(), None
         try:
             for part in () if states_1SD is None else torch.split(states_1SD, CHUNK, 1):
-                context = self._read(part, [part.shape[1]], slot)[0, -1]
+                read = self._read(part, [part.shape[1]], slot)
         except BaseException:
             self.cache.release(slot)
             raise
-        self._contexts.append(context)
+        super().admit(row, read)
+        self._rows[-1].count = 0 if states_1SD is None else states_1SD.shape[1]
+        self._waiting.append([])
 
     def release(self, slot: int) -> None:
+        if slot < len(self._waiting):
+            last = self._waiting.pop()
+            if slot < len(self._waiting):
+                self._waiting[slot] = last
         self.cache.release(slot)
         super().release(slot)
 
-    def observe(self, states_BND: Tensor, kept: Sequence[Sequence[int]]) -> None:
-        counts = [len(path) for path in kept]
-        longest = max(counts)
-        paths = [[*path, *[0] * (longest - len(path))] for path in kept]
-        read = self._read(torch.stack([states_BND[row, path] for row, path in enumerate(paths)]), counts, 0)
-        self._contexts = [read[row, count - 1] for row, count in enumerate(counts)]
+    def observe(self, states: Sequence[Tensor]) -> None:
+        for waiting, part in zip(self._waiting, states, strict=True):
+            waiting.append(part)
+
+    def retract(self, slot: int, length: int) -> None:
+        waiting = torch.cat(self._waiting[slot]) if self._waiting[slot] else None
+        if waiting is not None:
+            kept = waiting[: max(0, length - self._rows[slot].count)]
+            self._waiting[slot] = [kept] if len(kept) else []
+        super().retract(slot, length)
+        self.cache.truncate(slot, length)
+
+    def known(self, slot: int) -> int:
+        return super().known(slot) + sum(map(len, self._waiting[slot]))
+
+    def contexts(self) -> list[Tensor | None]:
+        while any(self._waiting):
+            self._catch_up()
+        return super().contexts()
+
+    def _catch_up(self) -> None:
+        """Read what waits, at most `longest` tokens of every row."""
+        some = next(part for parts in self._waiting for part in parts)
+        joined = [torch.cat(parts) if parts else some[:0] for parts in self._waiting]
+        parts = [row[: self._longest] for row in joined]
+        self._waiting = [[row[self._longest :]] if len(row) > self._longest else [] for row in joined]
+        counts = [len(part) for part in parts]
+        padded = some.new_zeros(len(parts), max(counts), some.shape[1])
+        for index, part in enumerate(parts):
+            padded[index, : len(part)] = part
+        read = self._read(padded, counts, 0)
+        for index, count in enumerate(counts):
+            if count:
+                self._rows[index].append(read[index, :count])
 
     def _read(self, states_BND: Tensor, counts: Sequence[int], start: int) -> Tensor:
         """Append states to the slots from `start` on; what the layer says of them, [B, N, D]."""
@@ -254,11 +342,17 @@ class HeadDrafter(Drafter):
 
     def propose(self, context: Context) -> TokenTree:
         roots = [row.tokens[-1] for row in context.rows]
-        states = self.head.reader.contexts()
-        depths = [0 if state is None else depth for state, depth in zip(states, context.depths, strict=True)]
+        reader = self.head.reader
+        depths = [
+            depth
+            if reader.known(slot) == len(row.tokens) - 1 > 0
+            else 0  # else a level above has placed tokens not read yet
+            for slot, (row, depth) in enumerate(zip(context.rows, context.depths, strict=True))
+        ]
         tree = self.head.tree.within(max(depths), context.budget)
         if tree is None:
             return TokenTree.root(roots, context.device)
+        states = reader.contexts()
         some = next(state for state in states if state is not None)
         context_BD = torch.stack([torch.zeros_like(some) if state is None else state for state in states])
         tokens = self.head.drafting.draft(context_BD, roots, tree)
@@ -267,7 +361,15 @@ class HeadDrafter(Drafter):
         return _cut(tokens, tree, depths, context)
 
     def observe(self, context: Context, tree: TokenTree, verdict: Verdict, scores: Scores) -> None:
-        self.head.reader.observe(scores.hidden[self.head.layer], verdict.kept)
+        layer, before = self.head.layer, scores.before.get(self.head.layer)
+        kept = [states[path] for states, path in zip(scores.hidden[layer], verdict.kept, strict=True)]
+        if before is not None:
+            kept = [torch.cat(pair) for pair in zip(before, kept, strict=True)]
+        self.head.reader.observe(kept)
+
+    def retract(self, lengths: Sequence[int]) -> None:
+        for slot, length in enumerate(lengths):
+            self.head.reader.retract(slot, length)
 
 
 def _cut(tokens: Sequence[Sequence[int]], tree: RankTree, depths: Sequence[int], context: Context) -> TokenTree:

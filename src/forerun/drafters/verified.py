@@ -2,12 +2,17 @@
 
 The tokens follow the model's law, whatever drafted them, so that is the law handed up (specs of hierarchical speculative
 decoding, section 3: the law of the original drafter would be wrong two levels up). Nesting it gives hierarchies of any
-depth. This is the fixed "at least T" buffer of Fast Inference via Hierarchical Speculative Decoding (arXiv 2510.19705, a
-reconstruction): a round's surplus over `length` is kept, not cut off.
+depth. This is the "at least T" buffer of Fast Inference via Hierarchical Speculative Decoding (arXiv 2510.19705, a
+reconstruction): a round's surplus over `length` is kept, not cut off; only what would follow the end of the text is.
+
+Every level has a cache of its own (the model's), luck of its own (`Context.path`) and counts its own passes. Tokens that a
+level above has placed are read together with the next draft, so a round is one pass.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forerun.accept import Verdict
-from forerun.drafter import Context, Drafter
+from forerun.accept import Lenient, Verdict
+from forerun.drafter import Context, Drafter, Tally
 from forerun.drafters import Workshop
 from forerun.errors import DrafterError
 from forerun.judge import judge
@@ -26,21 +31,34 @@ from forerun.tree import TokenTree
 
 
 class Verified(Drafter):
-    """`model`'s own words, at least `length` of them per proposal if there is room, drafted by `inner`."""
+    """`model`'s own words, at least `length` of them per proposal if there is room, drafted by `inner`.
+
+    lenient: review by this rule instead of an exact one (CS Drafting). The tokens then follow no law that anybody knows, so
+    they are handed up as if they involved no chance, which is exact whatever they are (specs, section 3, corollaries).
+    """
 
     name = "verified"
 
-    def __init__(self, model: Model, inner: Drafter, length: int):
-        if inner.reads:
-            raise DrafterError(
-                f"the drafter {inner.name} reads hidden states, which a verified model does not hand down yet"
-            )
-        self.model, self.inner, self.length = model, inner, length
+    def __init__(self, model: Model, inner: Drafter, length: int, lenient: Lenient | None = None):
+        self.model, self.inner, self.length, self.lenient = model, inner, length, lenient
         self.max_nodes = length + inner.max_nodes
+        self._tally = Tally("verified, lenient (lossy)" if lenient else "verified")
 
     def admit(self, row: Row, hidden: Mapping[int, Tensor]) -> None:
-        self.model.admit(row.limit)
-        self.inner.admit(row, {})
+        slot = self.model.admit(row.limit)
+        try:
+            self.inner.admit(row, self._read(row, slot))
+        except BaseException:
+            self.model.release(slot)
+            raise
+
+    def _read(self, row: Row, slot: int) -> dict[int, Tensor]:
+        """The prompt at once if the inner drafter wants to know the model's states; else when the row is first asked for."""
+        parts: dict[int, list[Tensor]] = {layer: [] for layer in self.inner.reads}
+        while parts and (states := self.model.prefill(row, slot, self.inner.reads)) is not None:
+            for layer, part in states.items():
+                parts[layer].append(part)
+        return {layer: torch.cat(found, 1) for layer, found in parts.items() if found}
 
     def release(self, slot: int) -> None:
         self.model.release(slot)
@@ -52,29 +70,30 @@ class Verified(Drafter):
         self.inner.retract(lengths)
 
     def propose(self, context: Context) -> TokenTree:
+        begun = time.perf_counter()
         rows = context.rows
         starts = [len(row.tokens) for row in rows]
         most = min(context.budget, self.max_nodes)
         depths = [max(0, min(d, most, self.model.max_length - s)) for d, s in zip(context.depths, starts, strict=True)]
         spoken: list[list[Tensor]] = [[] for _ in rows]
         number = 0
-        try:
+        with tentatively(rows):
             while any(room := self._room(rows, starts, depths)):
                 self._round(replace(context, path=(*context.path, number)), room, spoken)
                 number += 1
             tokens = [row.tokens[start - 1 :] for row, start in zip(rows, starts, strict=True)]
-        finally:  # an interrupted request must not end with tokens that its target never saw
-            for row, start in zip(rows, starts, strict=True):
-                row.tentative -= len(row.tokens) - start
-                del row.tokens[start:]
-        if all(row.params.is_greedy for row in rows):
+        self._tally.seconds += time.perf_counter() - begun
+        if self.lenient or all(row.params.is_greedy for row in rows):
             return TokenTree.chain(tokens, context.device)
         return _tree(tokens, spoken, context.device)
 
     def _room(self, rows: Sequence[Row], starts: Sequence[int], depths: Sequence[int]) -> list[int]:
-        """How many tokens each row may still say; 0 once it has said enough."""
-        said = [len(row.tokens) - start for row, start in zip(rows, starts, strict=True)]
-        return [most - n if n < min(self.length, most) else 0 for n, most in zip(said, depths, strict=True)]
+        """How many tokens each row may still say; 0 once it has said enough, or its text has ended."""
+        said = [row.tokens[start:] for row, start in zip(rows, starts, strict=True)]
+        return [
+            most - len(some) if len(some) < min(self.length, most) and not (some and some[-1] in row.ends) else 0
+            for row, some, most in zip(rows, said, depths, strict=True)
+        ]
 
     def _round(self, context: Context, room: Sequence[int], spoken: list[list[Tensor]]) -> None:
         """One turn of the loop on the inner pair; what it settles is appended to the rows tentatively.
@@ -84,27 +103,55 @@ class Verified(Drafter):
         rows = context.rows
         within = replace(context, budget=self.inner.max_nodes, depths=[max(0, left - 1) for left in room])
         tree = self.inner.propose(within)
-        scores = self.model.score(tree, rows)
+        scores = self.model.score(tree, rows, self.inner.reads)
         chance = draft_chance(rows, (*context.path, _VERIFY))
-        judgement = judge(tree, scores.logits_BNV, rows, chance, scores.best_BN)
+        judgement = judge(tree, scores.logits_BNV, rows, chance, scores.best_BN, self.lenient)
         verdict = judgement.verdict
         self.model.keep(verdict.kept)
         self.inner.observe(within, tree, verdict, scores)
         for index, row in enumerate(rows):
-            if room[index]:
-                said = [*(tree.tokens[index][node] for node in verdict.kept[index][1:]), verdict.next_tokens[index]]
-                row.tokens += said
-                row.tentative += len(said)
-                if judgement.laws_BNV is not None:
-                    spoken[index] += judgement.laws_BNV[index, verdict.kept[index]]
+            if not room[index]:
+                continue
+            path = verdict.kept[index]
+            said = [*(tree.tokens[index][node] for node in path[1:]), verdict.next_tokens[index]]
+            count = next((place for place, token in enumerate(said, 1) if token in row.ends), len(said))
+            row.tokens += said[:count]
+            row.tentative += count
+            if judgement.laws_BNV is not None:
+                spoken[index] += judgement.laws_BNV[index, path[:count]]
+            self._tally.asked += 1
+            self._tally.drafted += count
 
     def observe(self, context: Context, tree: TokenTree, verdict: Verdict, scores: Scores) -> None:
         """The level above kept a part: everything behind it never happened."""
+        for path in verdict.kept:
+            for depth in range(1, len(path)):
+                self._tally.keep(depth)
         self.retract([len(row.tokens) + len(path) - 1 for row, path in zip(context.rows, verdict.kept, strict=True)])
+
+    def tallies(self) -> list[Tally]:
+        """asked: rounds. drafted: tokens said."""
+        self._tally.passes, self._tally.hits = self.model.passes, self._tally.asked
+        return [self._tally, *self.inner.tallies()]
 
 
 _VERIFY = 1 << 20
 """Tells the dice of the inner verdict from those of the inner drafter, which has the same path otherwise."""
+
+
+class tentatively:  # noqa: N801 - reads as a word
+    """Whatever is appended to the rows inside is taken back: an interrupted request must not end with tokens that its target
+    never saw."""
+
+    def __init__(self, rows: Sequence[Row]):
+        self._rows, self._lengths = rows, [len(row.tokens) for row in rows]
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None:
+        for row, length in zip(self._rows, self._lengths, strict=True):
+            row.tentative -= len(row.tokens) - length
+            del row.tokens[length:]
 
 
 def _tree(tokens: list[list[int]], spoken: list[list[Tensor]], device: torch.device) -> TokenTree:
@@ -123,10 +170,23 @@ def build(
     checkpoint: str | None = None,
     inner: str | Mapping[str, Any] = "lookup",
     length: int = 5,
+    leniency: float = 1,
 ) -> Drafter:
-    """{"drafter": "verified", "checkpoint": PATH, "inner": any drafter, "length": N}"""
-    if not isinstance(length, int) or length < 1:
+    """{"drafter": "verified", "checkpoint": PATH, "inner": any drafter, "length": N, "leniency": 1}
+
+    leniency: above 1, the model keeps tokens that are up to so many times less probable than their drafter thought. What the
+    target says stays exact.
+    """
+    if not isinstance(length, int) or isinstance(length, bool) or length < 1:
         raise DrafterError(f"verified: a length of {length} proposes nothing; give 1 or more")
+    rule = lenient_of("verified", leniency)
     network = workshop.network(checkpoint, "verified")
     drafter = replace(workshop, target=Model(network, 0)).build(inner)
-    return Verified(Model(network, drafter.max_nodes + 1), drafter, length)
+    return Verified(Model(network, drafter.max_nodes + 1), drafter, length, rule)
+
+
+def lenient_of(drafter: str, leniency: object) -> Lenient | None:
+    """None for 1, which is exact."""
+    if isinstance(leniency, bool) or not isinstance(leniency, int | float) or not 1 <= leniency < math.inf:
+        raise DrafterError(f"{drafter}: leniency is a factor of at least 1 (1 is exact), not {leniency!r}")
+    return Lenient(float(leniency)) if leniency > 1 else None

@@ -230,6 +230,20 @@ def windows(corpus: Path, lengths: tuple[int, int], count: int, seed: int) -> li
     return cut
 
 
+def demand_tokenizer(corpus: Path, engine: Engine) -> None:
+    """TrainingError if a corpus was cut by another tokenizer than the model's: its windows would be noise to it, and nothing
+    else would say so. A corpus or model without a tokenizer is taken at its word."""
+    from tokenizers import Tokenizer
+
+    file = corpus / "tokenizer" / "tokenizer.json"
+    if engine.tokenizer is None or not file.is_file():
+        return
+    if Tokenizer.from_file(str(file)).get_vocab() != engine.tokenizer.backend_tokenizer.get_vocab():
+        raise TrainingError(
+            f"the corpus {corpus} was cut by another tokenizer than the model's: use a corpus made for this model, or --prompts"
+        )
+
+
 # ---- what made a file
 
 
