@@ -1,9 +1,11 @@
 """What the lookup drafter costs, and what it finds: python benchmarks/lookup.py [--json FILE] [--tokenizer FILE] [--fit]
 
-For texts of 1,024 to 131,072 tokens, Python source and random tokens: microseconds per token to read a prompt, to append
-one by one, and to study one by one (append, and learn how well it was foretold); microseconds of one lookup (longest match
-and tree) and of the whole proposal (study, look up, make tensors, as the engine asks for it); bytes per token; and what a
-target that says the following 2,000 tokens would have accepted. Times are wall-clock; the machine should be idle.
+For the native automaton (what is used where there are kernels) and the one in Python, and for texts of 1,024 to 131,072
+tokens, Python source, random tokens and random bits: microseconds per token to read a prompt, to append one by one, and to
+study one by one (append, and learn how well it was foretold); microseconds of one lookup (longest match and tree) and of the
+whole proposal (study, look up, make the tree, as the engine asks for it), where something was found and where nothing was;
+bytes per token; and what a target that says the following 2,000 tokens would have accepted. Times are wall-clock; the
+machine should be idle.
 
 --fit prints the logistic regression behind `forerun.drafters.lookup.growth.prior`, fitted to source code.
 """
@@ -34,7 +36,9 @@ from forerun.drafter import Context
 from forerun.drafters.lookup import Lookup
 from forerun.drafters.lookup.context import ContextView
 from forerun.drafters.lookup.growth import RANKS
+from forerun.drafters.lookup.reader import Automaton, automaton_of
 from forerun.drafters.lookup.store import Limits
+from forerun.nn import native
 from forerun.row import Row
 from forerun.sampling import SamplingParams
 from forerun.tree import TokenTree
@@ -48,12 +52,14 @@ DEVICE = torch.device("cpu")
 LIMITS = Limits(nodes=16, depth=16, min_match=1, cost=0.05)
 
 IdsOf = Callable[[str], Sequence[int]]
+Make = Callable[[], Automaton]
 
 
 @dataclass(frozen=True)
 class Figures:
     """One text. Times in microseconds; accepted tokens without, tokens_per_step with the target's own token."""
 
+    automaton: str
     text: str
     tokens: int
     prompt_us_per_token: float
@@ -63,6 +69,8 @@ class Figures:
     lookup_us_p99: float
     propose_us_p50: float
     propose_us_p99: float
+    nothing_us_p50: float
+    nothing_us_p99: float
     bytes_per_token: float
     tokens_per_step: float
     nodes_per_step: float
@@ -97,9 +105,9 @@ def source(ids: IdsOf, count: int) -> list[int]:
     return list(islice((token for file in files(ids) for token in file), count))
 
 
-def noise(count: int) -> list[int]:
+def noise(count: int, kinds: int = VOCABULARY) -> list[int]:
     luck = random.Random(0)
-    return [luck.randrange(VOCABULARY) for _ in range(count)]
+    return [luck.randrange(kinds) for _ in range(count)]
 
 
 def microseconds(work: Callable[[], object]) -> float:
@@ -108,12 +116,14 @@ def microseconds(work: Callable[[], object]) -> float:
     return 1e6 * (time.perf_counter() - begun)
 
 
-def append_each(automaton: SuffixAutomaton, tokens: Sequence[int]) -> None:
+def append_each(automaton: Automaton, tokens: Sequence[int]) -> None:
     for token in tokens:
         automaton.append(token)
 
 
 def percentiles(values: Sequence[float]) -> tuple[float, float]:
+    if len(values) < 100:
+        return float("nan"), float("nan")
     cuts = quantiles(values, n=100)
     return cuts[49], cuts[98]
 
@@ -128,27 +138,34 @@ def accepted(tree: TokenTree, ahead: Sequence[int]) -> int:
     return len(ahead)
 
 
-def measure(name: str, text: list[int], count: int) -> Figures:
+def read(make: Make, tokens: Sequence[int]) -> Automaton:
+    automaton = make()
+    automaton.extend(tokens)
+    return automaton
+
+
+def measure(kind: str, make: Make, name: str, text: list[int], count: int) -> Figures:
     prompt, following = text[:count], text[count : count + FOLLOWING]
-    reading = min(microseconds(lambda: SuffixAutomaton(prompt)) for _ in range(3)) / count
+    reading = min(microseconds(lambda: read(make, prompt)) for _ in range(3)) / count
     row = Row(list(prompt), count, SamplingParams(), key=0, limit=len(text))
-    automaton = SuffixAutomaton(prompt)
+    automaton = read(make, prompt)
     appending = microseconds(lambda: append_each(automaton, following)) / len(following)
-    drafter, memory = Lookup(LIMITS), ContextView()
+    drafter, memory = Lookup(LIMITS, make), ContextView(make)
     drafter.admit(row, {})
     memory.read(row.tokens, count)
     context = Context([row], LIMITS.nodes, [LIMITS.depth], DEVICE)
-    studies, lookups, proposals, nodes, said = [], [], [], 0, 0
+    studies, lookups, proposals, idle, nodes, said = [], [], [], [], 0, 0
     while said < len(following):
         studies.append(microseconds(lambda: memory.read(row.tokens, len(row.tokens))))
         lookups.append(microseconds(lambda: memory.draft(row.tokens, len(row.tokens), LIMITS)))
         begun = time.perf_counter()
         tree = drafter.propose(context)
-        proposals.append(1e6 * (time.perf_counter() - begun))
+        (proposals if tree.nodes > 1 else idle).append(1e6 * (time.perf_counter() - begun))
         step = following[said : said + 1 + accepted(tree, following[said:])]
         row.tokens += step
         said, nodes = said + len(step), nodes + tree.nodes - 1
     return Figures(
+        kind,
         name,
         count,
         reading,
@@ -156,6 +173,7 @@ def measure(name: str, text: list[int], count: int) -> Figures:
         sum(studies) / said,
         *percentiles(lookups),
         *percentiles(proposals),
+        *percentiles(idle),
         memory.automaton.nbytes / len(memory.automaton),
         said / len(lookups),
         nodes / len(lookups),
@@ -164,13 +182,13 @@ def measure(name: str, text: list[int], count: int) -> Figures:
 
 def table(figures: Sequence[Figures]) -> Table:
     shown = Table(title="lookup: microseconds, bytes, tokens")
-    for heading in ("text", "tokens", "prompt us/token", "append", "study", "lookup us p50", "p99"):
+    for heading in ("automaton", "text", "tokens", "prompt us/token", "append", "study", "lookup us p50", "p99"):
         shown.add_column(heading, justify="right")
-    for heading in ("propose us p50", "p99", "bytes/token", "tokens/step", "nodes/step"):
+    for heading in ("propose us p50", "p99", "nothing us p50", "p99", "bytes/token", "tokens/step", "nodes/step"):
         shown.add_column(heading, justify="right")
     for one in figures:
-        name, count, *values = asdict(one).values()
-        shown.add_row(name, f"{count:,}", *(f"{value:.{0 if value >= 100 else 2}f}" for value in values))
+        kind, name, count, *values = asdict(one).values()
+        shown.add_row(kind, name, f"{count:,}", *(f"{value:.{0 if value >= 100 else 2}f}" for value in values))
     return shown
 
 
@@ -226,12 +244,24 @@ def main() -> None:
         for rank, weights in enumerate(fitted(ids)):
             console.print(f"rank {rank}: {weights}")
         return
-    texts = {"source": source(ids, LENGTHS[-1] + FOLLOWING), "random": noise(LENGTHS[-1] + FOLLOWING)}
-    figures = [measure(name, text, count) for name, text in texts.items() for count in LENGTHS]
+    longest = LENGTHS[-1] + FOLLOWING
+    texts = {"source": source(ids, longest), "random": noise(longest), "bits": noise(longest, 2)}
+    makes: dict[str, Make] = {"native": automaton_of} if native.is_there() else {}
+    console.print(f"in use: {next(iter(makes), 'python')}")
+    figures = [
+        measure(kind, make, name, text, count)
+        for kind, make in (makes | {"python": SuffixAutomaton}).items()
+        for name, text in texts.items()
+        for count in LENGTHS
+    ]
     console.print(table(figures))
     if options.json:
         machine = {"python": platform.python_version(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
-        record = {"machine": machine, "limits": asdict(LIMITS), "figures": [asdict(one) for one in figures]}
+        record = {
+            "machine": machine,
+            "limits": asdict(LIMITS) | {"ends": sorted(LIMITS.ends)},
+            "figures": [asdict(one) for one in figures],
+        }
         options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -153,3 +153,43 @@ FR_API int32_t fr_forward(const fr_transformer* model, const fr_feed* feed, cons
 // Grow a tree below every row's root: tokens [rows, nodes] of all nodes, the root first. contexts: [rows, width].
 FR_API int32_t fr_draft(const fr_heads* heads, const fr_tree* tree, const uint8_t* contexts, const int64_t* roots, int64_t* tokens,
                         int64_t rows, int32_t threads);
+
+// ---- text that is looked up (automaton.cc)
+
+// A suffix automaton over the tokens 0 .. 2^31 - 1 (src/forerun/automaton.py explains it) and a place in it. One thread at a time may use
+// an automaton and its views. Whatever returns int32_t gives FR_FINE or an fr_error unless it says otherwise; after FR_NO_MEMORY the
+// automaton is empty.
+struct fr_automaton;
+struct fr_cursor {
+    int32_t state, length;
+};
+FR_API fr_automaton* fr_automaton_new(int32_t reach);  // null: no memory
+FR_API void fr_automaton_free(fr_automaton* automaton);
+FR_API int32_t fr_automaton_extend(fr_automaton* automaton, const int32_t* tokens, int64_t count);
+FR_API void fr_automaton_size(const fr_automaton* automaton, int64_t* tokens_states_bytes);
+FR_API void fr_automaton_match(const fr_automaton* automaton, fr_cursor* cursor);
+FR_API int32_t fr_automaton_advance(const fr_automaton* automaton, fr_cursor* cursor, const int32_t* tokens, int64_t count);
+FR_API void fr_automaton_outlook(const fr_automaton* automaton, const fr_cursor* cursor, int32_t* newest_run_branches_end);
+// How many were found, at most `count`.
+FR_API int32_t fr_automaton_continuations(const fr_automaton* automaton, const fr_cursor* cursor, int32_t count, int32_t shortest,
+                                          int32_t* tokens);
+
+// A row's view of an automaton. own: its firm tokens are appended to the automaton, and `cursor` is not used; otherwise the cursor
+// follows them. prior: [3 ranks][lengths 1 .. 64][runs 1 .. 8][branches] log-odds; all, by_length: what the row adds to them. studied: of
+// more firm tokens at once, only so many at the end teach. ends: tokens nothing follows. The tree goes to tokens, parents and survival,
+// [room] each.
+struct fr_view {
+    fr_automaton* automaton;
+    const double* prior;
+    double all, by_length[8];
+    fr_cursor cursor;
+    int32_t own, studied, ends_count, room;
+    const int32_t* ends;
+    int32_t* tokens;
+    int32_t* parents;
+    double* survival;
+};
+// The row goes on with `firm` tokens, then `tentative` ones that are followed but not kept, of which the last one is `root`. How many
+// nodes grow there (1: the root alone), or minus an fr_error.
+FR_API int32_t fr_view_draft(fr_view* view, const int32_t* tokens, int64_t firm, int64_t tentative, int32_t root, int32_t nodes,
+                             int32_t depth, int32_t min_match, double cost);

@@ -6,7 +6,7 @@ that follow there. The *suffix link* of a state leads to its longest suffix that
 links meets every suffix, from long to short.
 
 Appending costs O(1) amortised: one to two microseconds in plain Python, for text of any kind. A text of n tokens has at most
-2 n - 1 states. A state takes 25 bytes, and a dict if it has several edges: together about 130 bytes per token of source code,
+2 n - 1 states. A state takes 29 bytes, and a dict if it has several edges: together about 130 bytes per token of source code,
 90 to 150 of random tokens, 280 of random bits, the worst text known (`benchmarks/lookup.py` measures both).
 """
 
@@ -20,6 +20,10 @@ from typing import NamedTuple
 REACH = 16
 """How many suffixes, from the longest on, have their statistics brought up to date by a token, and are asked for continuations.
 Bounds the work where the text repeats itself without end; source code needs two on average."""
+
+
+SEPARATOR = 2**31 - 1
+"""A token that stands between texts, where one automaton holds several. It is never proposed."""
 
 
 class Cursor(NamedTuple):
@@ -47,14 +51,15 @@ class Outlook(NamedTuple):
 class SuffixAutomaton:
     """The substrings of `tokens` (integers from 0 to 2**31 - 1), and what came after each of them.
 
-    Per state: `_length` of its longest substring, suffix `_link`, `_newest` edge and its `_target`, `_run` of that edge.
+    Per state: `_length` of its longest substring, suffix `_link`, `_newest` edge and its `_target`, `_run` of that edge, and
+    the first `_end` of its substrings: how many tokens had been read then.
     `_edges` holds all edges of a state that has several, the newest last, and None for the others.
     """
 
     def __init__(self, tokens: Iterable[int] = (), reach: int = REACH):
         self._length, self._link = array("i", (0,)), array("i", (-1,))
         self._newest, self._target = array("i", (-1,)), array("i", (-1,))
-        self._run = bytearray(1)
+        self._run, self._end = bytearray(1), array("i", (0,))
         self._edges: list[dict[int, int] | None] = [None]
         self._last = 0
         self._reach = reach
@@ -71,7 +76,7 @@ class SuffixAutomaton:
     @property
     def nbytes(self) -> int:
         """Memory in bytes, the integers inside the dicts included. O(states): for statistics, not for loops."""
-        tables = (self._length, self._link, self._newest, self._target, self._run, self._edges)
+        tables = (self._length, self._link, self._newest, self._target, self._run, self._end, self._edges)
         branching = [edges for edges in self._edges if edges is not None]
         return sum(map(sys.getsizeof, tables)) + sum(sys.getsizeof(edges) + 28 * len(edges) for edges in branching)
 
@@ -84,7 +89,7 @@ class SuffixAutomaton:
     def extend(self, tokens: Iterable[int]) -> None:
         """Read more tokens."""
         length, link, newest, target = self._length, self._link, self._newest, self._target
-        run, edges = self._run, self._edges
+        run, end, edges = self._run, self._end, self._edges
         for token in tokens:
             state, found, current = self._last, -1, len(edges)
             length.append(length[state] + 1)
@@ -92,6 +97,7 @@ class SuffixAutomaton:
             newest.append(-1)
             target.append(-1)
             run.append(0)
+            end.append(length[current])
             edges.append(None)
             while state >= 0:  # every suffix that was never followed by this token is now
                 if newest[state] == token:
@@ -125,6 +131,7 @@ class SuffixAutomaton:
         self._newest.append(self._newest[whole])
         self._target.append(self._target[whole])
         self._run.append(self._run[whole])
+        self._end.append(self._end[whole])
         self._edges.append(None if branches is None else branches.copy())
         self._link[whole] = part
         while state >= 0 and self._step(state, token) == whole:
@@ -189,6 +196,10 @@ class SuffixAutomaton:
         """What came after this place."""
         state = cursor.state
         return Outlook(self._newest[state], self._run[state], self._edges[state] is not None)
+
+    def end(self, cursor: Cursor) -> int:
+        """How many tokens had been read when what the cursor stands for ended for the first time."""
+        return self._end[cursor.state]
 
     def continuations(self, cursor: Cursor, count: int, shortest: int = 1) -> list[int]:
         """At most `count` different tokens that came after this place: the newest first, and after those of the whole match

@@ -28,6 +28,7 @@ TESTS = {
     "test_packed.py": "(odd or everything or pairs) and (company or grown or beside or long_text or no_trace)",
     "test_packed_heads.py": "every_node or company or another_tree or equal or trace or beside or anywhere",
     "test_states.py": "pieces or beside or encodes",
+    "test_native_automaton.py": "not memory and not 200_000",
 }
 
 

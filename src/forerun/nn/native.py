@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_double, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -163,6 +163,31 @@ class TreeRecord(ctypes.Structure):
     _fields_ = (("nodes", c_int32), ("levels", c_int32), ("parents", c_void_p), ("level", POINTER(LevelRecord)))
 
 
+class CursorRecord(ctypes.Structure):
+    """`fr_cursor`."""
+
+    _fields_ = (("state", c_int32), ("length", c_int32))
+
+
+class ViewRecord(ctypes.Structure):
+    """`fr_view`."""
+
+    _fields_ = (
+        ("automaton", c_void_p),
+        ("prior", c_void_p),
+        ("odds", c_double * 9),
+        ("cursor", CursorRecord),
+        ("own", c_int32),
+        ("studied", c_int32),
+        ("ends_count", c_int32),
+        ("room", c_int32),
+        ("ends", c_void_p),
+        ("tokens", c_void_p),
+        ("parents", c_void_p),
+        ("survival", c_void_p),
+    )
+
+
 RECORDS = (
     Matrix,
     FeedRecord,
@@ -174,6 +199,8 @@ RECORDS = (
     HeadsRecord,
     LevelRecord,
     TreeRecord,
+    CursorRecord,
+    ViewRecord,
 )
 SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "fr_sizes": (None, (c_void_p,)),
@@ -190,6 +217,15 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "fr_top": (None, (c_void_p, c_int64, c_int64, c_int32, *(c_void_p,) * 3, c_int32)),
     "fr_forward": (c_int32, (*(c_void_p,) * 4, c_int32)),
     "fr_draft": (c_int32, (*(c_void_p,) * 5, c_int64, c_int32)),
+    "fr_automaton_new": (c_void_p, (c_int32,)),
+    "fr_automaton_free": (None, (c_void_p,)),
+    "fr_automaton_extend": (c_int32, (c_void_p, c_void_p, c_int64)),
+    "fr_automaton_size": (None, (c_void_p, c_void_p)),
+    "fr_automaton_match": (None, (c_void_p, c_void_p)),
+    "fr_automaton_advance": (c_int32, (c_void_p, c_void_p, c_void_p, c_int64)),
+    "fr_automaton_outlook": (None, (c_void_p, c_void_p, c_void_p)),
+    "fr_automaton_continuations": (c_int32, (c_void_p, c_void_p, c_int32, c_int32, c_void_p)),
+    "fr_view_draft": (c_int32, (c_void_p, c_void_p, c_int64, c_int64, *(c_int32,) * 4, c_double)),
 }
 
 
@@ -203,10 +239,7 @@ def _opened() -> tuple[ctypes.CDLL | None, str]:
     if not path.exists():
         return None, f"FORERUN_KERNELS names {path}, which is not there" if chosen else _why_not_built(path)
     try:
-        library = ctypes.CDLL(str(path))
-        for name, (result, arguments) in SIGNATURES.items():
-            function = getattr(library, name)
-            function.restype, function.argtypes = result, arguments
+        library = _signed(ctypes.CDLL(str(path)))
     except (OSError, AttributeError) as error:
         return None, f"{path} cannot be loaded ({error}): install forerun again"
     sizes = (c_int32 * 64)()  # room for those of any version
@@ -215,6 +248,13 @@ def _opened() -> tuple[ctypes.CDLL | None, str]:
     if list(sizes) != expected + [0] * (len(sizes) - len(expected)):
         return None, f"{path} belongs to another version of forerun: install forerun again"
     return library, ""
+
+
+def _signed(library: ctypes.CDLL) -> ctypes.CDLL:
+    for name, (result, arguments) in SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
 
 
 def _why_not_built(path: Path) -> str:
@@ -229,6 +269,18 @@ def library() -> ctypes.CDLL:
     if found is None:
         raise ForerunError(f"there are no native kernels here: {reason}")
     return found
+
+
+def is_there() -> bool:
+    """Whether there are kernels here at all, for this processor or any."""
+    return _opened()[0] is not None
+
+
+@lru_cache(maxsize=1)
+def quick() -> ctypes.CDLL:
+    """The same kernels, called without giving up the interpreter's lock: for a few microseconds of work, after which another
+    thread's turn of 5 ms is not worth waiting for."""
+    return _signed(ctypes.PyDLL(library()._name))
 
 
 def why_not(device: torch.device, dtype: torch.dtype, at_any_speed: bool = False) -> str | None:

@@ -12,7 +12,7 @@ need be proposed to notice that the text begins to repeat itself. Trees are a fu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from forerun.drafter import Context, Drafter
 from forerun.drafters import Workshop
 from forerun.drafters.lookup.context import ContextStore
+from forerun.drafters.lookup.reader import Automaton, automaton_of
 from forerun.drafters.lookup.store import Limits, View
 from forerun.errors import DrafterError
 from forerun.row import Row
@@ -31,11 +32,12 @@ class Lookup(Drafter):
 
     name = "lookup"
 
-    def __init__(self, limits: Limits):
+    def __init__(self, limits: Limits, make: Callable[[], Automaton] = automaton_of):
         self.limits = limits
         self.max_nodes = limits.nodes
-        self._store = ContextStore()
+        self._store = ContextStore(make)
         self._views: list[View] = []
+        self._limits: dict[tuple[int, int, frozenset[int]], Limits] = {}
 
     def admit(self, row: Row, hidden: Mapping[int, Tensor]) -> None:
         self._views.append(self._store.open(row))
@@ -50,18 +52,26 @@ class Lookup(Drafter):
             view.forget(length)
 
     def propose(self, context: Context) -> TokenTree:
-        nodes = min(self.limits.nodes, context.budget)
+        nodes, within = min(self.limits.nodes, context.budget), self._within
         grown = [
-            view.draft(
-                row.tokens,
-                len(row.tokens) - row.tentative,
-                replace(self.limits, nodes=nodes, depth=min(self.limits.depth, depth), ends=row.ends),
-            )
+            view.draft(row.tokens, len(row.tokens) - row.tentative, within(nodes, depth, row.ends))
             for view, row, depth in zip(self._views, context.rows, context.depths, strict=True)
         ]
         if all(len(draft.tokens) == 1 for draft in grown):
             return TokenTree.root([row.tokens[-1] for row in context.rows], context.device)
         return TokenTree.of([draft.tokens for draft in grown], [draft.parents for draft in grown], context.device)
+
+    def _within(self, nodes: int, depth: int, ends: frozenset[int]) -> Limits:
+        """The limits of a row at this step: the same object as long as they are the same."""
+        depth = min(self.limits.depth, depth)
+        key = nodes, depth, ends
+        found = self._limits.get(key)
+        if found is None:
+            if len(self._limits) >= 256:
+                self._limits.clear()
+            found = replace(self.limits, nodes=nodes, depth=depth, ends=ends)
+            self._limits[key] = found
+        return found
 
 
 def build(workshop: Workshop, nodes: int = 16, depth: int = 16, min_match: int = 1, cost: float = 0.08) -> Drafter:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Callable, Sequence
 
-from forerun.automaton import SuffixAutomaton
-from forerun.drafters.lookup.growth import Odds, grow
+from forerun.drafters.lookup.reader import Automaton, automaton_of, reader_of
 from forerun.drafters.lookup.store import Draft, Limits, View
 from forerun.row import Row
-
-STUDIED = 256
-"""Of a long text that is read at once, such as a prompt, only this many tokens at its end teach the odds."""
 
 
 class ContextStore:
@@ -19,8 +14,11 @@ class ContextStore:
 
     name = "context"
 
+    def __init__(self, make: Callable[[], Automaton] = automaton_of):
+        self._make = make
+
     def open(self, row: Row) -> View:
-        view = ContextView()
+        view = ContextView(self._make)
         view.read(row.tokens, len(row.tokens) - row.tentative)
         return view
 
@@ -31,34 +29,42 @@ class ContextStore:
 class ContextView:
     """What is known of one row: its firm tokens, and how well they could have been foretold."""
 
-    def __init__(self) -> None:
-        self.automaton, self.odds = SuffixAutomaton(), Odds()
+    def __init__(self, make: Callable[[], Automaton] = automaton_of):
+        self._make = make
+        self._restart()
+
+    def _restart(self) -> None:
+        self.automaton = self._make()
+        self._reader, self._known = reader_of(self.automaton, own=True), 0
 
     def read(self, tokens: Sequence[int], firm: int) -> None:
         """Catch up with the first `firm` tokens of the row."""
         self.forget(firm)
-        known, automaton = len(self.automaton), self.automaton
-        if firm - known > STUDIED:
-            automaton.extend(islice(tokens, known, firm - STUDIED))
-            known = firm - STUDIED
-        for token in tokens[known:firm]:
-            match = automaton.match
-            if match.length:
-                self.odds.learn(match.length, automaton.outlook(match), token)
-            automaton.append(token)
+        try:
+            self._reader.read(tokens[self._known : firm])
+        except MemoryError:  # what was read is lost
+            self._restart()
+            raise
+        self._known = firm
 
     def forget(self, length: int) -> None:
         """Start again if more than `length` tokens were read: an automaton cannot shrink. Firm tokens do not either."""
-        if len(self.automaton) > length:
-            self.automaton, self.odds = SuffixAutomaton(), Odds()
+        if self._known > length:
+            self._restart()
 
     def draft(self, tokens: Sequence[int], firm: int, limits: Limits) -> Draft:
         """What follows the firm tokens is read with a cursor only."""
-        self.read(tokens, firm)
-        cursor = self.automaton.match
-        for token in tokens[firm:]:
-            cursor = self.automaton.advance(cursor, token)
-        return grow(self.automaton, self.odds, tokens[-1], cursor, limits)
+        known = self._known
+        if known > firm:
+            self._restart()
+            known = 0
+        try:
+            draft = self._reader.draft(tokens[known:], firm - known, tokens[-1], limits)
+        except MemoryError:  # what was read is lost
+            self._restart()
+            raise
+        self._known = firm
+        return draft
 
     def accepted(self, count: int) -> None:
         """The text itself will tell."""

@@ -1,60 +1,77 @@
 """How a tree grows out of a suffix automaton: best first, by the probability that a node survives.
 
 The probability is a logistic function of the match (`prior`), corrected by what this row's text has done so far (`Odds`).
+This is the readable version and the one that runs without native kernels; kernels/automaton.cc has the same, bit for bit.
 """
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from functools import cache
 from heapq import heappop, heappush
+from itertools import product
 from math import exp, log2
 
-from forerun.automaton import Cursor, Outlook, SuffixAutomaton
+from forerun.automaton import SEPARATOR, Cursor, Outlook, SuffixAutomaton
 from forerun.drafters.lookup.store import Draft, Limits
 
 RATE, RATE_PER_LENGTH = 0.1, 0.2
 """Steps of the online logistic regression, in log-odds per token: for all matches, and for those of about equal length."""
 
-_WEIGHTS = (
-    # constant, log2(match length), log2(run), branches
-    (-0.8, 0.63, 0.95, -1.17),  # the newest continuation
-    (-2.38, -0.03, -0.35, 0.42),  # the next one
-    (-3.18, -0.07, -0.41, 0.55),  # and the third
-)
-RANKS = len(_WEIGHTS)
-_LONG, _OFTEN = 64, 8  # longer matches and runs say no more
+Weights = tuple[tuple[float, float, float, float], ...]
+"""Per rank of a continuation (the newest, the next one, the third): a constant, and what log2(match length), log2(run) and
+other branches add to it, in log-odds."""
+
+OWN_TEXT: Weights = ((-0.8, 0.63, 0.95, -1.17), (-2.38, -0.03, -0.35, 0.42), (-3.18, -0.07, -0.41, 0.55))
+"""For a text that repeats itself: logistic regression over 200,000 tokens of Python source (the standard library, the
+reference family's vocabulary of 4,096); `benchmarks/lookup.py --fit` repeats it. Most kinds of match are within 0.05 of what
+was counted."""
+
+RANKS = len(OWN_TEXT)
+LONG, OFTEN = 64, 8
+"""Longer matches and runs say no more."""
+
+
+def prior(rank: int, length: int, run: int, branches: bool, weights: Weights = OWN_TEXT) -> float:
+    """Log-odds that the rank-th continuation of a match comes next."""
+    constant, by_length, by_run, by_branches = weights[rank]
+    return constant + by_length * log2(length) + by_run * log2(run) + by_branches * branches
 
 
 @cache
-def prior(rank: int, length: int, run: int, branches: bool) -> float:
-    """Log-odds that the rank-th continuation of a match comes next.
-
-    Logistic regression over 200,000 tokens of Python source (the standard library, the reference family's vocabulary of
-    4,096); `benchmarks/lookup.py --fit` repeats it. Most kinds of match are within 0.05 of what was counted.
-    """
-    constant, by_length, by_run, by_branches = _WEIGHTS[rank]
-    return constant + by_length * log2(length) + by_run * log2(run) + by_branches * branches
+def priors(weights: Weights) -> array[float]:
+    """The prior of everything that can be asked: [ranks][lengths from 1][runs from 1][branches]."""
+    kinds = product(range(RANKS), range(1, LONG + 1), range(1, OFTEN + 1), (False, True))
+    return array("d", (prior(*kind, weights) for kind in kinds))
 
 
 class Odds:
     """How far this row's text departs from the prior."""
 
-    def __init__(self) -> None:
-        self._all = 0.0
-        self._by_length = [0.0] * 8  # lengths 1, 2-3, 4-7 ... 64 and more, as `bit_length` counts them
+    def __init__(self, weights: Weights = OWN_TEXT, values: Sequence[float] = (0.0,) * 9) -> None:
+        """values: of another row, to start with."""
+        self._priors = priors(weights)
+        self._all, *self._by_length = values  # lengths 1, 2-3, 4-7 ... 64 and more, as `bit_length` counts them
+
+    @property
+    def values(self) -> list[float]:
+        return [self._all, *self._by_length]
 
     def survival(self, length: int, outlook: Outlook, rank: int) -> float:
         """The probability that the rank-th continuation of a match of this length (at least 1) is right."""
-        length = length if length < _LONG else _LONG
-        run = outlook.run if outlook.run < _OFTEN else _OFTEN
-        score = prior(rank, length, run, outlook.branches) + self._all + self._by_length[length.bit_length()]
-        return 1 / (1 + exp(-score))
+        length = length if length < LONG else LONG
+        run = outlook.run if outlook.run < OFTEN else OFTEN
+        prior = self._priors[((rank * LONG + length - 1) * OFTEN + run - 1) * 2 + outlook.branches]
+        return 1 / (1 + exp(-(prior + self._all + self._by_length[length.bit_length()])))
 
     def learn(self, length: int, outlook: Outlook, token: int) -> None:
-        """This token came."""
+        """This token came. Where a text ended, that says nothing about another."""
+        if outlook.newest == SEPARATOR:
+            return
         surprise = (outlook.newest == token) - self.survival(length, outlook, 0)
         self._all += RATE * surprise
-        self._by_length[min(length, _LONG).bit_length()] += RATE_PER_LENGTH * surprise
+        self._by_length[min(length, LONG).bit_length()] += RATE_PER_LENGTH * surprise
 
 
 class _Spot:
@@ -90,13 +107,14 @@ class _Growth:
             if token is None:
                 continue
             node = len(draft.tokens)
-            draft.tokens.append(token)
-            draft.parents.append(spot.node)
-            draft.survival.append(-key)
-            spot.rest += key
+            if token != SEPARATOR:
+                draft.tokens.append(token)
+                draft.parents.append(spot.node)
+                draft.survival.append(-key)
+                spot.rest += key
             if spot.rest > limits.cost:
                 self._consider(spot, rank + 1)
-            if spot.depth + 1 < limits.depth and token not in limits.ends:
+            if token != SEPARATOR and spot.depth + 1 < limits.depth and token not in limits.ends:
                 cursor = automaton.advance(spot.cursor, token)
                 self._consider(_Spot(node, spot.depth + 1, cursor, automaton.outlook(cursor), -key), 0)
         return draft

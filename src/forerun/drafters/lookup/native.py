@@ -1,0 +1,172 @@
+"""The native automaton (kernels/automaton.cc) behind the same seams as the readable one."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from array import array
+from collections.abc import Iterable, Sequence
+from ctypes import c_double, c_int32, c_int64
+from typing import NoReturn
+
+from forerun.automaton import REACH, Cursor, Outlook
+from forerun.drafters.lookup.growth import Weights, priors
+from forerun.drafters.lookup.reader import STUDIED
+from forerun.drafters.lookup.store import Draft, Limits
+from forerun.nn import native
+from forerun.nn.native import CursorRecord, ViewRecord
+
+FEW = 64
+"""So many tokens are handed over in a buffer that is there already."""
+NO_MEMORY, ALWAYS = 4, 2**31 - 1
+
+
+def fail(error: int) -> NoReturn:
+    """Raise what an `fr_error` means."""
+    if error == NO_MEMORY:
+        raise MemoryError("there is no memory for more text to look up")
+    raise ValueError("tokens are numbers from 0 to 2**31 - 1, and a tree has 0 nodes or more")
+
+
+class NativeAutomaton:
+    """`SuffixAutomaton`, see there; about a third of its memory and a tenth of its time (`benchmarks/lookup.py`).
+
+    One thread at a time. When memory runs out (MemoryError), it is empty.
+    """
+
+    def __init__(self, tokens: Iterable[int] = (), reach: int = REACH):
+        self.handle = native.library().fr_automaton_new(min(reach, ALWAYS))
+        if not self.handle:
+            fail(NO_MEMORY)
+        weakref.finalize(self, native.library().fr_automaton_free, self.handle).atexit = False
+        self.extend(tokens)
+
+    def __len__(self) -> int:
+        return self._sizes()[0]
+
+    @property
+    def states(self) -> int:
+        return self._sizes()[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory in bytes."""
+        return self._sizes()[2]
+
+    def _sizes(self) -> list[int]:
+        sizes = (c_int64 * 3)()
+        native.quick().fr_automaton_size(self.handle, sizes)
+        return list(sizes)
+
+    def append(self, token: int) -> None:
+        self.extend((token,))
+
+    def extend(self, tokens: Iterable[int]) -> None:
+        """OverflowError, ValueError: these are not tokens."""
+        new = tokens if isinstance(tokens, array) and tokens.typecode == "i" else array("i", tokens)
+        address, count = new.buffer_info()
+        library = native.quick() if count <= FEW else native.library()
+        if error := library.fr_automaton_extend(self.handle, address, count):
+            fail(error)
+
+    @property
+    def match(self) -> Cursor:
+        found = CursorRecord()
+        native.quick().fr_automaton_match(self.handle, ctypes.byref(found))
+        return Cursor(found.state, found.length)
+
+    def advance(self, cursor: Cursor, token: int) -> Cursor:
+        return self.walk(cursor, (token,))
+
+    def walk(self, cursor: Cursor, tokens: Sequence[int]) -> Cursor:
+        """`advance` by several tokens."""
+        place, read = CursorRecord(*cursor), array("i", tokens)
+        if error := native.quick().fr_automaton_advance(self.handle, ctypes.byref(place), *read.buffer_info()):
+            fail(error)
+        return Cursor(place.state, place.length)
+
+    def outlook(self, cursor: Cursor) -> Outlook:
+        newest, run, branches, _ = self._about(cursor)
+        return Outlook(newest, run, bool(branches))
+
+    def end(self, cursor: Cursor) -> int:
+        return self._about(cursor)[3]
+
+    def _about(self, cursor: Cursor) -> list[int]:
+        found = (c_int32 * 4)()
+        native.quick().fr_automaton_outlook(self.handle, ctypes.byref(CursorRecord(*cursor)), found)
+        return list(found)
+
+    def continuations(self, cursor: Cursor, count: int, shortest: int = 1) -> list[int]:
+        found, place = (c_int32 * count)(), CursorRecord(*cursor)
+        continuations = native.quick().fr_automaton_continuations
+        return found[: continuations(self.handle, ctypes.byref(place), count, shortest, found)]
+
+
+class NativeReader:
+    """`Reader`, see there: one call per draft."""
+
+    def __init__(self, automaton: NativeAutomaton, own: bool, weights: Weights, odds: Sequence[float]):
+        self.automaton, self._prior = automaton, priors(weights)  # the record has only their addresses
+        self._record = ViewRecord(
+            automaton=automaton.handle,
+            prior=self._prior.buffer_info()[0],
+            odds=(c_double * 9)(*odds),
+            own=own,
+            studied=STUDIED if own else ALWAYS,
+        )
+        self._view, self._new = ctypes.byref(self._record), (c_int32 * FEW)()
+        self._draft = native.quick().fr_view_draft
+        self._ends: frozenset[int] = frozenset()
+        self._make_room(0)
+
+    def _make_room(self, nodes: int) -> None:
+        room = nodes + 1
+        self._tokens, self._parents, self._survival = (c_int32 * room)(), (c_int32 * room)(), (c_double * room)()
+        record, self._nodes = self._record, nodes
+        record.room = room
+        record.tokens = ctypes.addressof(self._tokens)
+        record.parents = ctypes.addressof(self._parents)
+        record.survival = ctypes.addressof(self._survival)
+
+    def _end_at(self, ends: frozenset[int]) -> None:
+        self._ends, self._end_ids = ends, (c_int32 * len(ends))(*ends)
+        self._record.ends, self._record.ends_count = ctypes.addressof(self._end_ids), len(ends)
+
+    @property
+    def cursor(self) -> Cursor:
+        return Cursor(self._record.cursor.state, self._record.cursor.length)
+
+    @cursor.setter
+    def cursor(self, cursor: Cursor) -> None:
+        self._record.cursor = CursorRecord(*cursor)
+
+    @property
+    def odds(self) -> list[float]:
+        return list(self._record.odds)
+
+    def read(self, tokens: Sequence[int]) -> None:
+        new = array("i", tokens)
+        library = native.quick() if len(new) <= FEW else native.library()
+        grown = library.fr_view_draft(self._view, new.buffer_info()[0], len(new), 0, 0, 0, 0, 1, 1.0)
+        if grown < 0:
+            fail(-grown)
+
+    def draft(self, tokens: Sequence[int], firm: int, root: int, limits: Limits) -> Draft:
+        count, nodes, draft = len(tokens), limits.nodes, self._draft
+        if count <= FEW:
+            new: object = self._new
+            self._new[:count] = list(tokens)
+        else:
+            draft, many = native.library().fr_view_draft, array("i", tokens)
+            new = many.buffer_info()[0]
+        if nodes > self._nodes:
+            self._make_room(nodes)
+        if limits.ends is not self._ends:
+            self._end_at(limits.ends)
+        grown = draft(self._view, new, firm, count - firm, root, nodes, limits.depth, limits.min_match, limits.cost)
+        if grown == 1:
+            return Draft([root], [-1], [1.0])
+        if grown < 0:
+            fail(-grown)
+        return Draft(self._tokens[:grown], self._parents[:grown], self._survival[:grown])
