@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_double, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -163,6 +163,50 @@ class TreeRecord(ctypes.Structure):
     _fields_ = (("nodes", c_int32), ("levels", c_int32), ("parents", c_void_p), ("level", POINTER(LevelRecord)))
 
 
+class CorpusRecord(ctypes.Structure):
+    """`fr_corpus`."""
+
+    _fields_ = (
+        ("tokens", c_void_p),
+        ("order", c_void_p),
+        ("size", c_int64),
+        ("entries", c_int64),
+        ("vocabulary", c_int32),
+        ("wide", c_int32),
+    )
+
+
+class CorpusWishRecord(ctypes.Structure):
+    """`fr_corpus_wish`."""
+
+    _fields_ = (
+        ("nodes", c_int32),
+        ("depth", c_int32),
+        ("min_match", c_int32),
+        ("places", c_int32),
+        ("enough", c_int32),
+        ("end_count", c_int32),
+        ("cost", c_double),
+        ("ends", c_void_p),
+        ("weights", c_void_p),
+        ("odds", c_void_p),
+    )
+
+
+class CorpusDraftRecord(ctypes.Structure):
+    """`fr_corpus_draft`."""
+
+    _fields_ = (
+        ("tokens", c_void_p),
+        ("parents", c_void_p),
+        ("survival", c_void_p),
+        ("nodes", c_int32),
+        ("length", c_int32),
+        ("first", c_int32),
+        ("chance", c_double),
+    )
+
+
 RECORDS = (
     Matrix,
     FeedRecord,
@@ -174,6 +218,9 @@ RECORDS = (
     HeadsRecord,
     LevelRecord,
     TreeRecord,
+    CorpusRecord,
+    CorpusWishRecord,
+    CorpusDraftRecord,
 )
 SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "fr_sizes": (None, (c_void_p,)),
@@ -190,6 +237,7 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "fr_top": (None, (c_void_p, c_int64, c_int64, c_int32, *(c_void_p,) * 3, c_int32)),
     "fr_forward": (c_int32, (*(c_void_p,) * 4, c_int32)),
     "fr_draft": (c_int32, (*(c_void_p,) * 5, c_int64, c_int32)),
+    "fr_corpus_grow": (c_int32, (c_void_p, c_void_p, c_void_p, c_int32, c_int32, c_void_p)),
 }
 
 
