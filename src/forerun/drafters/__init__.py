@@ -33,6 +33,7 @@ from forerun.nn.network import Network
 REGISTRY = {
     "none": "forerun.drafters.none",
     "lookup": "forerun.drafters.lookup",
+    "maxgram": "forerun.drafters.maxgram",
     "small": "forerun.drafters.small",
     "verified": "forerun.drafters.verified",
     "medusa": "forerun.drafters.medusa",
@@ -121,9 +122,9 @@ def _parsed(text: str, source: str) -> dict[str, Any]:
 
 
 def _anchored(description: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Checkpoints and trees that lie beside the file that names them, wherever the command runs."""
+    """Checkpoints, trees and stores that lie beside the file that names them, wherever the command runs."""
     inside = {key: _anchored(value, folder) if isinstance(value, dict) else value for key, value in description.items()}
-    for key in ("checkpoint", "tree"):
+    for key in ("checkpoint", "tree", "store"):
         value = inside.get(key)
         if isinstance(value, str) and (folder / value).exists():
             inside[key] = str(folder / value)
