@@ -193,3 +193,32 @@ struct fr_view {
 // nodes grow there (1: the root alone), or minus an fr_error.
 FR_API int32_t fr_view_draft(fr_view* view, const int32_t* tokens, int64_t firm, int64_t tentative, int32_t root, int32_t nodes,
                              int32_t depth, int32_t min_match, double cost);
+
+// A corpus of text (src/forerun/drafters/lookup/index.py tells its layout): tokens [size] (uint16, or int32 if `wide`), order [entries].
+struct fr_corpus {
+    const void* tokens;
+    const int32_t* order;
+    int64_t size, entries;
+    int32_t vocabulary, wide;
+};
+// What is asked of it: the limits of a tree, at most `places` places of which `enough` need no shorter matches beside them. weights: [2, 4]
+// of the best child and of the others; odds: [1 + FR_CORPUS_LENGTHS].
+enum : int32_t { FR_CORPUS_LENGTHS = 8 };
+struct fr_corpus_wish {
+    int32_t nodes, depth, min_match, places, enough, end_count;
+    double cost;
+    const int32_t* ends;
+    const double* weights;
+    const double* odds;
+};
+// A tree: [wish.nodes + 1] each, of which `nodes` are filled; the longest match; the most probable next token (-1: none) and its chance.
+struct fr_corpus_draft {
+    int32_t* tokens;
+    int32_t* parents;
+    double* survival;
+    int32_t nodes, length, first;
+    double chance;
+};
+// end: the row's last tokens, the newest first.
+FR_API int32_t fr_corpus_grow(const fr_corpus* corpus, const fr_corpus_wish* wish, const int32_t* end, int32_t length, int32_t root,
+                              fr_corpus_draft* draft);

@@ -38,6 +38,8 @@ MIDDLE = {"drafter": "verified", "checkpoint": "middle"}
 DRAFTERS: dict[str, Any] = {
     "none": "none",
     "lookup": "lookup",
+    "maxgram": {"drafter": "maxgram", "length": 5},
+    "maxgram, as published": {"drafter": "maxgram", "length": 4, "compat": True},
     "small": {**SMALL, "length": 4},
     "small, fixed": {**SMALL, "stopping": {"rule": "fixed", "most": 3}},
     "small, confidence": {**SMALL, "stopping": {"rule": "confidence", "threshold": 0.6, "most": 6}},
@@ -46,6 +48,7 @@ DRAFTERS: dict[str, Any] = {
     "small, sampled tree": {**SMALL, "widths": [2, 2, 1]},
     "verified, none": {**MIDDLE, "inner": "none", "length": 3},
     "verified, lookup": {**MIDDLE, "inner": "lookup", "length": 4},
+    "verified, maxgram": {**MIDDLE, "inner": "maxgram", "length": 6},
     "verified, chain": {**MIDDLE, "inner": {**SMALL, "length": 2}, "length": 4},
     "verified, tree": {**MIDDLE, "inner": {**SMALL, "tree": {"width": 2, "depth": 2, "nodes": 4}}, "length": 3},
     "verified, sampled tree": {**MIDDLE, "inner": {**SMALL, "widths": [2, 1]}, "length": 3},
@@ -80,7 +83,7 @@ DRAFTERS: dict[str, Any] = {
     "fallback, enough": {"drafter": "fallback", "sources": ["lookup", {**SMALL, "length": 3}, "lookup"], "enough": 3},
     "fallback in a model": "verified:middle(lookup | verified:low(small:small))",
 }
-DETERMINISTIC = ("lookup", "small, tree")
+DETERMINISTIC = ("lookup", "maxgram", "small, tree")
 every_drafter = pytest.mark.parametrize("name", DRAFTERS)
 
 
@@ -327,6 +330,7 @@ SHORT: dict[str, Any] = {
     "small, sampled tree": {**SMALL, "widths": [2, 1]},
     "verified, none": {**MIDDLE, "inner": "none", "length": 2},
     "verified, lookup": {**MIDDLE, "inner": "lookup", "length": 2},
+    "verified, maxgram": {**MIDDLE, "inner": "maxgram", "length": 6},
     "verified, chain": {**MIDDLE, "inner": {**SMALL, "length": 1}, "length": 2},
     "verified, tree": {**MIDDLE, "inner": {**SMALL, "tree": {"width": 2, "depth": 1, "nodes": 2}}, "length": 2},
     "three models": {

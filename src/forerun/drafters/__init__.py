@@ -38,6 +38,7 @@ from forerun.nn.network import Network
 REGISTRY = {
     "none": "forerun.drafters.none",
     "lookup": "forerun.drafters.lookup",
+    "maxgram": "forerun.drafters.maxgram",
     "small": "forerun.drafters.small",
     "verified": "forerun.drafters.verified",
     "cascade": "forerun.drafters.cascade",

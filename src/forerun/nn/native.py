@@ -188,6 +188,50 @@ class ViewRecord(ctypes.Structure):
     )
 
 
+class CorpusRecord(ctypes.Structure):
+    """`fr_corpus`."""
+
+    _fields_ = (
+        ("tokens", c_void_p),
+        ("order", c_void_p),
+        ("size", c_int64),
+        ("entries", c_int64),
+        ("vocabulary", c_int32),
+        ("wide", c_int32),
+    )
+
+
+class CorpusWishRecord(ctypes.Structure):
+    """`fr_corpus_wish`."""
+
+    _fields_ = (
+        ("nodes", c_int32),
+        ("depth", c_int32),
+        ("min_match", c_int32),
+        ("places", c_int32),
+        ("enough", c_int32),
+        ("end_count", c_int32),
+        ("cost", c_double),
+        ("ends", c_void_p),
+        ("weights", c_void_p),
+        ("odds", c_void_p),
+    )
+
+
+class CorpusDraftRecord(ctypes.Structure):
+    """`fr_corpus_draft`."""
+
+    _fields_ = (
+        ("tokens", c_void_p),
+        ("parents", c_void_p),
+        ("survival", c_void_p),
+        ("nodes", c_int32),
+        ("length", c_int32),
+        ("first", c_int32),
+        ("chance", c_double),
+    )
+
+
 RECORDS = (
     Matrix,
     FeedRecord,
@@ -201,6 +245,9 @@ RECORDS = (
     TreeRecord,
     CursorRecord,
     ViewRecord,
+    CorpusRecord,
+    CorpusWishRecord,
+    CorpusDraftRecord,
 )
 SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "fr_sizes": (None, (c_void_p,)),
@@ -226,6 +273,7 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "fr_automaton_outlook": (None, (c_void_p, c_void_p, c_void_p)),
     "fr_automaton_continuations": (c_int32, (c_void_p, c_void_p, c_int32, c_int32, c_void_p)),
     "fr_view_draft": (c_int32, (c_void_p, c_void_p, c_int64, c_int64, *(c_int32,) * 4, c_double)),
+    "fr_corpus_grow": (c_int32, (c_void_p, c_void_p, c_void_p, c_int32, c_int32, c_void_p)),
 }
 
 

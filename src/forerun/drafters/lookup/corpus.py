@@ -1,0 +1,273 @@
+"""Text from outside, such as code or documents, kept in a file (`index` tells its layout) and read memory-mapped.
+
+Whatever a corpus holds, it changes what is proposed and never what is said.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from forerun.drafters.lookup.index import DTYPES, FORMAT, VERSION
+from forerun.drafters.lookup.places import ENOUGH, PLACES, WEIGHTS, Found, Trust, grow
+from forerun.drafters.lookup.store import Draft, Limits, View
+from forerun.errors import DrafterError, ForerunError
+from forerun.nn import native
+from forerun.row import Row
+
+LONGEST_HEADER = 1_000_000
+PENDING = 64
+"""Predictions that wait for their token. More than a verified drafter ever commits tentatively is not worth keeping."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A corpus file. `tokens`, `order` and `bigram` are mapped, not read."""
+
+    path: Path
+    tokens: NDArray[Any]
+    order: NDArray[Any]
+    bigram: NDArray[Any]
+    vocabulary: int
+    depth: int
+    documents: int
+    fingerprint: str
+
+    @staticmethod
+    def open(path: str | Path) -> Corpus:
+        """Raises DrafterError for a file that is missing, cut short, damaged, or something else.
+
+        Only the header is looked at. Nothing that the numbers behind it may be can do harm (`places`, `kernels/corpus.cc`).
+        """
+        path = Path(path)
+        try:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                described, begin = _header(path, file.read(8 + LONGEST_HEADER))
+        except OSError as error:
+            raise DrafterError(
+                f"cannot read the store {path} ({error.strerror}): build one with forerun index"
+            ) from None
+        try:
+            return _mapped(path, described, begin, size)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+            raise _damaged(path) from None
+
+    @property
+    def size(self) -> int:
+        """Tokens, the separators not counted."""
+        return len(self.tokens) - self.documents
+
+    def demand_fit(self, vocabulary: int, fingerprint: str = "") -> None:
+        """Refuse a corpus of other tokens than the target's. fingerprint: of the target's tokenizer, empty if not known."""
+        if self.vocabulary != vocabulary:
+            raise DrafterError(
+                f"{self.path} has a vocabulary of {self.vocabulary} tokens and the target one of {vocabulary}:"
+                " index the texts again with the target as --tokenizer"
+            )
+        if fingerprint and self.fingerprint and fingerprint != self.fingerprint:
+            raise DrafterError(
+                f"{self.path} was made with another tokenizer than the target's: index the texts again with the target as"
+                " --tokenizer"
+            )
+
+
+def _damaged(path: Path) -> DrafterError:
+    return DrafterError(f"the store {path} is cut short or damaged: build it again with forerun index")
+
+
+def _header(path: Path, start: bytes) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of itself, and where its numbers begin."""
+    length = int.from_bytes(start[:8], "little")
+    foreign = DrafterError(f"{path} is not a store of text: build one with forerun index")
+    if len(start) < 8 or not 2 <= length <= LONGEST_HEADER:
+        raise foreign
+    if len(start) < 8 + length:
+        raise _damaged(path)
+    try:
+        described = json.loads(start[8 : 8 + length])
+        meta = described["__metadata__"]
+        is_ours = meta["format"] == FORMAT
+    except (ValueError, KeyError, TypeError):
+        raise foreign from None
+    if not is_ours:
+        raise foreign
+    if meta.get("version") != VERSION:
+        raise DrafterError(
+            f"the store {path} is of version {meta.get('version')}, and {VERSION} can be read: build it again with forerun index"
+        )
+    return described, 8 + length
+
+
+def _mapped(path: Path, described: dict[str, Any], begin: int, size: int) -> Corpus:
+    meta = described["__metadata__"]
+    vocabulary, documents, depth = (int(meta[name]) for name in ("vocabulary", "documents", "depth"))
+    parts = {name: _part(path, described[name], begin, size) for name in ("tokens", "order", "bigram")}
+    tokens, order, bigram = parts.values()
+    expected = np.uint16 if vocabulary <= 65535 else np.int32
+    is_whole = (
+        (tokens.dtype, order.dtype, bigram.dtype) == (expected, np.int32, np.int32)
+        and len(bigram) == vocabulary
+        and documents > 0 < depth <= 1024
+        and len(order) == len(tokens) - 2 * documents >= 0
+        and int(tokens[-1]) == vocabulary
+    )
+    if not is_whole:
+        raise _damaged(path)
+    return Corpus(path, tokens, order, bigram, vocabulary, depth, documents, str(meta.get("fingerprint", "")))
+
+
+def _part(path: Path, described: dict[str, Any], begin: int, size: int) -> NDArray[Any]:
+    dtype, (count,), (first, end) = DTYPES[described["dtype"]], described["shape"], described["data_offsets"]
+    fits = 0 <= first <= end <= size - begin and end - first == count * dtype.itemsize
+    if not fits or (begin + first) % dtype.itemsize:
+        raise _damaged(path)
+    if count == 0:  # an empty file part cannot be mapped
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype, "r", begin + first, (count,))
+
+
+class CorpusStore:
+    """Every row looks into the same corpus, and learns for itself how far to trust it."""
+
+    name = "corpus"
+
+    def __init__(self, corpus: Corpus):
+        self.corpus = corpus
+        self._search = _search_in(corpus)
+
+    def open(self, row: Row) -> View:
+        return CorpusView(self._search)
+
+    def close(self, row: Row, view: View) -> None:
+        """A corpus does not change."""
+
+
+class _Guess(NamedTuple):
+    """What was thought most probable at a position of the row."""
+
+    position: int
+    token: int
+    length: int
+    chance: float
+
+
+class CorpusView:
+    """What one row has shown of how well the corpus foretells it: only what it looked up teaches."""
+
+    def __init__(self, search: _Search):
+        self._search, self.trust = search, Trust()
+        self._pending: list[_Guess] = []
+
+    def draft(self, tokens: Sequence[int], firm: int, limits: Limits) -> Draft:
+        """Tentative tokens are looked up like firm ones; they teach when they become firm."""
+        self._learn(tokens, firm)
+        found = self._search(tokens, self.trust, limits)
+        here = len(tokens)
+        self.forget(here)
+        if self._pending and self._pending[-1].position == here:
+            self._pending.pop()
+        if found.first >= 0:
+            self._pending = [*self._pending[-PENDING:], _Guess(here, found.first, found.length, found.chance)]
+        return found.draft
+
+    def _learn(self, tokens: Sequence[int], firm: int) -> None:
+        while self._pending and self._pending[0].position < firm:
+            guess = self._pending.pop(0)
+            self.trust.learn(guess.length, guess.chance, tokens[guess.position] == guess.token)
+
+    def forget(self, length: int) -> None:
+        """A guess beyond `length` was made after other tokens."""
+        while self._pending and self._pending[-1].position > length:
+            self._pending.pop()
+
+    def accepted(self, count: int) -> None:
+        """The text itself will tell."""
+
+
+# ---- searching
+
+
+class _Search:
+    """The readable form."""
+
+    def __init__(self, corpus: Corpus):
+        self._corpus = _Numbers(memoryview(corpus.tokens), memoryview(corpus.order), corpus.vocabulary)
+        self._depth = corpus.depth
+
+    def __call__(self, tokens: Sequence[int], trust: Trust, limits: Limits) -> Found:
+        return grow(self._corpus, tokens[-self._depth :], trust, limits)
+
+
+class _Numbers(NamedTuple):
+    """A corpus whose numbers are Python's."""
+
+    tokens: Any
+    order: Any
+    vocabulary: int
+
+
+class _NativeSearch(_Search):
+    """The same in one call."""
+
+    def __init__(self, corpus: Corpus, library: ctypes.CDLL):
+        super().__init__(corpus)
+        self._grow, self._kept = library.fr_corpus_grow, corpus
+        size, entries = len(corpus.tokens), len(corpus.order)
+        wide, at = corpus.tokens.dtype.itemsize == 4, (corpus.tokens.ctypes.data, corpus.order.ctypes.data)
+        self._record = native.CorpusRecord(*at, size, entries, corpus.vocabulary, wide)
+        self._weights = array("d", [number for row in WEIGHTS for number in row])
+
+    def __call__(self, tokens: Sequence[int], trust: Trust, limits: Limits) -> Found:
+        end = array("i", tokens[-self._depth :])
+        end.reverse()
+        ends = array("i", limits.ends)
+        nodes = limits.nodes
+        grown, parents, survival = (
+            array("i", bytes(4 * nodes + 4)),
+            array("i", bytes(4 * nodes + 4)),
+            array("d", bytes(8 * nodes + 8)),
+        )
+        wish = native.CorpusWishRecord(
+            nodes,
+            limits.depth,
+            limits.min_match,
+            PLACES,
+            ENOUGH,
+            len(ends),
+            limits.cost,
+            ends.buffer_info()[0],
+            self._weights.buffer_info()[0],
+            trust.odds.buffer_info()[0],
+        )
+        draft = native.CorpusDraftRecord(
+            grown.buffer_info()[0], parents.buffer_info()[0], survival.buffer_info()[0], 0, 0, 0, 0.0
+        )
+        failed = self._grow(
+            ctypes.byref(self._record),
+            ctypes.byref(wish),
+            end.buffer_info()[0],
+            len(end),
+            tokens[-1],
+            ctypes.byref(draft),
+        )
+        if failed:
+            raise MemoryError
+        count = draft.nodes
+        tree = Draft(grown[:count].tolist(), parents[:count].tolist(), survival[:count].tolist())
+        return Found(tree, draft.length, draft.first, draft.chance)
+
+
+def _search_in(corpus: Corpus) -> _Search:
+    try:
+        return _NativeSearch(corpus, native.library())
+    except ForerunError:
+        return _Search(corpus)
