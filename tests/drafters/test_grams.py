@@ -13,6 +13,7 @@ from forerun.drafters.lookup.store import Draft, Limits
 from forerun.row import Row
 from forerun.sampling import SamplingParams
 
+PAPER = Shape()
 WIDE = Limits(nodes=64, depth=16, min_match=1, cost=1e-6)
 
 
@@ -20,7 +21,7 @@ def row_of(tokens: Sequence[int], tentative: int = 0) -> Row:
     return Row(list(tokens), 1, SamplingParams(temperature=0), key=0, limit=1000, tentative=tentative)
 
 
-def drafted(text: Sequence[int], shape: Shape = Shape(), limits: Limits = WIDE) -> Draft:
+def drafted(text: Sequence[int], shape: Shape = PAPER, limits: Limits = WIDE) -> Draft:
     return GramStore(shape).open(row_of(text)).draft(text, len(text), limits)
 
 
@@ -95,7 +96,10 @@ def test_nothing_follows_an_end_and_one_token_is_all_that_matches() -> None:
 
 
 @given(
-    st.lists(st.integers(0, 2), min_size=1, max_size=40), st.integers(0, 9), st.integers(0, 5), st.sampled_from([0, 0.1])
+    st.lists(st.integers(0, 2), min_size=1, max_size=40),
+    st.integers(0, 9),
+    st.integers(0, 5),
+    st.sampled_from([0, 0.1]),
 )
 def test_trees_are_valid(text: list[int], nodes: int, depth: int, cost: float) -> None:
     draft = drafted(text, Shape(length=4), Limits(nodes, depth, 1, cost))
