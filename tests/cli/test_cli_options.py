@@ -22,6 +22,7 @@ OPTIONS = {
     "generate": f"{SAMPLING} {MACHINE} --acceptance --drafter --prompt-file --repetition-penalty --presence-penalty"
     " --frequency-penalty --n --stop --ignore-eos --max-rows --logprobs --json",
     "check": f"{SAMPLING} {MACHINE} --drafter --tokens --rows --samples --prompt-file --json",
+    "index": "--tokenizer --out",
     "inspect": f"{MACHINE} --json",
     "calibrate": f"{MACHINE} --drafter --out --data --answers --rows --rounds --max-new-tokens --temperature --seed",
     "convert": "--to --out --target --prompts",

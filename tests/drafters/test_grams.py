@@ -13,6 +13,7 @@ from forerun.drafters.lookup.store import Draft, Limits
 from forerun.row import Row
 from forerun.sampling import SamplingParams
 
+PAPER = Shape()
 WIDE = Limits(nodes=64, depth=16, min_match=1, cost=1e-6)
 
 
@@ -20,7 +21,7 @@ def row_of(tokens: Sequence[int], tentative: int = 0) -> Row:
     return Row(list(tokens), 1, SamplingParams(temperature=0), key=0, limit=1000, tentative=tentative)
 
 
-def drafted(text: Sequence[int], shape: Shape = Shape(), limits: Limits = WIDE) -> Draft:
+def drafted(text: Sequence[int], shape: Shape = PAPER, limits: Limits = WIDE) -> Draft:
     return GramStore(shape).open(row_of(text)).draft(text, len(text), limits)
 
 

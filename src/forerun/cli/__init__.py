@@ -1,4 +1,4 @@
-"""The command line: `forerun demo | generate | check | inspect | distill | train | calibrate | convert`.
+"""The command line: `forerun demo | generate | check | inspect | index | distill | train | calibrate | convert`.
 
 Every command has a module, which imports what is heavy only when it runs: `forerun --help` answers at once. Every error
 that an input can cause ends in `run`: one sentence on stderr, exit code 2, no traceback.
@@ -21,6 +21,7 @@ from forerun.cli.convert import convert
 from forerun.cli.demo import demo
 from forerun.cli.distill import distill
 from forerun.cli.generate import generate
+from forerun.cli.index import index
 from forerun.cli.inspect import inspect
 from forerun.cli.train import app as train
 
@@ -32,7 +33,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, generate, check, inspect, distill, calibrate, convert):
+for command in (demo, generate, check, inspect, distill, calibrate, convert, index):
     app.command()(command)
 app.add_typer(train, name="train")
 

@@ -113,7 +113,7 @@ def chain(
 
 
 def repository_chain(prompt: Sequence[int], sequence: Sequence[int], count: int, table: Table) -> list[int]:
-    """What `mag.py` of the authors' repository returns (commit 05b22e1), with every peculiarity; possibly 2 `count` - 1 tokens."""
+    """What `mag.py` of the authors' repository returns (commit 05b22e1), peculiarities and all; up to 2 `count` - 1 tokens."""
     extended = list(sequence)
     extended += _after_leftmost([*prompt, *sequence[:-1]], extended, count)
     if len(extended) - len(sequence) < count:
@@ -215,4 +215,4 @@ def _table(workshop: Workshop, store: str | None) -> Table:
         return Table()
     corpus = Corpus.open(store)
     corpus.demand_fit(workshop.target.vocab_size)
-    return Table(corpus.bigram)
+    return Table(corpus.bigram.data)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forerun.drafters.lookup.index import DTYPES, FORMAT, VERSION
-from forerun.drafters.lookup.places import ENOUGH, PLACES, WEIGHTS, Found, Trust, grow
+from forerun.drafters.lookup.places import ENOUGH, PLACES, WEIGHTS, Found, Numbers, Trust, grow
 from forerun.drafters.lookup.store import Draft, Limits, View
 from forerun.errors import DrafterError, ForerunError
 from forerun.nn import native
@@ -112,9 +112,9 @@ def _mapped(path: Path, described: dict[str, Any], begin: int, size: int) -> Cor
     vocabulary, documents, depth = (int(meta[name]) for name in ("vocabulary", "documents", "depth"))
     parts = {name: _part(path, described[name], begin, size) for name in ("tokens", "order", "bigram")}
     tokens, order, bigram = parts.values()
-    expected = np.uint16 if vocabulary <= 65535 else np.int32
+    expected = [DTYPES["U16" if vocabulary <= 65535 else "I32"], DTYPES["I32"], DTYPES["I32"]]
     is_whole = (
-        (tokens.dtype, order.dtype, bigram.dtype) == (expected, np.int32, np.int32)
+        [part.dtype for part in parts.values()] == expected
         and len(bigram) == vocabulary
         and documents > 0 < depth <= 1024
         and len(order) == len(tokens) - 2 * documents >= 0
@@ -126,13 +126,14 @@ def _mapped(path: Path, described: dict[str, Any], begin: int, size: int) -> Cor
 
 
 def _part(path: Path, described: dict[str, Any], begin: int, size: int) -> NDArray[Any]:
-    dtype, (count,), (first, end) = DTYPES[described["dtype"]], described["shape"], described["data_offsets"]
+    dtype: np.dtype[Any] = DTYPES[described["dtype"]]
+    (count,), (first, end) = described["shape"], described["data_offsets"]
     fits = 0 <= first <= end <= size - begin and end - first == count * dtype.itemsize
     if not fits or (begin + first) % dtype.itemsize:
         raise _damaged(path)
     if count == 0:  # an empty file part cannot be mapped
         return np.empty(0, dtype)
-    return np.memmap(path, dtype, "r", begin + first, (count,))
+    return np.memmap(path, dtype, "r", begin + first, (int(count),))
 
 
 class CorpusStore:
@@ -200,19 +201,11 @@ class _Search:
     """The readable form."""
 
     def __init__(self, corpus: Corpus):
-        self._corpus = _Numbers(memoryview(corpus.tokens), memoryview(corpus.order), corpus.vocabulary)
+        self._corpus = Numbers(corpus.tokens.data, corpus.order.data, corpus.vocabulary)
         self._depth = corpus.depth
 
     def __call__(self, tokens: Sequence[int], trust: Trust, limits: Limits) -> Found:
         return grow(self._corpus, tokens[-self._depth :], trust, limits)
-
-
-class _Numbers(NamedTuple):
-    """A corpus whose numbers are Python's."""
-
-    tokens: Any
-    order: Any
-    vocabulary: int
 
 
 class _NativeSearch(_Search):
@@ -231,11 +224,8 @@ class _NativeSearch(_Search):
         end.reverse()
         ends = array("i", limits.ends)
         nodes = limits.nodes
-        grown, parents, survival = (
-            array("i", bytes(4 * nodes + 4)),
-            array("i", bytes(4 * nodes + 4)),
-            array("d", bytes(8 * nodes + 8)),
-        )
+        grown, parents = (array("i", bytes(4 * nodes + 4)) for _ in range(2))
+        survival = array("d", bytes(8 * nodes + 8))
         wish = native.CorpusWishRecord(
             nodes,
             limits.depth,

@@ -36,7 +36,7 @@ FORMAT, VERSION = "forerun corpus", "1"
 DEPTH = 32
 """How many tokens of a context are compared. A longer match says no more about what follows."""
 MOST_TOKENS = 2**31 - 1
-DTYPES = {"U16": np.dtype("<u2"), "I32": np.dtype("<i4")}
+DTYPES: dict[str, np.dtype[Any]] = {"U16": np.dtype("<u2"), "I32": np.dtype("<i4")}
 
 Ints = NDArray[Any]
 Watch = Callable[[int, int], None]
@@ -134,7 +134,7 @@ def _before(tokens: Ints, separator: int) -> Ints:
 
 def _has_next(tokens: Ints, separator: int) -> Ints:
     """Where a token of the same document follows."""
-    is_text = tokens != separator
+    is_text: Ints = np.not_equal(tokens, separator)
     is_text[:-1] &= is_text[1:]
     is_text[-1] = False
     return is_text

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from heapq import heappop, heappush
 from itertools import takewhile
 from math import exp, log2
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from forerun.drafters.lookup.store import Draft, Limits
 
@@ -31,12 +31,12 @@ WEIGHTS = (
     (-1.96, 0.09, 0.56, -0.38),  # the heaviest child
     (-1.43, -0.11, 0.75, -0.60),  # the others
 )
-"""Logistic regression over 5,000 places, half of them in Python files and half in what the reference target said, with a corpus of
-10 M tokens of other Python files; of depths 1 to 12 along the text that came."""
+"""Logistic regression over 5,000 places, half of them in Python files and half in what the reference target said, with a corpus
+of 10 M tokens of other Python files; of depths 1 to 12 along the text that came. `benchmarks/corpus.py --fit` fits to answers."""
 
 
-class Sorted(Protocol):
-    """What is asked of a corpus: its parts, see `index`."""
+class Numbers(NamedTuple):
+    """What is asked of a corpus: parts of it, see `index`."""
 
     tokens: Sequence[int]
     order: Sequence[int]
@@ -90,19 +90,19 @@ def survival(odds: Sequence[float], rank: int, length: int, own: int, others: in
     return 1 / (1 + exp(-(score + odds[0] + odds[1 + bucket(length)])))
 
 
-def position_of(corpus: Sorted, entry: int) -> int:
+def position_of(corpus: Numbers, entry: int) -> int:
     """Where an entry's text ends; brought into range, whatever a damaged file says."""
     return min(max(corpus.order[entry], 0), len(corpus.tokens) - 1)
 
 
-def agreeing(corpus: Sorted, entry: int, end: Sequence[int]) -> int:
+def agreeing(corpus: Numbers, entry: int, end: Sequence[int]) -> int:
     """How many of the tokens `end` (the newest first) this entry's text ends in."""
     position = position_of(corpus, entry)
     most = min(len(end), position + 1)
     return next((back for back in range(most) if corpus.tokens[position - back] != end[back]), most)
 
 
-def _is_before(corpus: Sorted, entry: int, end: Sequence[int], or_equal: bool) -> bool:
+def _is_before(corpus: Numbers, entry: int, end: Sequence[int], or_equal: bool) -> bool:
     """Whether an entry is sorted before all (or_equal: before the end of all) that end in these tokens."""
     agree, position = agreeing(corpus, entry, end), position_of(corpus, entry)
     if agree == len(end):
@@ -113,7 +113,7 @@ def _is_before(corpus: Sorted, entry: int, end: Sequence[int], or_equal: bool) -
     return token == corpus.vocabulary or token < end[agree]  # a document's start is less than any token
 
 
-def _boundary(corpus: Sorted, end: Sequence[int], or_equal: bool, low: int, high: int) -> int:
+def _boundary(corpus: Numbers, end: Sequence[int], or_equal: bool, low: int, high: int) -> int:
     while low < high:
         middle = (low + high) // 2
         if _is_before(corpus, middle, end, or_equal):
@@ -123,7 +123,7 @@ def _boundary(corpus: Sorted, end: Sequence[int], or_equal: bool, low: int, high
     return low
 
 
-def places(corpus: Sorted, end: Sequence[int], min_match: int) -> list[Place]:
+def places(corpus: Numbers, end: Sequence[int], min_match: int) -> list[Place]:
     """Where texts end like these tokens (the newest first), the longest matches first; none below `min_match`."""
     entries, found = len(corpus.order), list[Place]()
     low = high = _boundary(corpus, end, False, 0, entries)
@@ -146,7 +146,7 @@ def places(corpus: Sorted, end: Sequence[int], min_match: int) -> list[Place]:
     return found
 
 
-def grow(corpus: Sorted, context: Sequence[int], trust: Trust, limits: Limits) -> Found:
+def grow(corpus: Numbers, context: Sequence[int], trust: Trust, limits: Limits) -> Found:
     """A draft for a row that ends in `context`, the newest token last."""
     known = list(takewhile(lambda token: 0 <= token < corpus.vocabulary, reversed(context)))
     found = places(corpus, known, limits.min_match)
@@ -158,7 +158,7 @@ def grow(corpus: Sorted, context: Sequence[int], trust: Trust, limits: Limits) -
 class _Growth:
     """Ties go to what was considered first."""
 
-    def __init__(self, corpus: Sorted, trust: Trust, limits: Limits):
+    def __init__(self, corpus: Numbers, trust: Trust, limits: Limits):
         self._corpus, self._odds, self._limits = corpus, trust.odds, limits
         self._heap: list[tuple[float, int, int, int, int, list[Place]]] = []
         self._considered = 0

@@ -1,0 +1,102 @@
+"""`forerun index`: texts into a store that drafters copy from."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from forerun.drafters.lookup.index import Contents
+    from forerun.drafters.lookup.texts import Encode, Texts
+
+Files = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="FILES...",
+        help='Text files, folders of them, or .jsonl with "text", with "prompt" and "answer", or from forerun distill.',
+    ),
+]
+Tokenizer = Annotated[
+    str, typer.Option(metavar="MODEL", help="The target: a folder in Hugging Face format, or a hub id.")
+]
+Out = Annotated[Path, typer.Option(metavar="STORE", help="The file to write.")]
+
+
+def index(files: Files, tokenizer: Tokenizer, out: Out) -> None:
+    """Sort texts so that a drafter finds in microseconds what came next at places like this one.
+
+    Every file is one text, and every row of a .jsonl file. Whatever a store holds, it changes how fast a model speaks and never
+    what it says.
+    """
+    from forerun.drafters.lookup.index import build, fingerprint_of, write
+    from forerun.drafters.lookup.texts import find
+
+    _demand_place(out)
+    began = time.perf_counter()
+    texts = find(files)
+    encode, size, names = _vocabulary(tokenizer)
+    with _bar() as progress:
+        reading = progress.add_task("reading", total=texts.size)
+        sorting = progress.add_task("sorting", total=None)
+        documents = texts.documents(encode, lambda done: progress.advance(reading, done))
+        contents = build(documents, size, lambda done, total: progress.update(sorting, completed=done, total=total))
+    write(contents, out, fingerprint_of(names))
+    _report(contents, texts, out, time.perf_counter() - began)
+
+
+def _demand_place(out: Path) -> None:
+    from forerun.cli.files import demand_place
+    from forerun.errors import ForerunError
+
+    demand_place(out)
+    if out.exists() and not out.is_file():
+        raise ForerunError(f"cannot write {out}, for it is no file: name a file, which may be there already")
+
+
+def _vocabulary(model: str) -> tuple[Encode, int, dict[str, int]]:
+    """How a model's tokenizer reads a text, how many tokens the model knows, and what they are called."""
+    from transformers import AutoConfig
+
+    from forerun.assembly import tokenizer_of
+    from forerun.cli.engines import quiet
+    from forerun.errors import CheckpointError
+
+    quiet()
+    tokenizer: Any = tokenizer_of(model)
+    if tokenizer is None:
+        raise CheckpointError(f"{model} has no tokenizer: name a folder with a tokenizer.json")
+    try:
+        size = AutoConfig.from_pretrained(model).get_text_config().vocab_size
+    except (OSError, ValueError, AttributeError):
+        size = len(tokenizer)  # a tokenizer on its own
+    backend = tokenizer.backend_tokenizer
+    return lambda text: backend.encode(text, add_special_tokens=False).ids, size, tokenizer.get_vocab()
+
+
+@contextmanager
+def _bar() -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield progress
+
+
+def _report(contents: Contents, texts: Texts, out: Path, seconds: float) -> None:
+    size = out.stat().st_size
+    print(
+        f"{out}: {contents.size:,} tokens of {contents.documents:,} texts from {len(texts.files):,} files,"
+        f" {size / contents.size:.2f} bytes per token, {seconds:.1f} s"
+    )
+    if texts.skipped:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in texts.skipped.items())
+        print(f"skipped in folders: {reasons}", file=sys.stderr)
