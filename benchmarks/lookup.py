@@ -1,4 +1,5 @@
 """What the lookup drafter costs, and what it finds: python benchmarks/lookup.py [--json FILE] [--tokenizer FILE] [--fit]
+[--answers FILE]
 
 For the native automaton (what is used where there are kernels) and the one in Python, and for texts of 1,024 to 131,072
 tokens, Python source, random tokens and random bits: microseconds per token to read a prompt, to append one by one, and to
@@ -7,7 +8,9 @@ whole proposal (study, look up, make the tree, as the engine asks for it), where
 bytes per token; and what a target that says the following 2,000 tokens would have accepted. Times are wall-clock; the
 machine should be idle.
 
---fit prints the logistic regression behind `forerun.drafters.lookup.growth.prior`, fitted to source code.
+--fit prints the logistic regression behind `forerun.drafters.lookup.growth.prior`, fitted to source code; with --answers, a file
+of `forerun distill`, that of the model store, fitted to the second half of the answers after the first is known. --answers alone
+measures a model store of 2**20 tokens that hears these answers one after the other: drafts, memory, and the hiccup when it is full.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import random
 import re
 import sysconfig
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -31,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 
-from forerun.automaton import SuffixAutomaton
+from forerun.automaton import ROOT, SEPARATOR, SuffixAutomaton
 from forerun.drafter import Context
 from forerun.drafters.lookup import Lookup
 from forerun.drafters.lookup.context import ContextView
@@ -211,10 +214,39 @@ def evidence(text: Sequence[int], known: int) -> Iterator[tuple[int, int, bool, 
 def fitted(ids: IdsOf) -> list[list[float]]:
     """Weights of (1, log2 length, log2 run, branches) per rank, in log-odds; from 1,000 tokens of each of 200 files."""
     texts = islice((text for text in files(ids) if len(text) >= 1400), 200)
-    rows = torch.tensor([row for text in texts for row in evidence(text[:1400], 400)])
-    length, run, branches, found, came = rows.double().unbind(1)
+    return _fitted(row for text in texts for row in evidence(text[:1400], 400))
+
+
+def _fitted(found: Iterable[tuple[int, int, bool, int, int]]) -> list[list[float]]:
+    rows = torch.tensor(list(found))
+    length, run, branches, known, came = rows.double().unbind(1)
     features = torch.stack((torch.ones_like(length), length.log2(), run.log2(), branches), 1)
-    return [_regression(features[found > rank], (came == rank)[found > rank].double()) for rank in range(RANKS)]
+    return [_regression(features[known > rank], (came == rank)[known > rank].double()) for rank in range(RANKS)]
+
+
+def answers(file: Path) -> list[tuple[list[int], list[int]]]:
+    """Prompts and answers of a file that `forerun distill` wrote."""
+    records = map(json.loads, file.read_text().splitlines()[1:])
+    return [(record["prompt"], record["answer"]) for record in records]
+
+
+def said(texts: Sequence[tuple[list[int], list[int]]]) -> Iterator[tuple[int, int, bool, int, int]]:
+    """`evidence` of answers that are foretold from earlier ones; the first half of them is only heard."""
+    automaton = automaton_of()
+    for number, (prompt, answer) in enumerate(texts):
+        cursor = automaton.walk(ROOT, prompt[-32:])
+        for token in answer if 2 * number >= len(texts) else ():
+            if cursor.length and automaton.outlook(cursor).newest != SEPARATOR:
+                found = automaton.continuations(cursor, RANKS)
+                rank = found.index(token) if token in found else RANKS
+                _, run, branches = automaton.outlook(cursor)
+                yield min(cursor.length, 64), min(run, 8), branches, len(found), rank
+            cursor = automaton.advance(cursor, token)
+        automaton.extend([*answer, SEPARATOR])
+
+
+def fitted_to_answers(file: Path) -> list[list[float]]:
+    return _fitted(said(answers(file)))
 
 
 def _regression(features: torch.Tensor, hits: torch.Tensor) -> list[float]:
