@@ -368,7 +368,7 @@ def test_native_and_readable_automata_make_the_same_store(seed: int) -> None:
             for store, view in zip(stores, views, strict=True):
                 store.close(row, view)
             rows.remove((row, views))
-    assert [list(store._texts.values()) for store in stores][0] == list(stores[1]._texts.values())
+    assert list(stores[0]._texts.values()) == list(stores[1]._texts.values())
 
 
 # ---- the file
