@@ -1,4 +1,6 @@
-"""What the lookup drafter costs, and what it finds: python benchmarks/lookup.py [--json FILE] [--tokenizer FILE] [--fit]
+"""What the lookup drafter costs, and what it finds: python benchmarks/lookup.py
+
+[--json FILE] [--tokenizer FILE] [--answers FILE] [--fit]
 
 For the native automaton (what is used where there are kernels) and the one in Python, and for texts of 1,024 to 131,072
 tokens, Python source, random tokens and random bits: microseconds per token to read a prompt, to append one by one, and to
@@ -7,7 +9,12 @@ whole proposal (study, look up, make the tree, as the engine asks for it), where
 bytes per token; and what a target that says the following 2,000 tokens would have accepted. Times are wall-clock; the
 machine should be idle.
 
---fit prints the logistic regression behind `forerun.drafters.lookup.growth.prior`, fitted to source code.
+--answers, a file of `forerun distill`, measures a model store of 2**20 tokens instead, which hears the answers one after the
+other: microseconds of one draft, milliseconds to take up an answer, and when it is full to read anew what is left; and what
+the answers in the second half of the file would have gained.
+
+--fit prints the logistic regression behind `forerun.drafters.lookup.growth.prior`, fitted to source code; with --answers, that
+of the model store, fitted to the second half of the answers when the first is known.
 """
 
 from __future__ import annotations
@@ -20,7 +27,7 @@ import random
 import re
 import sysconfig
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -31,11 +38,12 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 
-from forerun.automaton import SuffixAutomaton
+from forerun.automaton import ROOT, SEPARATOR, SuffixAutomaton
 from forerun.drafter import Context
 from forerun.drafters.lookup import Lookup
 from forerun.drafters.lookup.context import ContextView
 from forerun.drafters.lookup.growth import RANKS
+from forerun.drafters.lookup.model import ModelStore
 from forerun.drafters.lookup.reader import Automaton, automaton_of
 from forerun.drafters.lookup.store import Limits
 from forerun.nn import native
@@ -50,6 +58,9 @@ VOCABULARY = 4096
 """Of the random text."""
 DEVICE = torch.device("cpu")
 LIMITS = Limits(nodes=16, depth=16, min_match=1, cost=0.05)
+
+STORED = 2**20
+"""Tokens in the model store."""
 
 IdsOf = Callable[[str], Sequence[int]]
 Make = Callable[[], Automaton]
@@ -211,10 +222,103 @@ def evidence(text: Sequence[int], known: int) -> Iterator[tuple[int, int, bool, 
 def fitted(ids: IdsOf) -> list[list[float]]:
     """Weights of (1, log2 length, log2 run, branches) per rank, in log-odds; from 1,000 tokens of each of 200 files."""
     texts = islice((text for text in files(ids) if len(text) >= 1400), 200)
-    rows = torch.tensor([row for text in texts for row in evidence(text[:1400], 400)])
-    length, run, branches, found, came = rows.double().unbind(1)
+    return _fitted(row for text in texts for row in evidence(text[:1400], 400))
+
+
+@dataclass(frozen=True)
+class StoreFigures:
+    """A model store. Closing a row takes `close_ms` for the answer alone, `full_ms` when the store is full."""
+
+    automaton: str
+    answers: int
+    tokens: int
+    draft_us_p50: float
+    draft_us_p99: float
+    close_ms_p50: float
+    full_ms_p50: float
+    full_ms_most: float
+    times_full: int
+    bytes_per_token: float
+    tokens_per_step: float
+    nodes_per_step: float
+
+
+def measure_store(kind: str, make: Make, texts: Sequence[tuple[list[int], list[int]]]) -> StoreFigures:
+    store, drafts, closes, full = ModelStore(STORED, make=make), list[float](), list[float](), list[float]()
+    nodes = said = 0
+    for number, (prompt, answer) in enumerate(texts):
+        row = Row(list(prompt), len(prompt), SamplingParams(), key=0, limit=len(prompt) + len(answer))
+        view = store.open(row)
+        if 2 * number < len(texts):
+            row.tokens += answer
+        while row.remaining:
+            begun = time.perf_counter()
+            found = view.draft(row.tokens, len(row.tokens), LIMITS)
+            drafts.append(1e6 * (time.perf_counter() - begun))
+            ahead = answer[len(row.tokens) - len(prompt) :]
+            right = accepted(TokenTree.of([found.tokens], [found.parents], DEVICE), ahead)
+            if right:
+                view.accepted(right)
+            row.tokens += ahead[: right + 1]
+            nodes, said = nodes + len(found.tokens) - 1, said + len(ahead[: right + 1])
+        size, begun = len(store), time.perf_counter()
+        store.close(row, view)
+        (closes if len(store) >= size else full).append(1e3 * (time.perf_counter() - begun))
+    return StoreFigures(
+        kind,
+        len(texts),
+        sum(len(answer) for _, answer in texts),
+        *percentiles(drafts),
+        percentiles(closes)[0],
+        sorted(full)[len(full) // 2] if full else float("nan"),
+        max(full, default=float("nan")),
+        len(full),
+        store.nbytes / len(store),
+        said / len(drafts),
+        nodes / len(drafts),
+    )
+
+
+def store_table(figures: Sequence[StoreFigures]) -> Table:
+    shown = Table(title=f"a model store of {STORED:,} tokens")
+    for heading in [name.replace("_", " ") for name in StoreFigures.__dataclass_fields__]:
+        shown.add_column(heading, justify="right")
+    for one in figures:
+        kind, *values = asdict(one).values()
+        shown.add_row(kind, *(f"{value:,.{0 if isinstance(value, int) else 2}f}" for value in values))
+    return shown
+
+
+def _fitted(found: Iterable[tuple[int, int, bool, int, int]]) -> list[list[float]]:
+    rows = torch.tensor(list(found))
+    length, run, branches, known, came = rows.double().unbind(1)
     features = torch.stack((torch.ones_like(length), length.log2(), run.log2(), branches), 1)
-    return [_regression(features[found > rank], (came == rank)[found > rank].double()) for rank in range(RANKS)]
+    return [_regression(features[known > rank], (came == rank)[known > rank].double()) for rank in range(RANKS)]
+
+
+def answers(file: Path) -> list[tuple[list[int], list[int]]]:
+    """Prompts and answers of a file that `forerun distill` wrote."""
+    records = map(json.loads, file.read_text().splitlines()[1:])
+    return [(record["prompt"], record["answer"]) for record in records]
+
+
+def said(texts: Sequence[tuple[list[int], list[int]]]) -> Iterator[tuple[int, int, bool, int, int]]:
+    """`evidence` of answers that are foretold from earlier ones; the first half of them is only heard."""
+    automaton = automaton_of()
+    for number, (prompt, answer) in enumerate(texts):
+        cursor = automaton.walk(ROOT, prompt[-32:])
+        for token in answer if 2 * number >= len(texts) else ():
+            if cursor.length and automaton.outlook(cursor).newest != SEPARATOR:
+                found = automaton.continuations(cursor, RANKS)
+                rank = found.index(token) if token in found else RANKS
+                _, run, branches = automaton.outlook(cursor)
+                yield min(cursor.length, 64), min(run, 8), branches, len(found), rank
+            cursor = automaton.advance(cursor, token)
+        automaton.extend([*answer, SEPARATOR])
+
+
+def fitted_to_answers(file: Path) -> list[list[float]]:
+    return _fitted(said(answers(file)))
 
 
 def _regression(features: torch.Tensor, hits: torch.Tensor) -> list[float]:
@@ -237,32 +341,40 @@ def main() -> None:
     parser.add_argument(
         "--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json for the source code; else words"
     )
+    parser.add_argument("--answers", type=Path, metavar="FILE", help="measure a model store that hears these")
     parser.add_argument("--fit", action="store_true", help="print the weights of the prior instead")
     options = parser.parse_args()
-    ids, console = tokenizer(options.tokenizer), Console()
+    console = Console()
     if options.fit:
-        for rank, weights in enumerate(fitted(ids)):
-            console.print(f"rank {rank}: {weights}")
+        weights = fitted_to_answers(options.answers) if options.answers else fitted(tokenizer(options.tokenizer))
+        for rank, values in enumerate(weights):
+            console.print(f"rank {rank}: {values}")
         return
+    makes: dict[str, Make] = ({"native": automaton_of} if native.is_there() else {}) | {"python": SuffixAutomaton}
+    console.print(f"in use: {next(iter(makes))}")
+    figures: Sequence[Figures | StoreFigures]
+    if options.answers:
+        figures = stores = [measure_store(kind, make, answers(options.answers)) for kind, make in makes.items()]
+        console.print(store_table(stores))
+    else:
+        figures = contexts = every_context(makes, tokenizer(options.tokenizer))
+        console.print(table(contexts))
+    if options.json:
+        machine = {"python": platform.python_version(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
+        limits = asdict(LIMITS) | {"ends": sorted(LIMITS.ends)}
+        record = {"machine": machine, "limits": limits, "figures": [asdict(one) for one in figures]}
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def every_context(makes: Mapping[str, Make], ids: IdsOf) -> list[Figures]:
     longest = LENGTHS[-1] + FOLLOWING
     texts = {"source": source(ids, longest), "random": noise(longest), "bits": noise(longest, 2)}
-    makes: dict[str, Make] = {"native": automaton_of} if native.is_there() else {}
-    console.print(f"in use: {next(iter(makes), 'python')}")
-    figures = [
+    return [
         measure(kind, make, name, text, count)
-        for kind, make in (makes | {"python": SuffixAutomaton}).items()
+        for kind, make in makes.items()
         for name, text in texts.items()
         for count in LENGTHS
     ]
-    console.print(table(figures))
-    if options.json:
-        machine = {"python": platform.python_version(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
-        record = {
-            "machine": machine,
-            "limits": asdict(LIMITS) | {"ends": sorted(LIMITS.ends)},
-            "figures": [asdict(one) for one in figures],
-        }
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

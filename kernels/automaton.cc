@@ -504,13 +504,15 @@ bool are_tokens(const int32_t* tokens, int64_t count) {
     return std::all_of(tokens, tokens + count, [](int32_t token) { return token >= 0; });
 }
 
-// What `body` returns, or `failed` after there was not enough memory; the automaton is empty then.
+bool is_place(const fr_automaton& automaton, fr_cursor cursor) { return cursor.state >= 0 && cursor.state < automaton.states(); }
+
+// What `body` returns, or `failed` after there was not enough memory. An automaton that grew is empty then.
 template <class Body>
-int32_t guarded(fr_automaton& automaton, int32_t failed, Body&& body) {
+int32_t guarded(fr_automaton& automaton, bool grows, int32_t failed, Body&& body) {
     try {
         return body();
     } catch (const std::bad_alloc&) {
-        automaton.clear();
+        if (grows) automaton.clear();
         return failed;
     }
 }
@@ -528,7 +530,7 @@ FR_API void fr_automaton_free(fr_automaton* automaton) { delete automaton; }
 
 FR_API int32_t fr_automaton_extend(fr_automaton* automaton, const int32_t* tokens, int64_t count) {
     if (!are_tokens(tokens, count)) return FR_BAD_TOKEN;
-    return guarded(*automaton, FR_NO_MEMORY, [&] {
+    return guarded(*automaton, true, FR_NO_MEMORY, [&] {
         for (int64_t i = 0; i < count; ++i) automaton->append(tokens[i]);
         return int32_t(FR_FINE);
     });
@@ -544,6 +546,7 @@ FR_API void fr_automaton_match(const fr_automaton* automaton, fr_cursor* cursor)
 
 FR_API int32_t fr_automaton_advance(const fr_automaton* automaton, fr_cursor* cursor, const int32_t* tokens, int64_t count) {
     if (!are_tokens(tokens, count)) return FR_BAD_TOKEN;
+    if (!is_place(*automaton, *cursor)) return FR_BAD_PLACE;
     for (int64_t i = 0; i < count; ++i) *cursor = automaton->advance(*cursor, tokens[i]);
     return FR_FINE;
 }
@@ -561,9 +564,9 @@ FR_API int32_t fr_automaton_continuations(const fr_automaton* automaton, const f
 
 FR_API int32_t fr_view_draft(fr_view* view, const int32_t* tokens, int64_t firm, int64_t tentative, int32_t root, int32_t nodes,
                              int32_t depth, int32_t min_match, double cost) {
-    if (nodes >= view->room || nodes < 0 || min_match < 1) return -FR_BAD_PLACE;
+    if (nodes >= view->room || nodes < 0 || min_match < 1 || !is_place(*view->automaton, view->cursor)) return -FR_BAD_PLACE;
     if (!are_tokens(tokens, firm + tentative)) return -FR_BAD_TOKEN;
-    return guarded(*view->automaton, -FR_NO_MEMORY, [&] {
+    return guarded(*view->automaton, view->own, -FR_NO_MEMORY, [&] {
         read(*view, tokens, firm);
         fr_cursor cursor = view->own ? view->automaton->match() : view->cursor;
         for (int64_t i = 0; i < tentative; ++i) cursor = view->automaton->advance(cursor, tokens[firm + i]);

@@ -157,8 +157,8 @@ FR_API int32_t fr_draft(const fr_heads* heads, const fr_tree* tree, const uint8_
 // ---- text that is looked up (automaton.cc)
 
 // A suffix automaton over the tokens 0 .. 2^31 - 1 (src/forerun/automaton.py explains it) and a place in it. One thread at a time may use
-// an automaton and its views. Whatever returns int32_t gives FR_FINE or an fr_error unless it says otherwise; after FR_NO_MEMORY the
-// automaton is empty.
+// an automaton and its views. Whatever returns int32_t gives FR_FINE or an fr_error unless it says otherwise; an automaton that found no
+// memory to grow (FR_NO_MEMORY) is empty.
 struct fr_automaton;
 struct fr_cursor {
     int32_t state, length;

@@ -192,6 +192,12 @@ class SuffixAutomaton:
             return Cursor(found, self._length[found])
         return Cursor(found, length + 1)
 
+    def walk(self, cursor: Cursor, tokens: Iterable[int]) -> Cursor:
+        """`advance` by several tokens."""
+        for token in tokens:
+            cursor = self.advance(cursor, token)
+        return cursor
+
     def outlook(self, cursor: Cursor) -> Outlook:
         """What came after this place."""
         state = cursor.state

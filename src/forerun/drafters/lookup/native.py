@@ -18,14 +18,17 @@ from forerun.nn.native import CursorRecord, ViewRecord
 
 FEW = 64
 """So many tokens are handed over in a buffer that is there already."""
-NO_MEMORY, ALWAYS = 4, 2**31 - 1
+BAD_PLACE, NO_MEMORY = 2, 4
+ALWAYS = 2**31 - 1
 
 
 def fail(error: int) -> NoReturn:
     """Raise what an `fr_error` means."""
     if error == NO_MEMORY:
         raise MemoryError("there is no memory for more text to look up")
-    raise ValueError("tokens are numbers from 0 to 2**31 - 1, and a tree has 0 nodes or more")
+    if error == BAD_PLACE:
+        raise ValueError("a place of another automaton, a tree of fewer than 0 nodes, or a match of fewer than 1 token")
+    raise ValueError("tokens are numbers from 0 to 2**31 - 1")
 
 
 class NativeAutomaton:

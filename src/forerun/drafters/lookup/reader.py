@@ -31,13 +31,14 @@ class Automaton(Protocol):
     def append(self, token: int) -> None: ...
     def extend(self, tokens: Iterable[int]) -> None: ...
     def advance(self, cursor: Cursor, token: int) -> Cursor: ...
+    def walk(self, cursor: Cursor, tokens: Sequence[int]) -> Cursor: ...
     def outlook(self, cursor: Cursor) -> Outlook: ...
     def end(self, cursor: Cursor) -> int: ...
     def continuations(self, cursor: Cursor, count: int, shortest: int = 1) -> list[int]: ...
 
 
 class Reader(Protocol):
-    """`cursor`: where the firm tokens lead in an automaton that is not the row's own. `odds`: nine numbers."""
+    """cursor: where the firm tokens lead in an automaton that is not the row's own. odds: as `Odds.values`."""
 
     cursor: Cursor
 
@@ -103,7 +104,5 @@ class PlainReader:
 
     def draft(self, tokens: Sequence[int], firm: int, root: int, limits: Limits) -> Draft:
         self.read(tokens[:firm])
-        cursor = self.automaton.match if self._own else self.cursor
-        for token in tokens[firm:]:
-            cursor = self.automaton.advance(cursor, token)
+        cursor = self.automaton.walk(self.automaton.match if self._own else self.cursor, tokens[firm:])
         return grow(self.automaton, self._odds, root, cursor, limits)
