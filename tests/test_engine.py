@@ -23,7 +23,7 @@ from enumeration import Luck, distance, ideal_dice, law_of, one_law, plain_law
 from fakes import Near, TableNetwork, Wild, engine_of, plain
 from forerun.chance import key_of
 from forerun.drafter import Context, Drafter
-from forerun.drafters import REGISTRY, Workshop, build
+from forerun.drafters import REGISTRY, Workshop, build, describe
 from forerun.drafters.verified import Verified
 from forerun.engine import Engine, Output, Piece
 from forerun.errors import DrafterError, RequestError
@@ -79,11 +79,13 @@ DRAFTERS: dict[str, Any] = {
             {"drafter": "lookup", "until": 6},
         ],
     },
+    "hierarchy": "hierarchy",
+    "hierarchy, nothing pays": {"drafter": "hierarchy", "cost": 0.9},
     "fallback": "lookup | small:small",
     "fallback, enough": {"drafter": "fallback", "sources": ["lookup", {**SMALL, "length": 3}, "lookup"], "enough": 3},
     "fallback in a model": "verified:middle(lookup | verified:low(small:small))",
 }
-DETERMINISTIC = ("lookup", "maxgram", "small, tree")
+DETERMINISTIC = ("hierarchy", "lookup", "maxgram", "small, tree")
 every_drafter = pytest.mark.parametrize("name", DRAFTERS)
 
 
@@ -108,7 +110,7 @@ PROMPTS = [[0], [1, 2, 3], [2] * 9, [3, 0, 1, 2, 3, 0, 1], [1, 1], [0, 3, 0], [2
 def test_every_drafter_of_the_registry_is_tested_here() -> None:
     """Drafters that read the target's hidden states have tables of their own: name them here."""
     elsewhere: set[str] = set(REGISTRY) & {"medusa", "hydra", "amphista", "eagle"}
-    tested = {spec if isinstance(spec, str) else spec["drafter"] for spec in DRAFTERS.values()}
+    tested = {describe(spec)["drafter"] for spec in DRAFTERS.values()}
     assert tested | elsewhere == set(REGISTRY)
 
 
@@ -277,7 +279,11 @@ class Checked(Drafter):
         return tree
 
 
-@every_drafter
+REMEMBERING = {"hierarchy", "hierarchy, nothing pays"}
+"""What these propose depends on earlier requests too, and on when their stores were last of use."""
+
+
+@pytest.mark.parametrize("name", sorted({*DRAFTERS} - REMEMBERING))
 def test_what_a_drafter_proposes_depends_on_the_text_alone(name: str) -> None:
     networks = tables()
 

@@ -12,6 +12,7 @@ import torch
 from forerun.accept import Lenient, Typical
 from forerun.drafter import Drafter
 from forerun.drafters import Description, Workshop, build
+from forerun.drafters.lookup.index import fingerprint_of
 from forerun.engine import Engine, check_fit
 from forerun.errors import CheckpointError, ForerunError
 from forerun.judge import Lossy
@@ -53,8 +54,9 @@ def load(
     kind = dtype_of(dtype, place)
     lossy = lossy_of(acceptance)
     target = Model(load_network(str(path), kind, place, kernels, weights), scratch=1)
-    made = drafter_for(target, drafter, kernels, weights)
-    return Engine(target, made, tokenizer_of(path), end_tokens(path), max_rows, lossy)
+    tokenizer = tokenizer_of(path)
+    made = drafter_for(target, drafter, kernels, weights, tokenizer)
+    return Engine(target, made, tokenizer, end_tokens(path), max_rows, lossy)
 
 
 def lossy_of(acceptance: str) -> Lossy | None:
@@ -76,11 +78,21 @@ def lossy_of(acceptance: str) -> Lossy | None:
     )
 
 
-def drafter_for(target: Model, drafter: str | Description, kernels: str = "auto", weights: str = "auto") -> Drafter:
-    """A drafter for a target, its networks in the target's dtype; "native" binds the target alone. Raises as `load`."""
+def drafter_for(
+    target: Model,
+    drafter: str | Description,
+    kernels: str = "auto",
+    weights: str = "auto",
+    tokenizer: HuggingFaceTokenizer | None = None,
+) -> Drafter:
+    """A drafter for a target, its networks in the target's dtype; "native" binds the target alone. Raises as `load`.
+
+    tokenizer: the target's; with it, stores that were made with another one are refused.
+    """
     kind, place, chosen = target.network.dtype, target.device, "torch" if kernels == "torch" else "auto"
     network = cache(lambda path: load_network(path, kind, place, chosen, weights))  # a model may have several places
-    made = build(drafter, Workshop(target, network))
+    fingerprint = fingerprint_of(tokenizer.backend_tokenizer.get_vocab()) if tokenizer else ""
+    made = build(drafter, Workshop(target, network, fingerprint))
     check_fit(target, made)
     return made
 

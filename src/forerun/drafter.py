@@ -92,6 +92,9 @@ class Drafter:
         Only a verified drafter does this, to the tokens it had committed tentatively (`Row.tentative`).
         """
 
+    def reset(self) -> None:
+        """Forget what finished requests have left behind, as if just built: measurements begin like this. Nothing is running."""
+
     def tallies(self) -> list[Tally]:
         """What its parts did, those of the uppermost level first. A drafter of one part has nothing to add to the engine's own
         statistics."""

@@ -49,5 +49,5 @@ def beside(engine: Engine, spec: str, machine: Machine) -> Engine:
 
     Raises DrafterError or CheckpointError as `forerun.load` does.
     """
-    drafter = assembly.drafter_for(engine.target, spec, machine.kernels, machine.weights)
+    drafter = assembly.drafter_for(engine.target, spec, machine.kernels, machine.weights, engine.tokenizer)
     return Engine(engine.target, drafter, engine.tokenizer, engine.eos, engine.max_rows, engine.lossy)

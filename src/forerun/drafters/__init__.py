@@ -42,6 +42,7 @@ REGISTRY = {
     "small": "forerun.drafters.small",
     "verified": "forerun.drafters.verified",
     "cascade": "forerun.drafters.cascade",
+    "hierarchy": "forerun.drafters.hierarchy",
     "fallback": "forerun.drafters.fallback",
     "medusa": "forerun.drafters.medusa",
     "hydra": "forerun.drafters.hydra",
@@ -52,10 +53,12 @@ Description = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Workshop:
-    """What building a drafter may need: the target it is for, and a way to load networks beside it."""
+    """What building a drafter may need: the target it is for, a way to load networks beside it, and a fingerprint of the target's
+    tokenizer (empty if not known), by which stores of tokens are told from those of another one."""
 
     target: Model
     load: Callable[[str], Network]
+    tokenizer: str = ""
 
     def build(self, description: str | Description) -> Drafter:
         """A drafter inside a drafter."""

@@ -140,6 +140,10 @@ class Cascade(Drafter):
                 self._tallies[origins[node - 1]].keep(node)
         self.retract([len(row.tokens) + len(path) - 1 for row, path in zip(context.rows, verdict.kept, strict=True)])
 
+    def reset(self) -> None:
+        for part in self.parts:
+            part.drafter.reset()
+
     def tallies(self) -> list[Tally]:
         return [
             tally

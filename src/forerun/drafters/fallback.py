@@ -101,6 +101,10 @@ class Fallback(Drafter):
                 kept = [path if n == number else [0] for path, n in zip(verdict.kept, self._chosen, strict=True)]
                 source.observe(context, self._trees[number], replace(verdict, kept=kept), scores)
 
+    def reset(self) -> None:
+        for source in self.sources:
+            source.reset()
+
     def tallies(self) -> list[Tally]:
         return [
             tally for own, source in zip(self._tallies, self.sources, strict=True) for tally in (own, *source.tallies())

@@ -129,6 +129,9 @@ class Verified(Drafter):
                 self._tally.keep(depth)
         self.retract([len(row.tokens) + len(path) - 1 for row, path in zip(context.rows, verdict.kept, strict=True)])
 
+    def reset(self) -> None:
+        self.inner.reset()
+
     def tallies(self) -> list[Tally]:
         """asked: rounds. drafted: tokens said."""
         self._tally.passes, self._tally.hits = self.model.passes, self._tally.asked

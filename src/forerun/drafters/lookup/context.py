@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from forerun.drafters.lookup.reader import Automaton, automaton_of, reader_of
-from forerun.drafters.lookup.store import Draft, Limits, View
+from forerun.drafters.lookup.store import Draft, Limits, Store, View
 from forerun.row import Row
 
 
-class ContextStore:
+class ContextStore(Store):
     """Every row looks into its own text."""
 
     name = "context"
@@ -21,9 +21,6 @@ class ContextStore:
         view = ContextView(self._make)
         view.read(row.tokens, len(row.tokens) - row.tentative)
         return view
-
-    def close(self, row: Row, view: View) -> None:
-        """Nothing outlives the row."""
 
 
 class ContextView:

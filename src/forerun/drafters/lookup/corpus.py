@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from forerun.drafters.lookup.index import DTYPES, FORMAT, VERSION
 from forerun.drafters.lookup.places import ENOUGH, PLACES, WEIGHTS, Found, Numbers, Trust, grow
-from forerun.drafters.lookup.store import Draft, Limits, View
+from forerun.drafters.lookup.store import Draft, Limits, Store, View
 from forerun.errors import DrafterError, ForerunError
 from forerun.nn import native
 from forerun.row import Row
@@ -136,7 +136,7 @@ def _part(path: Path, described: dict[str, Any], begin: int, size: int) -> NDArr
     return np.memmap(path, dtype, "r", begin + first, (int(count),))
 
 
-class CorpusStore:
+class CorpusStore(Store):
     """Every row looks into the same corpus, and learns for itself how far to trust it."""
 
     name = "corpus"
@@ -147,9 +147,6 @@ class CorpusStore:
 
     def open(self, row: Row) -> View:
         return CorpusView(self._search)
-
-    def close(self, row: Row, view: View) -> None:
-        """A corpus does not change."""
 
 
 class _Guess(NamedTuple):

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from forerun.drafters.lookup.store import Draft, Limits, View
+from forerun.drafters.lookup.store import Draft, Limits, Store, View
 from forerun.row import Row
 
 Gram = tuple[int, ...]
@@ -99,7 +99,7 @@ def tree_of(root: int, rows: Iterable[Gram], limits: Limits) -> Draft:
     return draft
 
 
-class GramStore:
+class GramStore(Store):
     """The context tier, or with a table the model tier."""
 
     def __init__(self, shape: Shape = Shape(), table: Grams | None = None):
@@ -112,9 +112,6 @@ class GramStore:
         view = OwnGramView(self.shape)
         view.read(row.tokens, len(row.tokens) - row.tentative)
         return view
-
-    def close(self, row: Row, view: View) -> None:
-        """The table of the model tier is built offline; one row's own ends with it."""
 
 
 class GramView:

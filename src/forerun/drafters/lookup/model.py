@@ -19,7 +19,7 @@ from forerun.automaton import ROOT, SEPARATOR
 from forerun.drafters.lookup.growth import Weights
 from forerun.drafters.lookup.reader import Automaton, Reader, automaton_of, reader_of
 from forerun.drafters.lookup.said import Said, SaidFile
-from forerun.drafters.lookup.store import Draft, Limits, View
+from forerun.drafters.lookup.store import Draft, Limits, Store, View
 from forerun.errors import DrafterError
 from forerun.row import Row
 
@@ -75,7 +75,7 @@ class _Memory:
         self.odds = [old + TRUST * (new - old) for old, new in zip(self.odds, odds, strict=True)]
 
 
-class ModelStore:
+class ModelStore(Store):
     """At most `capacity` tokens that the model said, over all tenants, a separator behind every text included.
 
     When there are more, the texts that were neither said nor of any use (tokens drafted from them were right) for longest go.
@@ -111,6 +111,7 @@ class ModelStore:
                 raise DrafterError(f"{path} may hold tokens that the model does not have: give the vocabulary's size")
             self._file = SaidFile(Path(path), vocabulary, tokenizer)
             self._load(self._file.load())
+        self._opened_with = self._next_key
 
     def __len__(self) -> int:
         """Tokens held, separators included."""
@@ -143,6 +144,17 @@ class ModelStore:
         with self._lock:
             self._forget(tenant)
             self._write(lambda file: file.rewrite(self._said()))
+
+    def rewind(self) -> None:
+        """Back to what the file held, as far as it was not dropped for want of room; the file too."""
+        with self._lock:
+            new = [key for key in self._texts if key >= self._opened_with]
+            tenants = {self._drop(key).tenant for key in new}
+            for tenant in tenants:
+                self._memories.pop(tenant, None)
+            self._build(tenants & {text.tenant for text in self._texts.values()})
+            if new:
+                self._write(lambda file: file.rewrite(self._said()))
 
     # ---- what views ask, under the lock
 

@@ -1,0 +1,221 @@
+"""Hierarchy Drafting (Cho et al. 2025, arXiv 2502.05609): several stores of tokens, asked in order of temporal locality.
+
+The request's own text first, then what the model said before, then a corpus: the more local a store, the smaller it is and the
+likelier what it knows. Each store fills what the ones before it have left of the budget, and a store is not even asked once the
+budget is full. Proposals are merged into one tree, so that what several stores agree on is verified once.
+
+Departures from the paper, whose published code hands over at most seven rows of four tokens, the oldest first, and pads them with
+random tokens (`grams` is its table): stores rank their continuations by the probability that they survive and propose nothing
+below `cost`; the budget counts nodes; the lookahead branch is left out, because its 28 extra tokens per forward cost more than a
+plain step on a CPU. Its order of stores, its stop rule and its exactness are the paper's.
+
+A store that has nothing to say is asked less and less often (`Patience`), so that the looking costs next to nothing on text that
+it does not know. All of it is a function of the past alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from forerun.accept import Verdict
+from forerun.drafter import Context, Drafter, Tally
+from forerun.drafters import Workshop
+from forerun.drafters.lookup import limits_of
+from forerun.drafters.lookup.context import ContextStore
+from forerun.drafters.lookup.corpus import Corpus, CorpusStore
+from forerun.drafters.lookup.model import ModelStore
+from forerun.drafters.lookup.store import Draft, Limits, Store, View
+from forerun.errors import DrafterError
+from forerun.model import Scores
+from forerun.row import Row
+from forerun.tree import TokenTree
+
+LONGEST_PAUSE = 16
+"""Steps between two questions to a store that never has an answer."""
+
+
+@dataclass
+class Patience:
+    """When to ask a store again: after every answer that was no help the pause doubles, after one that was it ends."""
+
+    pause: int = 0
+    left: int = 0
+
+    def asks(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+    def learn(self, helped: bool) -> None:
+        self.pause = 0 if helped else min(LONGEST_PAUSE, max(1, 2 * self.pause))
+        self.left = self.pause
+
+
+@dataclass
+class _Seat:
+    """One row: the row itself, a view and a patience per store, and where the nodes of its last tree came from."""
+
+    row: Row
+    views: list[View]
+    patience: list[Patience]
+    origins: list[int] = field(default_factory=list)
+    asked: list[int] = field(default_factory=list)
+
+
+class Hierarchy(Drafter):
+    """Stores in the order in which they are asked."""
+
+    name = "hierarchy"
+
+    def __init__(self, stores: Sequence[Store], limits: Limits):
+        self.stores, self.limits = list(stores), limits
+        self.max_nodes = limits.nodes
+        self._seats: list[_Seat] = []
+        self._tallies = [Tally(store.name) for store in stores]
+
+    def admit(self, row: Row, hidden: Mapping[int, Tensor]) -> None:
+        views = [store.open(row) for store in self.stores]
+        self._seats.append(_Seat(row, views, [Patience() for _ in views]))
+
+    def release(self, slot: int) -> None:
+        if slot >= len(self._seats):
+            return
+        seat, self._seats[slot] = self._seats[slot], self._seats[-1]
+        self._seats.pop()
+        for store, view in zip(self.stores, seat.views, strict=True):
+            store.close(seat.row, view)
+
+    def retract(self, lengths: Sequence[int]) -> None:
+        for seat, length in zip(self._seats, lengths, strict=True):
+            for view in seat.views:
+                view.forget(length)
+
+    def propose(self, context: Context) -> TokenTree:
+        nodes = min(self.limits.nodes, context.budget)
+        grown = [
+            self._draft(seat, row, nodes, min(self.limits.depth, depth))
+            for seat, row, depth in zip(self._seats, context.rows, context.depths, strict=True)
+        ]
+        if all(len(draft.tokens) == 1 for draft in grown):
+            return TokenTree.root([row.tokens[-1] for row in context.rows], context.device)
+        return TokenTree.of([draft.tokens for draft in grown], [draft.parents for draft in grown], context.device)
+
+    def _draft(self, seat: _Seat, row: Row, nodes: int, depth: int) -> Draft:
+        """Store by store, until the budget is full."""
+        merged, seat.origins, seat.asked = Draft([row.tokens[-1]], [-1], [1.0]), [-1], []
+        if depth < 1 or nodes < 1:
+            return merged
+        limits, firm = replace(self.limits, nodes=nodes, depth=depth, ends=row.ends), len(row.tokens) - row.tentative
+        for number, (view, patience, tally) in enumerate(zip(seat.views, seat.patience, self._tallies, strict=True)):
+            if not patience.asks():
+                continue
+            begun = time.perf_counter()
+            found = view.draft(row.tokens, firm, limits)
+            added = merge(merged, found, limits) if len(found.tokens) > 1 else 0
+            seat.origins += [number] * added
+            seat.asked.append(number)
+            tally.asked += 1
+            tally.hits += added > 0
+            tally.drafted += added
+            tally.seconds += time.perf_counter() - begun
+            if added == 0:
+                patience.learn(helped=False)
+            if len(merged.tokens) > nodes:
+                break
+        return merged
+
+    def observe(self, context: Context, tree: TokenTree, verdict: Verdict, scores: Scores) -> None:
+        for seat, path in zip(self._seats, verdict.kept, strict=True):
+            if len(seat.origins) == 1:
+                continue
+            kept = [0] * len(self.stores)
+            for depth, node in enumerate(path[1:], 1):
+                kept[seat.origins[node]] += 1
+                self._tallies[seat.origins[node]].keep(depth)
+            for number in {*seat.origins[1:]}:
+                seat.patience[number].learn(helped=kept[number] > 0)
+                if kept[number]:
+                    seat.views[number].accepted(kept[number])
+
+    def reset(self) -> None:
+        for store in self.stores:
+            store.rewind()
+
+    def tallies(self) -> list[Tally]:
+        return self._tallies
+
+
+def merge(merged: Draft, found: Draft, limits: Limits) -> int:
+    """Add what is new of one tree to another with the same node 0, as long as there is room; returns how many nodes were.
+
+    The children of a node share its probability, so a newcomer has at most what the ones before it have left; nodes that are then
+    not worth their cost stay out, and what is below them too.
+    """
+    children = {
+        (parent, token): node for node, (token, parent) in enumerate(zip(merged.tokens, merged.parents, strict=True))
+    }
+    rest = list(merged.survival)
+    for parent, survival in zip(merged.parents[1:], merged.survival[1:], strict=True):
+        rest[parent] -= survival
+    places, before = {0: 0}, len(merged.tokens)
+    for node in range(1, len(found.tokens)):
+        parent, token = places.get(found.parents[node], -1), found.tokens[node]
+        if parent < 0:
+            continue
+        place = children.get((parent, token))
+        if place is None:
+            survival = min(found.survival[node], rest[parent])
+            if survival <= limits.cost or len(merged.tokens) > limits.nodes:
+                continue
+            place = children[parent, token] = len(merged.tokens)
+            merged.tokens.append(token)
+            merged.parents.append(parent)
+            merged.survival.append(survival)
+            rest[parent] -= survival
+            rest.append(survival)
+        places[node] = place
+    return len(merged.tokens) - before
+
+
+def build(
+    workshop: Workshop,
+    checkpoint: str | None = None,
+    stores: Sequence[str] | None = None,
+    nodes: int = 16,
+    depth: int = 16,
+    min_match: int = 1,
+    cost: float = 0.08,
+    capacity: int = 131_072,
+) -> Drafter:
+    """{"drafter": "hierarchy", "stores": ["context", "model", "corpus:STORE"], "nodes": 16, "depth": 16, "cost": 0.08}
+
+    stores, in the order in which they are asked: `context`, the request's own text; `model`, what the model said before, or
+    `model:FILE` to remember it across runs; `corpus:STORE`, made by `forerun index`. Without them: context and model, and
+    `hierarchy:STORE` adds a corpus. capacity: tokens that the model store holds. The other settings are those of `lookup`.
+    """
+    if stores is None:
+        stores = ["context", "model", *([f"corpus:{checkpoint}"] if checkpoint else [])]
+    elif checkpoint is not None:
+        raise DrafterError("hierarchy: give the corpus as a checkpoint or among the stores, not both")
+    if isinstance(stores, str) or not stores or not all(isinstance(store, str) for store in stores):
+        raise DrafterError(f'hierarchy: stores is a list such as ["context", "model", "corpus:STORE"], not {stores!r}')
+    limits = limits_of("hierarchy", nodes, depth, min_match, cost)
+    return Hierarchy([_store(spec, capacity, workshop) for spec in stores], limits)
+
+
+def _store(spec: str, capacity: int, workshop: Workshop) -> Store:
+    name, _, place = spec.partition(":")
+    if name == "context" and not place:
+        return ContextStore()
+    if name == "model":
+        file = Path(place) if place else None
+        return ModelStore(capacity, file, vocabulary=workshop.target.vocab_size, tokenizer=workshop.tokenizer or None)
+    if name == "corpus" and place:
+        corpus = Corpus.open(place)
+        corpus.demand_fit(workshop.target.vocab_size, workshop.tokenizer)
+        return CorpusStore(corpus)
+    raise DrafterError(f"hierarchy: there is no store {spec!r}: use context, model, model:FILE or corpus:STORE")
