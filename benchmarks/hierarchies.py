@@ -1,11 +1,12 @@
 """Predicted against measured: what hierarchies of models and a store cost per token, and which one the planner chooses.
 
-    python benchmarks/hierarchies.py models/target --model models/small --model models/wide --json benchmarks/records/hierarchies.json
+    python benchmarks/hierarchies.py models/target --model models/small --model models/wide --temperature 0 --temperature 0.8 \\
+        --json benchmarks/records/hierarchies.json
 
-Acceptance rates come from the target's own answers to the suite's later prompts, costs from timing whole operations (`forerun.plan.measure`);
-the predictions are those of `forerun.plan.hierarchy.at_least`. Then all hierarchies generate for the suite's first prompts,
-taking turns prompt by prompt. Seconds per token count what follows the prompt; the drafters' own reading of it, which happens in the
-first step, is in both.
+Acceptance rates come from the target's own answers to the suite's later prompts, costs from timing whole operations
+(`forerun.plan.measure`); the predictions are those of `forerun.plan.hierarchy.at_least`. Then all hierarchies generate for
+the suite's first prompts, taking turns prompt by prompt. Seconds per token count what follows the prompt; the drafters' own
+reading of it, which happens in the first step, is in both.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -84,7 +86,7 @@ class Hierarchy:
             bottom = Draft.exactly(self.size, known.writing[self.bottom](self.size))
             above, models = [self.bottom, *models, TARGET], [self.bottom, *models]
         verifiers = tuple(
-            Verifier(known.verifying[high], known.rates[low, high]) for low, high in zip(above, above[1:], strict=False)
+            Verifier(known.verifying[high], known.rates[low, high]) for low, high in pairwise(above)
         )
         round = at_least(Chain(bottom, verifiers), [size for _, size in self.levels]) if verifiers else bottom
         assert isinstance(round, Round)
@@ -97,7 +99,7 @@ def standard(models: Sequence[str]) -> Iterator[Hierarchy]:
     for model in models:
         yield from (Hierarchy(model, size) for size in (1, 2, 3, 5, 8))
         yield from (Hierarchy("lookup", 1, ((model, size),)) for size in (2, 4, 7))
-    for low, high in zip(models, models[1:], strict=False):
+    for low, high in pairwise(models):
         yield from (Hierarchy(low, size, ((high, 2 * size),)) for size in (2, 3))
 
 

@@ -38,7 +38,7 @@ Drafters = Annotated[
         "--drafters",
         metavar="SPEC",
         help="A drafter to compare with plain decoding; may be repeated, or list several with commas. Without it:"
-        " lookup, and what lies beside the target: models, heads, and *.yaml.",
+        " lookup, hierarchy, and what lies beside the target: models, heads, and *.yaml.",
     ),
 ]
 Prompts = Annotated[int, typer.Option(min=1, help="Prompts of the built-in suite to measure on.")]
@@ -127,7 +127,7 @@ def _beside(target: Path) -> dict[str, str]:
     """What needs nothing, and what lies beside the target, by name."""
     family = target.parent
     there = {name: f"{kind}:{family / name}" for name, kind in MEMBERS.items() if (family / name).is_dir()}
-    return {"lookup": "lookup"} | there | {path.stem: str(path) for path in sorted(family.glob("*.yaml"))}
+    return {"lookup": "lookup", "hierarchy": "hierarchy"} | there | {path.stem: str(path) for path in sorted(family.glob("*.yaml"))}
 
 
 def _engines(

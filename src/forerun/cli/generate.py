@@ -108,15 +108,17 @@ def _texts(prompts: list[str], files: list[Path]) -> list[str]:
 
 
 def _as_json(engine: Engine, texts: list[str], params: SamplingParams) -> list[Output]:
-    """Print the only output as it is, several under "outputs"."""
+    """Print the only output as it is, several under "outputs"; beside them, what the drafter's parts did."""
     from forerun.cli.files import print_json
 
     outputs = engine.generate(texts, params)
+    tallies = [tally.as_dict() for tally in engine.drafter.tallies()]
+    parts = {"parts": tallies} if tallies else {}
     if len(texts) * params.n == 1 and outputs:
-        print_json(record(outputs[0]))
+        print_json(record(outputs[0]) | parts)
     else:
         places = [{"prompt_index": output.prompt_index, "sample": output.sample} for output in outputs]
-        print_json({"outputs": [place | record(output) for place, output in zip(places, outputs, strict=True)]})
+        print_json({"outputs": [place | record(output) for place, output in zip(places, outputs, strict=True)]} | parts)
     return outputs
 
 
@@ -136,7 +138,7 @@ def record(output: Output) -> dict[str, Any]:
 
 
 def _as_text(engine: Engine, texts: list[str], params: SamplingParams) -> list[Output]:
-    from forerun.cli.narration import Narrator, Scribe, on_stdout, summary
+    from forerun.cli.narration import Narrator, Scribe, on_stdout, parts, summary
 
     scribe = Scribe(on_stdout(), _titles(len(texts), params.n), as_ids=engine.tokenizer is None)
     started = time.perf_counter()
@@ -145,6 +147,8 @@ def _as_text(engine: Engine, texts: list[str], params: SamplingParams) -> list[O
     scribe.close()
     if outputs:
         print(summary(outputs, seconds), file=sys.stderr)
+        for line in parts(engine.drafter.tallies()):
+            print(line, file=sys.stderr)
     return outputs
 
 

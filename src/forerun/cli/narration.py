@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.text import Text
 
+from forerun.drafter import Tally
 from forerun.engine import Engine, Output, Piece
 
 DRAFTED = "black on light_green"
@@ -100,6 +101,20 @@ def summary(outputs: Sequence[Output], seconds: float) -> str:
     exact = "exact" if all(one.exact for one in stats) else "lossy"
     parts.append(f"drafter {stats[0].drafter}, {' and '.join(rules) or 'nothing to accept'}, {exact}")
     return " · ".join(parts)
+
+
+def parts(tallies: Sequence[Tally]) -> list[str]:
+    """One line about each part of a drafter: a level of a hierarchy, a store, a source."""
+    lines = []
+    for tally in tallies:
+        kept = sum(tally.accepted)
+        words = [f"asked {tally.asked:,} times, {tally.hits:,} with an answer", f"{tally.drafted:,} tokens, {kept:,} kept"]
+        if tally.asked:
+            words.append(f"{1e6 * tally.seconds / tally.asked:,.0f} us each")
+        if tally.passes:
+            words.append(f"{tally.passes:,} passes")
+        lines.append(f"  {tally.name}: {'; '.join(words)}")
+    return lines
 
 
 def on_stdout() -> Console:
