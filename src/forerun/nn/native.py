@@ -179,8 +179,12 @@ class ViewRecord(ctypes.Structure):
         ("cursor", CursorRecord),
         ("own", c_int32),
         ("studied", c_int32),
-        ("ends_count", c_int32),
+        ("nodes", c_int32),
+        ("depth", c_int32),
+        ("min_match", c_int32),
         ("room", c_int32),
+        ("ends_count", c_int32),
+        ("cost", c_double),
         ("ends", c_void_p),
         ("tokens", c_void_p),
         ("parents", c_void_p),
@@ -225,7 +229,9 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "fr_automaton_advance": (c_int32, (c_void_p, c_void_p, c_void_p, c_int64)),
     "fr_automaton_outlook": (None, (c_void_p, c_void_p, c_void_p)),
     "fr_automaton_continuations": (c_int32, (c_void_p, c_void_p, c_int32, c_int32, c_void_p)),
-    "fr_view_draft": (c_int32, (c_void_p, c_void_p, c_int64, c_int64, *(c_int32,) * 4, c_double)),
+    "fr_view_read": (c_int32, (c_void_p, c_void_p, c_int64)),
+    "fr_view_draft": (c_int32, (c_void_p, c_void_p, c_int64, c_int64, c_int32)),
+    "fr_view_next": (c_int32, (c_void_p, c_int32)),
 }
 
 

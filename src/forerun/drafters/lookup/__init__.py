@@ -37,6 +37,7 @@ class Lookup(Drafter):
         self.max_nodes = limits.nodes
         self._store = ContextStore(make)
         self._views: list[View] = []
+        self._last = limits
         self._limits: dict[tuple[int, int, frozenset[int]], Limits] = {}
 
     def admit(self, row: Row, hidden: Mapping[int, Tensor]) -> None:
@@ -63,14 +64,16 @@ class Lookup(Drafter):
 
     def _within(self, nodes: int, depth: int, ends: frozenset[int]) -> Limits:
         """The limits of a row at this step: the same object as long as they are the same."""
-        depth = min(self.limits.depth, depth)
+        depth, last = min(self.limits.depth, depth), self._last
+        if last.ends is ends and last.depth == depth and last.nodes == nodes:
+            return last
         key = nodes, depth, ends
         found = self._limits.get(key)
         if found is None:
             if len(self._limits) >= 256:
                 self._limits.clear()
-            found = replace(self.limits, nodes=nodes, depth=depth, ends=ends)
-            self._limits[key] = found
+            found = self._limits[key] = replace(self.limits, nodes=nodes, depth=depth, ends=ends)
+        self._last = found
         return found
 
 
