@@ -85,9 +85,7 @@ class Hierarchy:
         else:
             bottom = Draft.exactly(self.size, known.writing[self.bottom](self.size))
             above, models = [self.bottom, *models, TARGET], [self.bottom, *models]
-        verifiers = tuple(
-            Verifier(known.verifying[high], known.rates[low, high]) for low, high in pairwise(above)
-        )
+        verifiers = tuple(Verifier(known.verifying[high], known.rates[low, high]) for low, high in pairwise(above))
         round = at_least(Chain(bottom, verifiers), [size for _, size in self.levels]) if verifiers else bottom
         assert isinstance(round, Round)
         return round.latency + sum(known.reading[model] for model in models) / tokens

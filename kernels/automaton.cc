@@ -426,15 +426,14 @@ void read(fr_view& view, const int32_t* tokens, int64_t count) {
 
 class Growth {
   public:
-    Growth(fr_view& view, int32_t nodes, int32_t depth, int32_t min_match, double cost)
-        : view_(view), automaton_(*view.automaton), nodes_(nodes), depth_(depth), min_match_(min_match), cost_(cost) {}
+    explicit Growth(fr_view& view) : view_(view), automaton_(*view.automaton) {}
 
     int32_t grow(int32_t root, fr_cursor cursor) {
         automaton_.spots.clear();
         automaton_.heap.clear();
         add(root, -1, 1.0);
-        if (depth_ > 0 && !ends(root)) open(0, 0, cursor, 1.0);
-        while (!automaton_.heap.empty() && count_ <= nodes_) take(pop());
+        if (view_.depth > 0 && !ends(root)) open(0, 0, cursor, 1.0);
+        while (!automaton_.heap.empty() && count_ <= view_.nodes) take(pop());
         return count_;
     }
 
@@ -447,8 +446,8 @@ class Growth {
             add(token, spot.node, next.survival);
             spot.rest -= next.survival;
         }
-        if (spot.rest > cost_) consider(next.spot, rank + 1);
-        if (token == SEPARATOR || spot.depth + 1 >= depth_ || ends(token)) return;
+        if (spot.rest > view_.cost) consider(next.spot, rank + 1);
+        if (token == SEPARATOR || spot.depth + 1 >= view_.depth || ends(token)) return;
         const int32_t depth = spot.depth + 1;
         open(count_ - 1, depth, automaton_.advance(spot.cursor, token), next.survival);  // spots may move
     }
@@ -467,10 +466,10 @@ class Growth {
     void consider(int32_t number, int32_t rank) {
         const Spot& spot = automaton_.spots[size_t(number)];
         const int32_t length = spot.cursor.length;
-        if (rank >= RANKS || length < min_match_ || spot.outlook.run < 1) return;
+        if (rank >= RANKS || length < view_.min_match || spot.outlook.run < 1) return;
         double likely = spot.survival * survival(view_, length, spot.outlook, rank);
         if (likely > spot.rest) likely = spot.rest;
-        if (likely <= cost_) return;
+        if (likely <= view_.cost) return;
         automaton_.heap.push_back({likely, spot.node * RANKS + rank, number});
         std::push_heap(automaton_.heap.begin(), automaton_.heap.end(), later);
     }
@@ -487,7 +486,7 @@ class Growth {
     }
 
     int32_t other(Spot& spot, int32_t rank) const {
-        if (spot.known < 0) spot.known = automaton_.continuations(spot.cursor, RANKS, min_match_, spot.tokens);
+        if (spot.known < 0) spot.known = automaton_.continuations(spot.cursor, RANKS, view_.min_match, spot.tokens);
         return rank < spot.known ? spot.tokens[rank] : -1;
     }
 
@@ -495,8 +494,6 @@ class Growth {
 
     fr_view& view_;
     fr_automaton& automaton_;
-    const int32_t nodes_, depth_, min_match_;
-    const double cost_;
     int32_t count_ = 0;
 };
 
@@ -562,14 +559,25 @@ FR_API int32_t fr_automaton_continuations(const fr_automaton* automaton, const f
     return automaton->continuations(*cursor, count, shortest, tokens);
 }
 
-FR_API int32_t fr_view_draft(fr_view* view, const int32_t* tokens, int64_t firm, int64_t tentative, int32_t root, int32_t nodes,
-                             int32_t depth, int32_t min_match, double cost) {
-    if (nodes >= view->room || nodes < 0 || min_match < 1 || !is_place(*view->automaton, view->cursor)) return -FR_BAD_PLACE;
+FR_API int32_t fr_view_read(fr_view* view, const int32_t* tokens, int64_t count) {
+    if (!are_tokens(tokens, count)) return FR_BAD_TOKEN;
+    if (!is_place(*view->automaton, view->cursor)) return FR_BAD_PLACE;
+    return guarded(*view->automaton, view->own, FR_NO_MEMORY, [&] {
+        read(*view, tokens, count);
+        return int32_t(FR_FINE);
+    });
+}
+
+FR_API int32_t fr_view_draft(fr_view* view, const int32_t* tokens, int64_t firm, int64_t tentative, int32_t root) {
+    if (view->nodes >= view->room || view->nodes < 0 || view->min_match < 1) return -FR_BAD_PLACE;
     if (!are_tokens(tokens, firm + tentative)) return -FR_BAD_TOKEN;
+    if (!is_place(*view->automaton, view->cursor)) return -FR_BAD_PLACE;
     return guarded(*view->automaton, view->own, -FR_NO_MEMORY, [&] {
         read(*view, tokens, firm);
         fr_cursor cursor = view->own ? view->automaton->match() : view->cursor;
         for (int64_t i = 0; i < tentative; ++i) cursor = view->automaton->advance(cursor, tokens[firm + i]);
-        return Growth(*view, nodes, depth, min_match, cost).grow(root, cursor);
+        return Growth(*view).grow(root, cursor);
     });
 }
+
+FR_API int32_t fr_view_next(fr_view* view, int32_t token) { return fr_view_draft(view, &token, 1, 0, token); }

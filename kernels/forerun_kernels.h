@@ -176,23 +176,26 @@ FR_API int32_t fr_automaton_continuations(const fr_automaton* automaton, const f
 
 // A row's view of an automaton. own: its firm tokens are appended to the automaton, and `cursor` is not used; otherwise the cursor
 // follows them. prior: [3 ranks][lengths 1 .. 64][runs 1 .. 8][branches] log-odds; all, by_length: what the row adds to them. studied: of
-// more firm tokens at once, only so many at the end teach. ends: tokens nothing follows. The tree goes to tokens, parents and survival,
-// [room] each.
+// more firm tokens at once, only so many at the end teach. nodes, depth, min_match, cost: as in `Limits`; ends: tokens nothing follows. The
+// tree goes to tokens, parents and survival, [room] each, room > nodes.
 struct fr_view {
     fr_automaton* automaton;
     const double* prior;
     double all, by_length[8];
     fr_cursor cursor;
-    int32_t own, studied, ends_count, room;
+    int32_t own, studied, nodes, depth, min_match, room, ends_count;
+    double cost;
     const int32_t* ends;
     int32_t* tokens;
     int32_t* parents;
     double* survival;
 };
+// The row goes on with these tokens.
+FR_API int32_t fr_view_read(fr_view* view, const int32_t* tokens, int64_t count);
 // The row goes on with `firm` tokens, then `tentative` ones that are followed but not kept, of which the last one is `root`. How many
-// nodes grow there (1: the root alone), or minus an fr_error.
-FR_API int32_t fr_view_draft(fr_view* view, const int32_t* tokens, int64_t firm, int64_t tentative, int32_t root, int32_t nodes,
-                             int32_t depth, int32_t min_match, double cost);
+// nodes grow there (1: the root alone), or minus an fr_error. fr_view_next: with one firm token.
+FR_API int32_t fr_view_draft(fr_view* view, const int32_t* tokens, int64_t firm, int64_t tentative, int32_t root);
+FR_API int32_t fr_view_next(fr_view* view, int32_t token);
 
 // A corpus of text (src/forerun/drafters/lookup/index.py tells its layout): tokens [size] (uint16, or int32 if `wide`), order [entries].
 struct fr_corpus {

@@ -127,7 +127,11 @@ def _beside(target: Path) -> dict[str, str]:
     """What needs nothing, and what lies beside the target, by name."""
     family = target.parent
     there = {name: f"{kind}:{family / name}" for name, kind in MEMBERS.items() if (family / name).is_dir()}
-    return {"lookup": "lookup", "hierarchy": "hierarchy"} | there | {path.stem: str(path) for path in sorted(family.glob("*.yaml"))}
+    return (
+        {"lookup": "lookup", "hierarchy": "hierarchy"}
+        | there
+        | {path.stem: str(path) for path in sorted(family.glob("*.yaml"))}
+    )
 
 
 def _engines(

@@ -108,7 +108,10 @@ def parts(tallies: Sequence[Tally]) -> list[str]:
     lines = []
     for tally in tallies:
         kept = sum(tally.accepted)
-        words = [f"asked {tally.asked:,} times, {tally.hits:,} with an answer", f"{tally.drafted:,} tokens, {kept:,} kept"]
+        words = [
+            f"asked {tally.asked:,} times, {tally.hits:,} with an answer",
+            f"{tally.drafted:,} tokens, {kept:,} kept",
+        ]
         if tally.asked:
             words.append(f"{1e6 * tally.seconds / tally.asked:,.0f} us each")
         if tally.passes:

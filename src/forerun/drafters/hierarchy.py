@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -29,7 +29,7 @@ from forerun.drafters.lookup import limits_of
 from forerun.drafters.lookup.context import ContextStore
 from forerun.drafters.lookup.corpus import Corpus, CorpusStore
 from forerun.drafters.lookup.model import ModelStore
-from forerun.drafters.lookup.store import Draft, Limits, Store, View
+from forerun.drafters.lookup.store import Bounds, Draft, Limits, Store, View
 from forerun.errors import DrafterError
 from forerun.model import Scores
 from forerun.row import Row
@@ -62,8 +62,7 @@ class _Seat:
     row: Row
     views: list[View]
     patience: list[Patience]
-    origins: list[int] = field(default_factory=list)
-    asked: list[int] = field(default_factory=list)
+    origins: list[int] = field(default_factory=lambda: [-1])
 
 
 class Hierarchy(Drafter):
@@ -74,6 +73,7 @@ class Hierarchy(Drafter):
     def __init__(self, stores: Sequence[Store], limits: Limits):
         self.stores, self.limits = list(stores), limits
         self.max_nodes = limits.nodes
+        self._bounds = Bounds(limits)
         self._seats: list[_Seat] = []
         self._tallies = [Tally(store.name) for store in stores]
 
@@ -95,21 +95,20 @@ class Hierarchy(Drafter):
                 view.forget(length)
 
     def propose(self, context: Context) -> TokenTree:
-        nodes = min(self.limits.nodes, context.budget)
         grown = [
-            self._draft(seat, row, nodes, min(self.limits.depth, depth))
+            self._draft(seat, row, self._bounds.within(context.budget, depth, row.ends))
             for seat, row, depth in zip(self._seats, context.rows, context.depths, strict=True)
         ]
         if all(len(draft.tokens) == 1 for draft in grown):
             return TokenTree.root([row.tokens[-1] for row in context.rows], context.device)
         return TokenTree.of([draft.tokens for draft in grown], [draft.parents for draft in grown], context.device)
 
-    def _draft(self, seat: _Seat, row: Row, nodes: int, depth: int) -> Draft:
+    def _draft(self, seat: _Seat, row: Row, limits: Limits) -> Draft:
         """Store by store, until the budget is full."""
-        merged, seat.origins, seat.asked = Draft([row.tokens[-1]], [-1], [1.0]), [-1], []
-        if depth < 1 or nodes < 1:
+        merged, seat.origins = Draft([row.tokens[-1]], [-1], [1.0]), [-1]
+        if limits.depth < 1 or limits.nodes < 1:
             return merged
-        limits, firm = replace(self.limits, nodes=nodes, depth=depth, ends=row.ends), len(row.tokens) - row.tentative
+        firm = len(row.tokens) - row.tentative
         for number, (view, patience, tally) in enumerate(zip(seat.views, seat.patience, self._tallies, strict=True)):
             if not patience.asks():
                 continue
@@ -117,14 +116,13 @@ class Hierarchy(Drafter):
             found = view.draft(row.tokens, firm, limits)
             added = merge(merged, found, limits) if len(found.tokens) > 1 else 0
             seat.origins += [number] * added
-            seat.asked.append(number)
             tally.asked += 1
             tally.hits += added > 0
             tally.drafted += added
             tally.seconds += time.perf_counter() - begun
             if added == 0:
                 patience.learn(helped=False)
-            if len(merged.tokens) > nodes:
+            if len(merged.tokens) > limits.nodes:
                 break
         return merged
 
@@ -189,7 +187,7 @@ def build(
     depth: int = 16,
     min_match: int = 1,
     cost: float = 0.08,
-    capacity: int = 131_072,
+    capacity: int = 262_144,
 ) -> Drafter:
     """{"drafter": "hierarchy", "stores": ["context", "model", "corpus:STORE"], "nodes": 16, "depth": 16, "cost": 0.08}
 

@@ -13,7 +13,6 @@ need be proposed to notice that the text begins to repeat itself. Trees are a fu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -21,7 +20,7 @@ from forerun.drafter import Context, Drafter
 from forerun.drafters import Workshop
 from forerun.drafters.lookup.context import ContextStore
 from forerun.drafters.lookup.reader import Automaton, automaton_of
-from forerun.drafters.lookup.store import Limits, View
+from forerun.drafters.lookup.store import Bounds, Limits, View
 from forerun.errors import DrafterError
 from forerun.row import Row
 from forerun.tree import TokenTree
@@ -37,7 +36,8 @@ class Lookup(Drafter):
         self.max_nodes = limits.nodes
         self._store = ContextStore(make)
         self._views: list[View] = []
-        self._limits: dict[tuple[int, int, frozenset[int]], Limits] = {}
+        self._last = limits
+        self._bounds = Bounds(limits)
 
     def admit(self, row: Row, hidden: Mapping[int, Tensor]) -> None:
         self._views.append(self._store.open(row))
@@ -52,7 +52,7 @@ class Lookup(Drafter):
             view.forget(length)
 
     def propose(self, context: Context) -> TokenTree:
-        nodes, within = min(self.limits.nodes, context.budget), self._within
+        nodes, within = context.budget, self._bounds.within
         grown = [
             view.draft(row.tokens, len(row.tokens) - row.tentative, within(nodes, depth, row.ends))
             for view, row, depth in zip(self._views, context.rows, context.depths, strict=True)
@@ -60,18 +60,6 @@ class Lookup(Drafter):
         if all(len(draft.tokens) == 1 for draft in grown):
             return TokenTree.root([row.tokens[-1] for row in context.rows], context.device)
         return TokenTree.of([draft.tokens for draft in grown], [draft.parents for draft in grown], context.device)
-
-    def _within(self, nodes: int, depth: int, ends: frozenset[int]) -> Limits:
-        """The limits of a row at this step: the same object as long as they are the same."""
-        depth = min(self.limits.depth, depth)
-        key = nodes, depth, ends
-        found = self._limits.get(key)
-        if found is None:
-            if len(self._limits) >= 256:
-                self._limits.clear()
-            found = replace(self.limits, nodes=nodes, depth=depth, ends=ends)
-            self._limits[key] = found
-        return found
 
 
 def build(workshop: Workshop, nodes: int = 16, depth: int = 16, min_match: int = 1, cost: float = 0.08) -> Drafter:

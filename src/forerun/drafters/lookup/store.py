@@ -8,7 +8,7 @@ places, its nodes ranked by the probability that they survive.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 from forerun.row import Row
@@ -24,6 +24,27 @@ class Limits:
     min_match: int
     cost: float
     ends: frozenset[int] = frozenset()
+
+
+class Bounds:
+    """A drafter's limits, cut to what a row has room for: the same object from step to step as long as they are the same, which
+    saves the making of it."""
+
+    def __init__(self, limits: Limits):
+        self.limits = limits
+        self._made: dict[tuple[int, int, frozenset[int]], Limits] = {}
+
+    def within(self, nodes: int, depth: int, ends: frozenset[int]) -> Limits:
+        key = min(self.limits.nodes, nodes), min(self.limits.depth, depth), ends
+        found = self._made.get(key)
+        if found is None:
+            if len(self._made) >= _BOUNDS:
+                self._made.clear()
+            found = self._made[key] = replace(self.limits, nodes=key[0], depth=key[1], ends=ends)
+        return found
+
+
+_BOUNDS = 256
 
 
 class Draft(NamedTuple):
