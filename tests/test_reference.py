@@ -23,7 +23,7 @@ DRAFTERS = {
     "confident": {"drafter": "small", "checkpoint": SMALL, "stopping": {"rule": "confidence", "threshold": 0.5}},
     "tree": {"drafter": "small", "checkpoint": SMALL, "tree": {"width": 3, "depth": 4, "nodes": 12}},
     "sampled tree": {"drafter": "small", "checkpoint": WIDE, "widths": [2, 2, 1]},
-    "composed": str(MODELS / "composed.yaml"),
+    "hsd": str(MODELS / "hsd.yaml"),
     "medusa": f"medusa:{MODELS / 'medusa'}",
     "hydra": f"hydra:{MODELS / 'hydra'}",
     "hydra++": f"hydra:{MODELS / 'hydra++'}",

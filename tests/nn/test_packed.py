@@ -537,7 +537,7 @@ DRAFTERS = {
     "lookup": "lookup",
     "small": f"small:{SMALL}",
     "tree": str(MODELS / "tree.yaml"),
-    "composed": str(MODELS / "composed.yaml"),
+    "hsd": str(MODELS / "hsd.yaml"),
 }
 
 

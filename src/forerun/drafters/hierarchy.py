@@ -9,8 +9,8 @@ random tokens (`grams` is its table): stores rank their continuations by the pro
 below `cost`; the budget counts nodes; the lookahead branch is left out, because its 28 extra tokens per forward cost more than a
 plain step on a CPU. Its order of stores, its stop rule and its exactness are the paper's.
 
-A store that has nothing to say is asked less and less often (`Patience`), so that the looking costs next to nothing on text that
-it does not know. All of it is a function of the past alone.
+A store behind the first that has nothing to say is asked less and less often (`Patience`), so that the looking costs next to
+nothing on text that it does not know. All of it is a function of the past alone.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from forerun.model import Scores
 from forerun.row import Row
 from forerun.tree import TokenTree
 
-LONGEST_PAUSE = 16
+LONGEST_PAUSE = 8
 """Steps between two questions to a store that never has an answer."""
 
 
@@ -110,7 +110,7 @@ class Hierarchy(Drafter):
             return merged
         firm = len(row.tokens) - row.tentative
         for number, (view, patience, tally) in enumerate(zip(seat.views, seat.patience, self._tallies, strict=True)):
-            if not patience.asks():
+            if number and not patience.asks():
                 continue
             begun = time.perf_counter()
             found = view.draft(row.tokens, firm, limits)
