@@ -118,7 +118,7 @@ class Verified(Drafter):
             row.tokens += said[:count]
             row.tentative += count
             if judgement.laws_BNV is not None:
-                spoken[index] += judgement.laws_BNV[index, path[:count]]
+                spoken[index].append(judgement.laws_BNV[index, path[:count]])
             self._tally.asked += 1
             self._tally.drafted += count
 
@@ -158,13 +158,17 @@ class tentatively:  # noqa: N801 - reads as a word
 
 
 def _tree(tokens: list[list[int]], spoken: list[list[Tensor]], device: torch.device) -> TokenTree:
-    some = next((law for laws in spoken for law in laws), None)
+    """spoken: per row, the laws [n, V] of the tokens of each round."""
+    some = next((laws for rounds in spoken for laws in rounds), None)
     if some is None:
         return TokenTree.chain(tokens, device)
-    table = some.new_zeros(len(tokens), max(map(len, tokens)), some.shape[0])
-    for index, laws in enumerate(spoken):
-        if laws:
-            table[index, : len(laws)] = torch.stack(laws)
+    if len(tokens) == 1:
+        return TokenTree.drawn_chain(tokens, torch.cat(spoken[0])[None])
+    table = some.new_zeros(len(tokens), max(map(len, tokens)), some.shape[1])
+    for index, rounds in enumerate(spoken):
+        if rounds:
+            laws = torch.cat(rounds)
+            table[index, : len(laws)] = laws
     return TokenTree.drawn_chain(tokens, table)
 
 
