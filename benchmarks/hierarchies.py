@@ -190,9 +190,8 @@ def compare(plain: Engine, paths: dict[str, str], known: Known, setting: Setting
         records, f"temperature {setting.params.temperature:g}, {len(setting.prompts)} prompts, {setting.rounds} rounds"
     )
     fastest = max(hierarchies, key=lambda one: rows[one.name].tokens_per_second)
-    print(
-        f"planned (*): {1e3 * chosen.latency:.3f} ms per token in theory, and none below {1e3 * bound:.3f}; fastest: {fastest.name}"
-    )
+    theory = f"{1e3 * chosen.latency:.3f} ms per token in theory, and none below {1e3 * bound:.3f}"
+    print(f"planned (*): {theory}; fastest: {fastest.name}")
     about = {
         "rates": {" -> ".join(pair): rate for pair, rate in known.rates.items()},
         "verifying": {name: cost.points for name, cost in known.verifying.items()},

@@ -57,11 +57,12 @@ def test_folders_are_searched_for_texts(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"\xff\xfe" if name == "x/broken.txt" else f"{name}\n".encode())
     (tmp_path / "x" / "link.py").symlink_to(tmp_path / "x" / "b.py")
+    (tmp_path / "x" / "numbers.jsonl").write_text('{"text": "not this one either"}\n{"value": 1}\n')
     out = tmp_path / "text.store"
     code, said, err = forerun("index", tmp_path / "x", "--tokenizer", family / "target", "--out", out)
     assert code == 0 and texts_in(out, family / "target") == ["x/b.py\n", "x/deep/a.md\n"]
-    assert "2 texts from 3 files" in said and "bytes per token" in said and " s\n" in said
-    assert "1 have another suffix" in err and "1 are not UTF-8" in err
+    assert "2 texts from 4 files" in said and "bytes per token" in said and " s\n" in said
+    assert "1 have another suffix" in err and "1 are not UTF-8" in err and "1 are not rows" in err
 
 
 def test_rows_hold_texts_or_ids(indexed: Callable[..., list[str]], tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,26 +12,11 @@ from typing import Any
 from forerun.errors import ForerunError
 
 SUFFIXES = frozenset(
-    [
-        *(
-            ".txt",
-            ".md",
-            ".rst",
-            ".tex",
-            ".html",
-            ".css",
-            ".jsonl",
-            ".json",
-            ".yaml",
-            ".yml",
-            ".toml",
-            ".ini",
-            ".cfg",
-            ".sql",
-        ),
-        *(".py", ".pyi", ".js", ".jsx", ".ts", ".tsx", ".rb", ".php", ".lua", ".sh", ".jl", ".r"),
-        *(".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".kt", ".swift"),
-    ]
+    (
+        ".txt .md .rst .tex .html .css .jsonl .json .yaml .yml .toml .ini .cfg .sql"
+        " .py .pyi .js .jsx .ts .tsx .rb .php .lua .sh .jl .r"
+        " .c .h .cc .cpp .hpp .cu .rs .go .java .kt .swift"
+    ).split()
 )
 """What is read of a folder. A file that is named itself is read whatever it is called."""
 LARGEST = 10_000_000
@@ -69,8 +54,20 @@ class Texts:
         for file in self.files:
             text = self._read(file)
             if text is not None:
-                yield from _rows(file.path, text, encode) if file.path.suffix == ".jsonl" else [encode(text)]
+                yield from self._documents(file, text, encode)
             watch(file.size)
+
+    def _documents(self, file: File, text: str, encode: Encode) -> Iterable[Sequence[int]]:
+        if file.path.suffix != ".jsonl":
+            return [encode(text)]
+        rows = _rows(file.path, text, encode)
+        if file.named:
+            return rows
+        try:
+            return list(rows)
+        except ForerunError:
+            self.skipped["are not rows of texts"] += 1
+            return []
 
     def _read(self, file: File) -> str | None:
         try:
