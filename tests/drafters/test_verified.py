@@ -7,7 +7,6 @@ alone, so that what a hierarchy does can be traced by hand.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -16,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from drafters.heading import PROMPTS, greedy, lively
+from drafters.heading import PROMPTS, greedy, lively, relative
 from enumeration import Law, Luck, continued, distance, ideal_dice, law_of, one_law, plain_law
 from fakes import Near, TableNetwork, engine_of, plain
 from forerun.accept import Lenient
@@ -454,18 +453,9 @@ def test_a_prompt_that_is_longer_than_what_is_read_in_passing_costs_one_pass() -
 # ---- what a level says is what its model says of the text itself
 
 
-@cache
 def relatives() -> Networks:
     """A random transformer and two that were knocked a little."""
-    found: Networks = {"target": lively()}
-    for seed, (name, strength) in enumerate((("middle", 0.03), ("low", 0.08))):
-        network = deepcopy(lively())
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for weight in network.parameters():
-                weight += torch.randn(weight.shape, generator=generator) * weight.std() * strength * 3
-        found[name] = network
-    return found
+    return {"target": lively(), "middle": relative(0, 0.1), "low": relative(1, 0.24)}
 
 
 class Scratchless:
