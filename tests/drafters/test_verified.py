@@ -393,7 +393,9 @@ def test_a_row_that_has_ended_costs_no_more_rounds() -> None:
 # ---- passes, by hand
 
 
-def scripted(low: Sequence[int], middle: Sequence[int], length: int, drafts: int) -> tuple[Engine, Verified, DraftModel]:
+def scripted(
+    low: Sequence[int], middle: Sequence[int], length: int, drafts: int
+) -> tuple[Engine, Verified, DraftModel]:
     """A target that says 1 everywhere, and two models that are wrong at these positions."""
     chain = Chain(Model(Script(low, 1), drafts), Fixed(drafts))
     one = Verified(Model(Script(middle), drafts + 1), chain, length)
@@ -542,7 +544,9 @@ def test_a_lenient_level_keeps_more_of_what_it_is_given() -> None:
     kept = []
     for lenient in (None, Lenient(2.0), Lenient(1000.0)):
         one = hierarchy(networks, (1, 3), lenient)
-        engine_of(networks["target"], one).generate([[1, 0]], SamplingParams(temperature=1.0, seed=1, max_new_tokens=90))
+        engine_of(networks["target"], one).generate(
+            [[1, 0]], SamplingParams(temperature=1.0, seed=1, max_new_tokens=90)
+        )
         tally = one.tallies()[0]
         kept.append(tally.drafted / tally.asked)
     assert kept == sorted(kept) and kept[0] < kept[2] and kept[2] > 3

@@ -94,7 +94,7 @@ def describe(spec: str | Description) -> dict[str, Any]:
         return {"drafter": "fallback", "sources": [describe(part) for part in alternatives]}
     found = _SPEC.fullmatch(spec)
     if found and found["name"] in names():
-        checkpoint, inner = found["checkpoint"], found["inner"]
+        checkpoint, inner = (found["checkpoint"] or "").strip(), found["inner"]
         inside = {"inner": describe(inner)} if inner else {}
         return {"drafter": found["name"], **({"checkpoint": checkpoint} if checkpoint else {}), **inside}
     if spec.endswith((".json", ".yaml", ".yml")):
