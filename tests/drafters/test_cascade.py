@@ -134,7 +134,7 @@ def test_the_flagship_setting_with_a_last_drafter_that_is_always_right() -> None
 
 
 def test_the_flagship_setting_with_a_last_drafter_that_is_always_wrong() -> None:
-    """base is given 1 + 10 and says 2, three times; small is given 10 and says 1, thirteen times; ten more: 29 of which 19 hold."""
+    """base is given 1 + 10 and says 2, three times; small is given 10 and says 1, thirteen times; then ten."""
     tokens, drafted, tallies = one_step(FLAGSHIP, token=2)
     assert (tokens, drafted) == ([1] * 20, 29)
     assert tallies == [
