@@ -18,7 +18,7 @@ from fakes import TableNetwork
 from forerun.model import CHUNK, SHORT, Model
 from forerun.row import Row
 from forerun.sampling import SamplingParams
-from forerun.tree import TokenTree
+from forerun.tree import TokenTree, Topology
 
 CPU = torch.device("cpu")
 VOCAB = 5
@@ -234,6 +234,118 @@ def test_a_prompt_is_read_rightly_after_a_forward_that_nobody_judged() -> None:
     model.score(tree_for(rows[:1], [[-1, 0, 1]]), rows[:1])
     model.prefill(rows[1], 1)
     assert_scores(model, table, rows, tree_for(rows, [[-1], [-1, 0]]))
+
+
+# ---- a few missing tokens are read together with the tree
+
+
+def said_of(table: TableNetwork, tokens: list[int], start: int, end: int) -> Tensor:
+    """The states of tokens `start .. end - 1`: a table's state is its logits."""
+    return torch.stack([table.logits(tokens[: place + 1]) for place in range(start, end)])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 12), st.integers(0, 12)), min_size=1, max_size=4), st.data())
+def test_tokens_that_a_level_above_has_placed_are_read_with_the_tree(
+    sizes: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    """Rows that miss nothing beside rows that miss a few, and rows that miss so many that they are read before. Logits, the best
+    tokens, and the states of nodes and of the missing tokens are those of the text; what is kept is what the tree said."""
+    table = network()
+    rows = [row_of(text(index, size)) for index, (size, _) in enumerate(sizes)]
+    model = model_of(rows, table)
+    model.next_scores(rows)
+    for index, (row, (size, missing)) in enumerate(zip(rows, sizes, strict=True)):
+        row.tokens += text(50 + index, missing)
+        model.truncate(index, data.draw(st.integers(max(0, size - 3), size)))
+    for step in range(3):
+        lags = [len(row.tokens) - length for row, length in zip(rows, model.cache.lengths, strict=True)]
+        firsts = [min(length, len(row.tokens) - 1) for row, length in zip(rows, model.cache.lengths, strict=True)]
+        tree = tree_for(rows, [data.draw(parent_lists()) for _ in rows], step)
+        passes = model.passes
+        scores = model.score(tree, rows, [1])
+        far = [lag for lag in lags if lag > SHORT]
+        assert model.passes - passes == 1 + sum(-(-(lag - 1) // 6) for lag in far), "a chunk is six tokens here"
+        for index, right in enumerate(expected(table, rows, tree)):
+            size = tree.sizes[index]
+            assert (scores.logits_BNV[index, :size] == right).all()
+            assert (scores.best[index, :size] == right.argmax(-1)).all()
+            assert (scores.hidden[1][index, :size] == right).all()
+        if any(lag > 1 for lag in lags):
+            for row, first, states in zip(rows, firsts, scores.before[1], strict=True):
+                assert len(states) == len(row.tokens) - 1 - first
+                assert not len(states) or (states == said_of(table, row.tokens, first, len(row.tokens) - 1)).all()
+        else:
+            assert not scores.before
+        ends = [data.draw(st.integers(0, size - 1)) for size in tree.sizes]
+        paths = [tree.topology.path(index, end) for index, end in enumerate(ends)]
+        model.keep(paths)
+        for index, (row, path) in enumerate(zip(rows, paths, strict=True)):
+            row.tokens += tree.tokens_BN[index, path[1:]].tolist()
+            held = model.cache.entries(index)[0, 0, :, 0, 0].long().tolist()
+            assert held == row.tokens, "the missing tokens and the path, and nothing else"
+            row.tokens += text(100 + step + index, data.draw(st.integers(1, 10)))
+
+
+@pytest.mark.parametrize("missing", range(SHORT))
+def test_as_many_as_seven_missing_tokens_cost_no_forward(missing: int) -> None:
+    table = network()
+    rows = [row_of(text(0, 20)), row_of(text(1, 9))]
+    model = model_of(rows, table)
+    model.next_scores(rows)
+    rows[0].tokens += text(7, missing + 1)
+    rows[1].tokens += text(8, 1)
+    table.forwards, passes = 0, model.passes
+    scores = model.score(tree_for(rows, [[-1, 0, 0], [-1, 0]]), rows, [1])
+    assert table.forwards == model.passes - passes == 1
+    assert [len(states) for states in scores.before.get(1, [])] == ([missing, 0] if missing else [])
+    model.keep([[0], [0, 1]])
+    assert model.cache.lengths == [20 + missing + 1, 11] and not model._leads
+
+
+def test_one_more_costs_one() -> None:
+    table = network()
+    row = row_of(text(0, 20))
+    model = model_of([row], table)
+    model.next_scores([row])
+    row.tokens += text(7, SHORT)
+    row.tokens += [1]
+    table.forwards = 0
+    assert_scores(model, table, [row], tree_for([row], [[-1, 0, 0]]))
+    assert table.forwards == 3, "eight tokens are two chunks here, and then the tree"
+
+
+@pytest.mark.parametrize("then", ["truncate", "prefill", "next_scores"])
+def test_a_forward_that_nobody_judged_leaves_no_lead_behind(then: str) -> None:
+    table = network()
+    row = row_of(text(0, 9))
+    model = model_of([row], table)
+    model.next_scores([row])
+    model.truncate(0, 6)
+    model.score(tree_for([row], [[-1, 0, 1]]), [row])
+    assert model._leads == [2]
+    {
+        "truncate": lambda: model.truncate(0, 7),
+        "prefill": lambda: model.prefill(row, 0),
+        "next_scores": lambda: model.next_scores([row]),
+    }[then]()
+    assert not model._leads
+    tree = tree_for([row], [[-1, 0, 0]], 3)
+    assert_scores(model, table, [row], tree)
+    model.keep([[0, 2]])
+    held = model.cache.entries(0)[0, 0, :, 0, 0].long().tolist()
+    assert held == [*row.tokens, tree.tokens[0][2]]
+
+
+@pytest.mark.parametrize("parents", [[[-1]], [[-1, 0, 1], [-1, 0, 0, 1]]], ids=str)
+def test_a_topology_behind_chains_is_the_chains_with_the_trees_at_their_ends(parents: list[list[int]]) -> None:
+    leads = [2, 0][: len(parents)]
+    behind = Topology.of(parents).behind(leads)
+    for row, (lead, own) in enumerate(zip(leads, parents, strict=True)):
+        assert behind.parents[row][: lead + 1] == tuple(range(-1, lead))
+        for node in range(len(own)):
+            path = Topology.of(parents).path(row, node)
+            assert behind.path(row, lead + node) == [*range(lead), *(lead + other for other in path)]
 
 
 class ModelMachine(RuleBasedStateMachine):

@@ -341,5 +341,5 @@ def test_words():
     ),
 )
 def test_words_without_meaning(word):
-    with pytest.raises(ForerunError, match=r"use exact, typical, or typical:EPSILON,DELTA"):
+    with pytest.raises(ForerunError, match=r"use exact, typical, typical:EPSILON,DELTA"):
         lossy_of(word)

@@ -8,6 +8,7 @@ Told     a drafting that is given its tokens, so that heads can be as good or as
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import deepcopy
 from functools import cache, lru_cache
 from typing import Any
 
@@ -72,6 +73,16 @@ def lively(seed: int = 3, vocab: int = VOCAB) -> Transformer:
     """Nothing in it is at its neutral value."""
     config = TransformerConfig(vocab, WIDTH, layers=2, heads=4, kv_heads=2, head_dim=6, mlp_width=40, max_length=256)
     return filled(Transformer(config), 1.8, seed).requires_grad_(False)
+
+
+@cache
+def relative(seed: int = 0, strength: float = 0.1) -> Transformer:
+    """A lively target that was knocked a little: it often says the same."""
+    network, generator = deepcopy(lively()), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight += torch.randn(weight.shape, generator=generator) * weight.std() * strength
+    return network
 
 
 def filled(module: Any, scale: float = 1.5, seed: int = 0) -> Any:
@@ -230,6 +241,40 @@ class Telling(HeadDrafter):
         assert isinstance(self.head.drafting, Told)
         self.head.drafting.rows = list(context.rows)
         return super().propose(context)
+
+
+class Watching(Telling):
+    """Heads on a model that a level above or a drafter in front may leave behind. They are told now more, now less of what
+    that model will say. Whenever it has read a text but for its newest token, they must draft there, and from what heads would
+    see that had been given the whole text at once.
+    """
+
+    def __init__(self, module: HeadsModule, network: Transformer, kernels: str, scratch: int = 1):
+        tree = RankTree([[0], [1], [0, 0], [0, 0, 0]])
+        super().__init__("watching", Head(Told(self._say), reader_of(module, on(network, kernels)), tree, 2))
+        self.model = Model(on(network, kernels), max(scratch, tree.size + 1))
+        self._module, self._network = module, network
+        self.silent = self.spoken = 0
+
+    def _say(self, row: Row, tree: RankTree) -> list[int]:
+        text, deep = greedy(self._network, row.tokens, tree.depth), len(row.tokens) * 5 % (tree.depth + 1)
+        return [(text[len(path) - 1] + path[-1] + (len(path) > deep)) % VOCAB for path in tree.nodes]
+
+    def propose(self, context: Context) -> TokenTree:
+        ready = [
+            depth > 0 and self.model.cache.lengths[slot] >= len(row.tokens) - 1 > 0
+            for slot, (row, depth) in enumerate(zip(context.rows, context.depths, strict=True))
+        ]
+        tree = super().propose(context)
+        assert [size > 1 for size in tree.sizes] == ready
+        found = self.head.reader.contexts() if any(ready) else []
+        for slot, row in enumerate(context.rows):
+            if ready[slot]:
+                read = self._module.contexts(self._network.features(torch.tensor([row.tokens[:-1]])))
+                torch.testing.assert_close(found[slot], read[0, -1], rtol=1e-4, atol=1e-4)
+                self.spoken += 1
+            self.silent += context.depths[slot] > 0 and not ready[slot]
+        return tree
 
 
 def telling(say: Say, tree: RankTree) -> Telling:

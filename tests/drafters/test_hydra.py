@@ -27,9 +27,11 @@ from drafters.heading import (
     WIDTH,
     Telling,
     Told,
+    Watching,
     ahead,
     cyclic,
     demand_cache_of_the_texts,
+    drafter_of,
     engine_with,
     every_kernel,
     every_tree,
@@ -40,16 +42,22 @@ from drafters.heading import (
     noise,
     on,
     pieces_of,
+    relative,
     slow_draft,
     slow_head,
     some_heads,
 )
+from forerun.accept import Verdict
 from forerun.cache import Cache
+from forerun.drafter import Context, Drafter
+from forerun.drafters.cascade import Cascade, Part
 from forerun.drafters.heads import Head, HeadsModule, PrefixState, drafting
 from forerun.drafters.hydra import HydraConfig, HydraHeads, PrefixConfig, reader
+from forerun.drafters.maxgram import MaxGram, Table
 from forerun.drafters.medusa import MedusaConfig, MedusaHeads
+from forerun.drafters.verified import Verified
 from forerun.engine import Engine
-from forerun.model import Model
+from forerun.model import Model, Scores
 from forerun.nn.feed import Feed
 from forerun.nn.network import Network
 from forerun.ranktree import RankTree
@@ -396,3 +404,125 @@ def test_the_layer_is_shaped_as_its_config_says_and_reads_states_alone() -> None
     assert HydraConfig(WIDTH, VOCAB, prefix=dict(vars(PREFIX))).prefix == PREFIX  # type: ignore[arg-type]
     assert not any("embedding" in name for name, _ in some_heads("hydra++").named_parameters())
     assert isinstance(heads_of(MedusaConfig(WIDTH, VOCAB)), MedusaHeads)
+
+
+# ---- below a verified model
+
+CROWD = [[1, 2, 3], [4], [7, 7, 7, 7, 7], [9, 30, 2, 2, 11, 25, 0, 6, 19, 5, 5, 5, 8], [12, 3], [20]]
+every_reader = pytest.mark.parametrize("kind", ["hydra", "hydra++"])
+
+
+def crowded(inner: Watching, over: Drafter, temperature: float = 0.0) -> Engine:
+    """Rows of different lengths come and go beside one another; the texts are right, and the heads both spoke and waited."""
+    one = Engine(Model(lively(), 1), over, max_rows=3)
+    wishes = [SamplingParams(temperature=temperature, seed=n, max_new_tokens=4 + 7 * n) for n in range(len(CROWD))]
+    outputs = one.generate(CROWD, wishes)
+    if not temperature:
+        for prompt, wish, output in zip(CROWD, wishes, outputs, strict=True):
+            assert output.token_ids == greedy(lively(), prompt, wish.max_new_tokens)
+    assert inner.spoken > 30
+    assert one.target.cache.rows == inner.model.cache.rows == len(inner.head.reader.contexts()) == 0
+    return one
+
+
+@every_kernel
+@every_reader
+@pytest.mark.parametrize(("length", "strength"), [(1, 0.1), (4, 0.1), (4, 0.0), (9, 3.0)])
+def test_heads_below_a_verified_model_draft_as_if_they_had_read_the_text_at_once(
+    kind: str, kernels: str, length: int, strength: float
+) -> None:
+    """Also where the level above accepts everything, so that the last token's state is not known until the next pass, and
+    where it accepts next to nothing, so that states are taken back at every step."""
+    inner = Watching(some_heads(kind), relative(0, strength), kernels)
+    over = Verified(inner.model, inner, length)
+    crowded(inner, over)
+    accepted, tally = sum(over.tallies()[0].accepted), over.tallies()[0]
+    assert inner.silent > 0
+    if strength == 0:
+        assert accepted == tally.drafted
+    elif strength == 3:
+        assert accepted < 0.1 * tally.drafted
+    else:
+        assert 0.1 * tally.drafted < accepted < tally.drafted
+
+
+@every_reader
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_heads_at_the_bottom_of_three_models(kind: str, temperature: float) -> None:
+    inner = Watching(some_heads(kind), relative(0, 0.3), "torch")
+    lower = Verified(inner.model, inner, 2)
+    over = Verified(Model(relative(1, 0.1), lower.max_nodes + 1), lower, 5)
+    assert not over.reads and not lower.reads and inner.reads == {2}
+    crowded(inner, over, temperature)
+
+
+@every_reader
+def test_a_verified_model_that_is_asked_again_and_again_reads_no_token_twice(kind: str) -> None:
+    """In a cascade it is asked anew without a word from above, and rows that have said enough stand still beside others."""
+    inner = Watching(some_heads(kind), relative(0, 0.2), "torch")
+    over = Cascade([Part(Verified(inner.model, inner, 3), 8), Part(MaxGram(4, Table()), 10)])
+    crowded(inner, over)
+
+
+@every_kernel
+def test_rows_that_stand_still_for_long_do_not_fill_the_layers_memory(kernels: str) -> None:
+    """A row with no room left waits while another makes forty rounds: its newest token is not read again each time."""
+    inner = Watching(some_heads("hydra++"), relative(0, 0.0), kernels)
+    over = Verified(inner.model, inner, 150)
+    reader = inner.head.reader
+    assert isinstance(reader, PrefixState)
+    one = Engine(Model(lively(), 1), over)
+    wishes = [SamplingParams(max_new_tokens=count) for count in (3, 180)]
+    outputs = one.generate([[5, 6, 7] * 60, [1, 2]], wishes)
+    for prompt, wish, output in zip([[5, 6, 7] * 60, [1, 2]], wishes, outputs, strict=True):
+        assert output.token_ids == greedy(lively(), prompt, wish.max_new_tokens)
+    assert over.tallies()[0].asked > 40
+
+
+@every_reader
+def test_heads_whose_memory_was_taken_back_whole_wait_for_the_next_pass(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A level above takes back more than is remembered: nothing is known then, and nothing is drafted."""
+    monkeypatch.setattr("forerun.drafters.heads.REMEMBERED", 2)
+    module = some_heads(kind)
+    heads = drafter_of(module, relative(0, 3.0), TREES["chain"])
+    over = Verified(Model(relative(0, 3.0), heads.max_nodes + 1), heads, 12)
+    one = Engine(Model(lively(), 1), over)
+    (output,) = one.generate([[1, 2, 3]], SamplingParams(max_new_tokens=40))
+    assert output.token_ids == greedy(lively(), [1, 2, 3], 40)
+
+
+@every_reader
+@pytest.mark.parametrize("slots", [(0, 1), (2, 0), (1, 1), (0, 0)], ids=str)
+def test_rows_that_leave_take_their_states_along(kind: str, slots: tuple[int, int]) -> None:
+    """Three rows at different places in their texts; two leave, one comes, and all go on."""
+    inner = Watching(some_heads(kind), relative(0, 0.2), "torch")
+    over = Verified(inner.model, inner, 3)
+    rows = [Row(list(prompt), len(prompt), SamplingParams(), key=n, limit=200) for n, prompt in enumerate(CROWD[2:])]
+    for row in rows[:3]:
+        over.admit(row, {})
+    live = rows[:3]
+
+    def go_on() -> None:
+        """The level above keeps another number of tokens of every row, and adds one of its own."""
+        for step in range(4):
+            context = Context(live, 99, [20 - len(row.tokens) % 3 for row in live], torch.device("cpu"))
+            tree = over.propose(context)
+            kept = [list(range(1 + (step + n) % size)) for n, size in enumerate(tree.sizes)]
+            verdict = Verdict(kept, [step] * len(live), [False] * len(live))
+            over.observe(context, tree, verdict, Scores(torch.zeros(0)))
+            for row, path, tokens in zip(live, kept, tree.tokens, strict=True):
+                row.tokens += [*(tokens[node] for node in path[1:]), step]
+                row.step += 1
+
+    go_on()
+    for slot in slots:
+        over.release(slot)
+        last = live.pop()
+        if slot < len(live):
+            live[slot] = last
+    over.admit(rows[3], {})
+    live.append(rows[3])
+    go_on()
+    assert inner.spoken > 20

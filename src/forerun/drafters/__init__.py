@@ -85,16 +85,19 @@ def names() -> list[str]:
 def describe(spec: str | Description) -> dict[str, Any]:
     """The description behind a SPEC: a name, `name:CHECKPOINT`, `name:CHECKPOINT(SPEC)`, `SPEC | SPEC`, JSON, or a JSON or YAML
     file."""
-    if not isinstance(spec, str):
+    if isinstance(spec, Mapping):
         return dict(spec)
-    if spec.lstrip().startswith("{"):
+    if not isinstance(spec, str):
+        raise DrafterError(f'a drafter is a name or a mapping such as {{"drafter": "lookup"}}, not {spec!r}')
+    spec = spec.strip()
+    if spec.startswith("{"):
         return _parsed(spec, "the drafter description")
     alternatives = [part.strip() for part in _outside_brackets(spec)]
     if len(alternatives) > 1:
         return {"drafter": "fallback", "sources": [describe(part) for part in alternatives]}
-    found = _SPEC.fullmatch(spec.strip())
+    found = _SPEC.fullmatch(spec)
     if found and found["name"] in names():
-        checkpoint, inner = found["checkpoint"], found["inner"]
+        checkpoint, inner = (found["checkpoint"] or "").strip(), found["inner"]
         inside = {"inner": describe(inner)} if inner else {}
         return {"drafter": found["name"], **({"checkpoint": checkpoint} if checkpoint else {}), **inside}
     if spec.endswith((".json", ".yaml", ".yml")):
@@ -102,6 +105,8 @@ def describe(spec: str | Description) -> dict[str, Any]:
             return dict(_anchored(_parsed(Path(spec).read_text(), spec), Path(spec).parent))
         except OSError as error:
             raise DrafterError(f"cannot read the drafter file {spec}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise DrafterError(f"cannot read the drafter file {spec}: it is not text") from None
     raise DrafterError(_unknown(spec.partition(":")[0].partition("(")[0].strip()))
 
 
@@ -160,6 +165,8 @@ def _anchored(description: Any, folder: Path, key: str = "") -> Any:
         return {key: _anchored(value, folder, key) for key, value in description.items()}
     if isinstance(description, list):
         return [_anchored(value, folder, key) for value in description]
+    if isinstance(description, str) and key in _SPECS and not description.lstrip().startswith("{"):
+        return _NAMED.sub(lambda found: _beside(found, folder), description)
     if isinstance(description, str) and key in _PLACES:
         kind, colon, place = description.rpartition(":")
         if place and (folder / place).exists():
@@ -167,8 +174,18 @@ def _anchored(description: Any, folder: Path, key: str = "") -> Any:
     return description
 
 
-_PLACES = {"checkpoint", "tree", "store", "stores", "models", "inner", "drafter", "sources", "last"}
-"""Settings that may name files, alone or behind the name of a drafter or store."""
+def _beside(found: re.Match[str], folder: Path) -> str:
+    """One name within a SPEC, anchored if it is a file's and not a drafter's."""
+    colon, name = found["colon"], found["name"]
+    lies_there = bool(name) and (folder / name).exists() and (bool(colon) or name not in names())
+    return f"{colon}{found['before']}{folder / name if lies_there else name}"
+
+
+_NAMED = re.compile(r"(?P<colon>:?)(?P<before>\s*)(?P<name>[^:()|\s]([^:()|]*[^:()|\s])?)")
+_SPECS = {"drafter", "inner", "sources", "last"}
+"""Settings that hold a SPEC, in which any checkpoint or file may be named."""
+_PLACES = {"checkpoint", "tree", "store", "stores", "models"}
+"""Settings that may name files, alone or behind the name of a kind of store."""
 
 
 def _unknown(name: str) -> str:

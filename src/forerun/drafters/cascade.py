@@ -201,8 +201,11 @@ def build(
     if parts is not None:
         if k is not None or leniency != 1 or last != "maxgram":
             raise DrafterError('cascade: "parts" says it all; "k", "leniency" and "last" belong to "models"')
+        if isinstance(parts, str | Mapping) or not isinstance(parts, Sequence) or not parts:
+            raise DrafterError(f'cascade: parts is a list of drafters with "until", at least one, not {parts!r}')
         return Cascade([_part(workshop, part) for part in parts])
-    assert models is not None
+    if isinstance(models, str) or not isinstance(models, Sequence) or not all(isinstance(m, str) for m in models):
+        raise DrafterError(f'cascade: models is a list of checkpoints such as ["LARGE", "SMALL"], not {models!r}')
     rule = lenient_of("cascade", leniency)
     table = _matrix(k, len(models) + 1) if k is not None else _default(len(models) + 1)
     return _cascade(workshop, list(models), table, rule, last)
@@ -235,7 +238,8 @@ def _cascade(
 
 
 def _matrix(k: Sequence[Sequence[int]], size: int) -> list[list[int]]:
-    rows = [list(row) if isinstance(row, Sequence) and not isinstance(row, str) else [] for row in k]
+    given = k if isinstance(k, Sequence) else []
+    rows = [list(row) if isinstance(row, Sequence) and not isinstance(row, str) else [] for row in given]
     fits = len(rows) == size and all(len(row) == size for row in rows)
     numbers = [value for row in rows for value in row]
     if not fits or not all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in numbers):

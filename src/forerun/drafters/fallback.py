@@ -39,6 +39,7 @@ class Fallback(Drafter):
         self.max_nodes = max(source.max_nodes for source in sources)
         self._chosen: list[int] = []
         self._trees: dict[int, TokenTree] = {}
+        self._proposal: TokenTree | None = None
         self._tallies = [Tally(f"fallback, {source.name}") for source in sources]
 
     def admit(self, row: Row, hidden: Mapping[int, Tensor]) -> None:
@@ -69,8 +70,10 @@ class Fallback(Drafter):
                 break
         self._chosen = [self._choice(row) for row in range(len(context.rows))]
         if len(self._trees) == 1:
-            return self._trees[0]
-        return assembled([self._trees[number] for number in self._chosen], context.device)
+            self._proposal = self._trees[0]
+        else:
+            self._proposal = assembled([self._trees[number] for number in self._chosen], context.device)
+        return self._proposal
 
     def _count(self, number: int, tree: TokenTree, depths: Sequence[int], seconds: float) -> None:
         tally = self._tallies[number]
@@ -90,16 +93,29 @@ class Fallback(Drafter):
         return next(answering, max(self._trees, key=lambda number: (self._trees[number].sizes[row], -number)))
 
     def observe(self, context: Context, tree: TokenTree, verdict: Verdict, scores: Scores) -> None:
-        """Sources that read hidden states see what was really kept; the others what was kept of their own proposal."""
-        for path, number in zip(verdict.kept, self._chosen, strict=True):
-            for depth in range(1, len(path)):
+        """Sources that read hidden states see what was really kept; the others what was kept of their own proposal.
+
+        The tree may be a stranger's: where this is itself a source, another one may have answered for some rows or for all.
+        """
+        chosen = [number if self._is_own(tree, row) else -1 for row, number in enumerate(self._chosen)]
+        for path, number in zip(verdict.kept, chosen, strict=False):
+            for depth in range(1, len(path) if number >= 0 else 1):
                 self._tallies[number].keep(depth)
         for number, source in enumerate(self.sources):
             if source.reads:
                 source.observe(context, tree, verdict, scores)
             elif number in self._trees:
-                kept = [path if n == number else [0] for path, n in zip(verdict.kept, self._chosen, strict=True)]
+                kept = [path if n == number else [0] for path, n in zip(verdict.kept, chosen, strict=True)]
                 source.observe(context, self._trees[number], replace(verdict, kept=kept), scores)
+        self._chosen, self._trees, self._proposal = [], {}, None
+
+    def _is_own(self, tree: TokenTree, row: int) -> bool:
+        own = self._proposal
+        return tree is own or (
+            own is not None
+            and tree.tokens[row] == own.tokens[row]
+            and tree.topology.parents[row] == own.topology.parents[row]
+        )
 
     def reset(self) -> None:
         for source in self.sources:

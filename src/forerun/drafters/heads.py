@@ -343,16 +343,18 @@ class HeadDrafter(Drafter):
     def propose(self, context: Context) -> TokenTree:
         roots = [row.tokens[-1] for row in context.rows]
         reader = self.head.reader
+        self._align([len(row.tokens) - 1 for row in context.rows])
         depths = [
             depth
             if reader.known(slot) == len(row.tokens) - 1 > 0
             else 0  # else a level above has placed tokens not read yet
             for slot, (row, depth) in enumerate(zip(context.rows, context.depths, strict=True))
         ]
+        states = reader.contexts() if any(depths) else [None] * len(depths)
+        depths = [0 if state is None else depth for state, depth in zip(states, depths, strict=True)]
         tree = self.head.tree.within(max(depths), context.budget)
         if tree is None:
             return TokenTree.root(roots, context.device)
-        states = reader.contexts()
         some = next(state for state in states if state is not None)
         context_BD = torch.stack([torch.zeros_like(some) if state is None else state for state in states])
         tokens = self.head.drafting.draft(context_BD, roots, tree)
@@ -363,9 +365,18 @@ class HeadDrafter(Drafter):
     def observe(self, context: Context, tree: TokenTree, verdict: Verdict, scores: Scores) -> None:
         layer, before = self.head.layer, scores.before.get(self.head.layer)
         kept = [states[path] for states, path in zip(scores.hidden[layer], verdict.kept, strict=True)]
+        leads = [0] * len(kept) if before is None else list(map(len, before))
+        self._align([len(row.tokens) - 1 - lead for row, lead in zip(context.rows, leads, strict=True)])
         if before is not None:
             kept = [torch.cat(pair) for pair in zip(before, kept, strict=True)]
         self.head.reader.observe(kept)
+
+    def _align(self, lengths: Sequence[int]) -> None:
+        """A row that stood still while others went on has its newest token read again and again: as the model does, forget
+        that one before it is read the next time."""
+        for slot, length in enumerate(lengths):
+            if self.head.reader.known(slot) > length:
+                self.head.reader.retract(slot, length)
 
     def retract(self, lengths: Sequence[int]) -> None:
         for slot, length in enumerate(lengths):
