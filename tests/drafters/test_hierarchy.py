@@ -20,7 +20,7 @@ from forerun.drafters.hierarchy import LONGEST_PAUSE, Hierarchy, Patience, merge
 from forerun.drafters.lookup import index
 from forerun.drafters.lookup.store import Draft, Limits, Store, View
 from forerun.engine import Engine
-from forerun.errors import DrafterError
+from forerun.errors import ForerunError
 from forerun.model import Model, Scores
 from forerun.row import Row
 from forerun.sampling import SamplingParams
@@ -263,6 +263,18 @@ def test_sampled_text_is_that_of_plain_decoding_with_the_same_seed(poison: str) 
         assert [output.token_ids for output in engine.generate(PROMPTS, params)] == wanted
 
 
+def test_the_tables_of_the_paper_are_stores_too(tmp_path: Path) -> None:
+    (tmp_path / "said.jsonl").write_text('{"answer": [1, 2, 3, 4, 0, 1]}\n{"answer": [1, 2, 3, 4, 0, 2]}\n')
+    for compat in (False, True):
+        stores = ["grams", f"grams:{tmp_path / 'said.jsonl'}"]
+        engine = engines_of({"drafter": "hierarchy", "stores": stores, "compat": compat})
+        outputs = engine.generate(PROMPTS, SamplingParams(max_new_tokens=60))
+        for prompt, output in zip(PROMPTS, outputs, strict=True):
+            assert output.token_ids == plain(TARGET, prompt, 60)
+        assert [tally.name for tally in engine.drafter.tallies()] == ["grams", "model grams"]
+        assert all(tally.hits for tally in engine.drafter.tallies())
+
+
 def steps(engine: Engine, tenant: str = "") -> int:
     return sum(o.stats.steps for o in engine.generate(PROMPTS, SamplingParams(max_new_tokens=40, tenant=tenant)))
 
@@ -303,12 +315,14 @@ def test_a_memory_outlives_its_engine(tmp_path: Path) -> None:
         ({"stores": ["context"], "checkpoint": "x"}, "not both"),
         ({"checkpoint": "/nowhere"}, "cannot read the store /nowhere"),
         ({"capacity": 0}, "at least 2"),
+        ({"compat": 1}, "compat is true or false"),
+        ({"stores": ["grams:/nowhere"]}, "no file or folder /nowhere"),
         ({"nodes": 0}, "nodes is a whole number"),
         ({"cost": 2}, "cost is a probability"),
     ],
 )
 def test_wrong_settings_get_one_sentence(settings_: dict[str, Any], said: str) -> None:
-    with pytest.raises(DrafterError, match=r"^[^\n]+$") as error:
+    with pytest.raises(ForerunError, match=r"^[^\n]+$") as error:
         build({"drafter": "hierarchy", **settings_}, workshop())
     assert said in str(error.value)
 
@@ -318,5 +332,5 @@ def test_a_corpus_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
     spec = f"hierarchy:{tmp_path / 'other.store'}"
     target = Model(TARGET, 1)
     assert build(spec, Workshop(target, {}.__getitem__, tokenizer="abc")).name == "hierarchy"
-    with pytest.raises(DrafterError, match="another tokenizer"):
+    with pytest.raises(ForerunError, match="another tokenizer"):
         build(spec, Workshop(target, {}.__getitem__, tokenizer="def"))

@@ -16,7 +16,7 @@ nothing on text that it does not know. All of it is a function of the past alone
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,8 +28,10 @@ from forerun.drafters import Workshop
 from forerun.drafters.lookup import limits_of
 from forerun.drafters.lookup.context import ContextStore
 from forerun.drafters.lookup.corpus import Corpus, CorpusStore
+from forerun.drafters.lookup.grams import GramStore, Shape, table_of
 from forerun.drafters.lookup.model import ModelStore
 from forerun.drafters.lookup.store import Bounds, Draft, Limits, Store, View
+from forerun.drafters.lookup.texts import find
 from forerun.errors import DrafterError
 from forerun.model import Scores
 from forerun.row import Row
@@ -188,12 +190,15 @@ def build(
     min_match: int = 1,
     cost: float = 0.08,
     capacity: int = 262_144,
+    compat: bool = False,
 ) -> Drafter:
     """{"drafter": "hierarchy", "stores": ["context", "model", "corpus:STORE"], "nodes": 16, "depth": 16, "cost": 0.08}
 
     stores, in the order in which they are asked: `context`, the request's own text; `model`, what the model said before, or
     `model:FILE` to remember it across runs; `corpus:STORE`, made by `forerun index`. Without them: context and model, and
-    `hierarchy:STORE` adds a corpus. capacity: tokens that the model store holds. The other settings are those of `lookup`.
+    `hierarchy:STORE` adds a corpus. The paper's own tables of five-grams are stores too: `grams` of the request's text,
+    `grams:ANSWERS` of what the model said (from `forerun distill`); compat: in the published code's order, the oldest first.
+    capacity: tokens that the model store holds. The other settings are those of `lookup`.
     """
     if stores is None:
         stores = ["context", "model", *([f"corpus:{checkpoint}"] if checkpoint else [])]
@@ -202,11 +207,16 @@ def build(
     if isinstance(stores, str) or not stores or not all(isinstance(store, str) for store in stores):
         raise DrafterError(f'hierarchy: stores is a list such as ["context", "model", "corpus:STORE"], not {stores!r}')
     limits = limits_of("hierarchy", nodes, depth, min_match, cost)
-    return Hierarchy([_store(spec, capacity, workshop) for spec in stores], limits)
+    if not isinstance(compat, bool):
+        raise DrafterError(f"hierarchy: compat is true or false, not {compat!r}")
+    return Hierarchy([_store(spec, capacity, compat, workshop) for spec in stores], limits)
 
 
-def _store(spec: str, capacity: int, workshop: Workshop) -> Store:
+def _store(spec: str, capacity: int, compat: bool, workshop: Workshop) -> Store:
     name, _, place = spec.partition(":")
+    if name == "grams":
+        shape = Shape(compat=compat)
+        return GramStore(shape, table_of(_answers(place, workshop.target.vocab_size), shape) if place else None)
     if name == "context" and not place:
         return ContextStore()
     if name == "model":
@@ -216,4 +226,18 @@ def _store(spec: str, capacity: int, workshop: Workshop) -> Store:
         corpus = Corpus.open(place)
         corpus.demand_fit(workshop.target.vocab_size, workshop.tokenizer)
         return CorpusStore(corpus)
-    raise DrafterError(f"hierarchy: there is no store {spec!r}: use context, model, model:FILE or corpus:STORE")
+    raise DrafterError(
+        f"hierarchy: there is no store {spec!r}: use context, model, model:FILE, corpus:STORE, grams or grams:ANSWERS"
+    )
+
+
+def _answers(path: str, vocabulary: int) -> Iterator[Sequence[int]]:
+    """The answers of a file of `forerun distill`."""
+    for answer in find([Path(path)]).documents(_no_text):
+        if any(not 0 <= token < vocabulary for token in answer):
+            raise DrafterError(f"{path} holds tokens that the target does not have: distill the target's own answers")
+        yield answer
+
+
+def _no_text(text: str) -> Sequence[int]:
+    raise DrafterError("a table of grams is made of token ids: give a file of forerun distill")

@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from forerun.automaton import SuffixAutomaton
 from forerun.drafter import Context, Drafter
 from forerun.drafters import Workshop
+from forerun.drafters.lookup.reader import automaton_of
 from forerun.errors import DrafterError
 from forerun.row import Row
 from forerun.tree import TokenTree
@@ -56,26 +56,24 @@ class Text:
     """The firm text of one row, and where its ends came before."""
 
     def __init__(self) -> None:
-        self._automaton, self._bytes = SuffixAutomaton(), bytearray()
+        self._automaton, self._bytes, self._known = automaton_of(), bytearray(), 0
 
     def read(self, tokens: Sequence[int], firm: int) -> None:
         """Catch up with the first `firm` tokens."""
         self.forget(firm)
-        fresh = tokens[len(self._automaton) : firm]
+        fresh = array("i", tokens[self._known : firm])
         self._automaton.extend(fresh)
-        self._bytes += array("i", fresh).tobytes()
+        self._bytes += fresh.tobytes()
+        self._known = firm
 
     def forget(self, length: int) -> None:
         """Start again if more than `length` tokens were read."""
-        if len(self._automaton) > length:
-            self._automaton, self._bytes = SuffixAutomaton(), bytearray()
+        if self._known > length:
+            self._automaton, self._bytes, self._known = automaton_of(), bytearray(), 0
 
     def match(self, tentative: Sequence[int]) -> int:
         """How many tokens, at the end of the firm text with `tentative` behind it, came before in the firm text."""
-        cursor = self._automaton.match
-        for token in tentative:
-            cursor = self._automaton.advance(cursor, token)
-        return cursor.length
+        return self._automaton.walk(self._automaton.match, tentative).length
 
     def place(self, end: Sequence[int], occurrence: str) -> int:
         """The position behind the newest or leftmost place of `end` that has a firm token behind it."""
