@@ -43,7 +43,7 @@ def test_the_table_and_its_file(ran, family, tmp_path):
 def test_without_drafters_it_takes_what_lies_beside_the_target(ran, family, tmp_path):
     ran("--json", tmp_path / "rows.json")
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert [row["drafter"] for row in rows] == ["none", "lookup", "small"]
+    assert [row["drafter"] for row in rows] == ["none", "lookup", "hierarchy", "small"]
 
 
 def test_what_lies_there_and_cannot_be_built_is_left_out_aloud(family, forerun, tmp_path):

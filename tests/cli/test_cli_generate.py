@@ -52,6 +52,31 @@ def test_a_drafter_changes_nothing_but_the_statistics(family, said, drafter):
     assert drafted["stats"]["drafter"] == drafter
 
 
+def test_what_the_parts_of_a_drafter_did_is_told(family, said, forerun):
+    options = (family / "target", PROMPT * 3, "--max-new-tokens", 40, "--dtype", "fp32")
+    for spec, names in (
+        ("hierarchy", ["context", "model"]),
+        (f"lookup | small:{family / 'small'}", ["fallback, lookup", "fallback, small"]),
+        (f"verified:{family / 'small'}(lookup)", ["verified"]),
+    ):
+        found = said("generate", *options, "--drafter", spec)
+        assert [part["name"] for part in found["parts"]] == names
+        kept = sum(sum(part["accepted"]) for part in found["parts"])
+        assert kept >= found["stats"]["accepted_tokens"], "and what the end of the text cut off"
+        assert sum(part["asked"] for part in found["parts"]) > 0
+        code, _, err = forerun("generate", *options, "--drafter", spec)
+        assert code == 0 and all(f"  {name}: asked" in err for name in names)
+
+
+def test_lenient_acceptance_is_said_to_be_lossy(family, said, forerun):
+    options = ("generate", family / "target", PROMPT, "--max-new-tokens", 12, "--dtype", "fp32", "--drafter", "lookup")
+    for rule in ("lenient", "lenient:3"):
+        stats = said(*options, "--acceptance", rule)["stats"]
+        assert (stats["exact"], stats["rule"]) == (False, "lenient review (lossy)")
+    code, _, err = forerun(*options, "--acceptance", "lenient:0.5")
+    assert code == 2 and "a factor above 1" in err
+
+
 def test_a_composed_drafter_comes_from_a_file(family, said, tmp_path):
     description = {"drafter": "verified", "checkpoint": str(family / "small"), "inner": "lookup", "length": 3}
     (tmp_path / "mine.json").write_text(json.dumps(description))

@@ -378,7 +378,7 @@ def test_the_demo_says_it_too(trained, family, forerun, tmp_path):
     assert [row["exact"] for row in rows] == [False] * 3
 
 
-@pytest.mark.parametrize("word", ["sloppy", "typical:1", "typical:2,0.3", "typical:x,y", ""])
+@pytest.mark.parametrize("word", ["sloppy", "lenient:1", "typical:1", "typical:2,0.3", "typical:x,y", ""])
 def test_acceptances_that_there_are_not(refused, family, word):
     for command in (("generate", family / "target", "x"), ("demo", "--model", family / "target")):
-        assert "use exact, typical, or typical:EPSILON,DELTA" in refused(*command, "--acceptance", word)
+        assert "use exact, typical, typical:EPSILON,DELTA" in refused(*command, "--acceptance", word)
