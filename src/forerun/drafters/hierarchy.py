@@ -46,7 +46,7 @@ sees to that (`benchmarks/stores.py`; pauses after rejected drafts cost 11 to 21
 
 @dataclass
 class Patience:
-    """When to ask a store again: after so many empty answers in a row the pause doubles with each, and the first answer ends it."""
+    """When to ask a store again: after some empty answers in a row the pause doubles with each; the first answer ends it."""
 
     empty: int = 0
     pause: int = 0
