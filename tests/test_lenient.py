@@ -223,6 +223,17 @@ def test_the_targets_own_choice_is_preferred_to_an_earlier_sibling() -> None:
     assert one(tree, p, 100.0, greedy=False).kept == [[0, 1]], "a row that samples takes the first that is kept"
 
 
+def test_every_sibling_has_luck_of_its_own() -> None:
+    p = torch.tensor([[[0.2, 0.3, 0.1, 0.4]] * 3], dtype=torch.float64)
+    tree = TokenTree.of([[0, 1, 2]], [[-1, 0, 0]], CPU)
+
+    def program(_: list[None], lucks: list[Luck]) -> list[tuple[int, ...]]:
+        return [tuple(lenient(tree, p, Lenient(2.0), [False], Ways([luck])).kept[0]) for luck in lucks]
+
+    expected = {(0, 1): 0.6, (0, 2): 0.4 * 0.2, (0,): 0.4 * 0.8}
+    assert distance(law_of(program), expected) < 1e-9
+
+
 def test_rejected_siblings_are_not_said_after_all() -> None:
     p = torch.tensor([[[0.2, 0.3, 0.1, 0.4]] * 3], dtype=torch.float64)
     tree = TokenTree.of([[0, 1, 2]], [[-1, 0, 0]], CPU)

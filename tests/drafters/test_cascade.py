@@ -273,6 +273,16 @@ def test_the_law_is_the_targets_whatever_trees_the_parts_propose(seed: int) -> N
     assert distance(law, plain_law(processed(wishes, networks["target"], [1, 0]), 3)) < EXACT
 
 
+def test_a_part_that_is_asked_again_has_luck_of_its_own_again() -> None:
+    """One token at a time, two of them; shared luck would make the second depend on the first."""
+    target = TableNetwork(2, 3, 2, 1.0)
+    networks = {"target": target, "0": Near(target, 2.0, 1)}
+    parts = [{"drafter": "small", "checkpoint": "0", "length": 1, "until": 2}]
+    wishes = SamplingParams(temperature=1.0, max_new_tokens=4)
+    law = engine_law(lambda: {"drafter": "cascade", "parts": parts}, networks, [1, 0], wishes)
+    assert distance(law, plain_law(processed(wishes, target, [1, 0]), 4)) < EXACT
+
+
 def test_tokens_keep_the_law_of_their_own_part(monkeypatch: pytest.MonkeyPatch) -> None:
     """The classic mistake: every token is taken to be certain, although it was drawn. No harm; and to take it for drawn from
     the law of another part would be another law."""

@@ -447,6 +447,17 @@ def test_heads_below_a_verified_model_draft_as_if_they_had_read_the_text_at_once
 
 
 @every_reader
+def test_heads_below_a_verified_model_know_the_prompt_from_the_first_step_on(kind: str) -> None:
+    inner = Watching(some_heads(kind), relative(0, 0.1), "torch")
+    over = Verified(inner.model, inner, 3)
+    row = Row([1, 2, 3] * 8, 24, SamplingParams(), key=0, limit=90)
+    over.admit(row, {})
+    assert inner.head.reader.known(0) == 23
+    over.propose(Context([row], 9, [9], torch.device("cpu")))
+    assert inner.silent == 0
+
+
+@every_reader
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_heads_at_the_bottom_of_three_models(kind: str, temperature: float) -> None:
     inner = Watching(some_heads(kind), relative(0, 0.3), "torch")
