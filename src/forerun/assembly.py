@@ -91,7 +91,7 @@ def drafter_for(
     """
     kind, place, chosen = target.network.dtype, target.device, "torch" if kernels == "torch" else "auto"
     network = cache(lambda path: load_network(path, kind, place, chosen, weights))  # a model may have several places
-    fingerprint = fingerprint_of(tokenizer.backend_tokenizer.get_vocab()) if tokenizer else ""
+    fingerprint = cache(lambda: fingerprint_of(tokenizer.backend_tokenizer.get_vocab()) if tokenizer else "")
     made = build(drafter, Workshop(target, network, fingerprint))
     check_fit(target, made)
     return made

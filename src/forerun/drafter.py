@@ -30,6 +30,11 @@ class Context:
     device: torch.device
     path: tuple[int, ...] = field(default=(0,))
 
+    @property
+    def is_nested(self) -> bool:
+        """Another drafter asks, not the engine."""
+        return len(self.path) > 1
+
     def chance(self) -> Dice:
         """Luck that no other step, level or row sees."""
         return draft_chance(self.rows, self.path)
@@ -40,19 +45,21 @@ class Tally:
     """What one part of a drafter did so far: a level of a hierarchy, a tier of stores. Sums over rows and steps.
 
     asked: proposals asked of it, hits: those that held anything. drafted: tokens; accepted[i]: those at depth i + 1 that the
-    level above kept. seconds: of asking it, everything below included. passes: forwards of its own model.
+    level above kept, None where it was not told. seconds: of asking it, everything below included. passes: forwards of its
+    own model.
     """
 
     name: str
     asked: int = 0
     hits: int = 0
     drafted: int = 0
-    accepted: list[int] = field(default_factory=list)
+    accepted: list[int] | None = field(default_factory=list)
     seconds: float = 0.0
     passes: int = 0
 
     def keep(self, depth: int) -> None:
         """A token at this depth (from 1) was kept."""
+        assert self.accepted is not None
         self.accepted += [0] * (depth - len(self.accepted))
         self.accepted[depth - 1] += 1
 

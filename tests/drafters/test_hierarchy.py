@@ -273,6 +273,8 @@ def test_the_tables_of_the_paper_are_stores_too(tmp_path: Path) -> None:
             assert output.token_ids == plain(TARGET, prompt, 60)
         assert [tally.name for tally in engine.drafter.tallies()] == ["grams", "model grams"]
         assert all(tally.hits for tally in engine.drafter.tallies())
+        engine.drafter.reset()
+        assert not any(tally.asked for tally in engine.drafter.tallies())
 
 
 def steps(engine: Engine, tenant: str = "") -> int:
@@ -331,6 +333,6 @@ def test_a_corpus_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
     index.write(index.build([[1, 2, 3]], 5), tmp_path / "other.store", fingerprint="abc")
     spec = f"hierarchy:{tmp_path / 'other.store'}"
     target = Model(TARGET, 1)
-    assert build(spec, Workshop(target, {}.__getitem__, tokenizer="abc")).name == "hierarchy"
+    assert build(spec, Workshop(target, {}.__getitem__, tokenizer=lambda: "abc")).name == "hierarchy"
     with pytest.raises(ForerunError, match="another tokenizer"):
-        build(spec, Workshop(target, {}.__getitem__, tokenizer="def"))
+        build(spec, Workshop(target, {}.__getitem__, tokenizer=lambda: "def"))

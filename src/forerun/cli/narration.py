@@ -107,11 +107,8 @@ def parts(tallies: Sequence[Tally]) -> list[str]:
     """One line about each part of a drafter: a level of a hierarchy, a store, a source."""
     lines = []
     for tally in tallies:
-        kept = sum(tally.accepted)
-        words = [
-            f"asked {tally.asked:,} times, {tally.hits:,} with an answer",
-            f"{tally.drafted:,} tokens, {kept:,} kept",
-        ]
+        kept = "" if tally.accepted is None else f", {sum(tally.accepted):,} kept"
+        words = [f"asked {tally.asked:,} times, {tally.hits:,} with an answer", f"{tally.drafted:,} tokens{kept}"]
         if tally.asked:
             words.append(f"{1e6 * tally.seconds / tally.asked:,.0f} us each")
         if tally.passes:

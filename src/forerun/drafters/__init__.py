@@ -23,7 +23,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -49,20 +49,28 @@ REGISTRY = {
 }
 
 Description = Mapping[str, Any]
+DEEPEST = 16
+"""Drafters inside drafters."""
+MOST = 1024
+"""Tokens of anything that a drafter counts: what is more is a slip."""
 
 
 @dataclass(frozen=True)
 class Workshop:
-    """What building a drafter may need: the target it is for, a way to load networks beside it, and a fingerprint of the target's
-    tokenizer (empty if not known), by which stores of tokens are told from those of another one."""
+    """What building a drafter may need: the target it is for, a way to load networks beside it, a fingerprint of the target's
+    tokenizer (empty if not known), by which stores of tokens are told from those of another one, and how many drafters this
+    one is inside."""
 
     target: Model
     load: Callable[[str], Network]
-    tokenizer: str = ""
+    tokenizer: Callable[[], str] = str
+    depth: int = 0
 
     def build(self, description: str | Description) -> Drafter:
         """A drafter inside a drafter."""
-        return build(description, self)
+        if self.depth >= DEEPEST:
+            raise DrafterError(f"drafters stand in one another more than {DEEPEST} deep: does a file name itself?")
+        return build(description, replace(self, depth=self.depth + 1))
 
     def network(self, checkpoint: str | None, drafter: str) -> Network:
         """A draft network with the target's vocabulary, or a DrafterError that says why not."""
@@ -75,6 +83,12 @@ class Workshop:
                 f" {self.target.vocab_size}: use a drafter that shares the target's tokenizer"
             )
         return network
+
+
+def demand_count(drafter: str, setting: str, value: object) -> None:
+    """DrafterError for anything but a number of tokens."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST:
+        raise DrafterError(f"{drafter}: {setting} is a whole number of at least 1 and at most {MOST}, not {value!r}")
 
 
 def names() -> list[str]:
@@ -118,6 +132,8 @@ def _outside_brackets(spec: str) -> list[str]:
     parts, depth = [""], 0
     for sign in spec:
         depth += (sign == "(") - (sign == ")")
+        if not 0 <= depth <= DEEPEST:
+            break
         if sign == "|" and depth == 0:
             parts.append("")
         else:
@@ -131,8 +147,12 @@ def build(spec: str | Description, workshop: Workshop) -> Drafter:
     """The drafter that a SPEC or description asks for."""
     settings = describe(spec)
     name = settings.pop("drafter", None)
+    if name is None:
+        raise DrafterError(f'a drafter needs a name: write "drafter": "lookup" or the like beside {sorted(settings)}')
     if not isinstance(name, str) or name not in names():
         raise DrafterError(_unknown(str(name)))
+    if not isinstance(settings.get("checkpoint", ""), str):
+        raise DrafterError(f"the checkpoint of the drafter {name} is a path, not {settings['checkpoint']!r}")
     maker = _module(name).build
     allowed = list(inspect.signature(maker).parameters)[1:]
     for key in settings:
@@ -154,6 +174,8 @@ def _parsed(text: str, source: str) -> dict[str, Any]:
         value = yaml.safe_load(text) if not text.lstrip().startswith("{") else json.loads(text)
     except (yaml.YAMLError, ValueError) as error:
         raise DrafterError(f"{source} is neither JSON nor YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise DrafterError(f"{source} nests too deep to be a drafter") from None
     if not isinstance(value, dict):
         raise DrafterError(f'{source} must be a mapping such as {{"drafter": "lookup"}}')
     return value

@@ -69,8 +69,11 @@ class Cascade(Drafter):
         self.max_nodes = max(
             max(part.until, start) - 1 + part.drafter.max_nodes for start, part in zip(before, parts, strict=False)
         )
-        self._tallies = [Tally(f"cascade, part {number}") for number in range(1, len(parts) + 1)]
+        self._tallies = self._new_tallies()
         self._origins: list[list[int]] = []
+
+    def _new_tallies(self) -> list[Tally]:
+        return [Tally(f"cascade, part {number}") for number in range(1, len(self.parts) + 1)]
 
     def admit(self, row: Row, hidden: Mapping[int, Tensor]) -> None:
         for part in self.parts:
@@ -143,12 +146,14 @@ class Cascade(Drafter):
     def reset(self) -> None:
         for part in self.parts:
             part.drafter.reset()
+        self._tallies = self._new_tallies()
 
     def tallies(self) -> list[Tally]:
+        """A part answers many times before the target does, and is not told which of its answers were kept; its own row says."""
         return [
             tally
             for own, part in zip(self._tallies, self.parts, strict=True)
-            for tally in (own, *part.drafter.tallies())
+            for tally in (own, *(replace(below, accepted=None) for below in part.drafter.tallies()))
         ]
 
 

@@ -40,9 +40,13 @@ class Fallback(Drafter):
         self._chosen: list[int] = []
         self._trees: dict[int, TokenTree] = {}
         self._proposal: TokenTree | None = None
-        self._tallies = [Tally(f"fallback, {source.name}") for source in sources]
+        self._tallies = self._new_tallies()
+
+    def _new_tallies(self) -> list[Tally]:
+        return [Tally(f"fallback, {source.name}") for source in self.sources]
 
     def admit(self, row: Row, hidden: Mapping[int, Tensor]) -> None:
+        self._chosen, self._trees, self._proposal = [], {}, None  # what an interrupted step has left
         for source in self.sources:
             source.admit(row, hidden)
 
@@ -97,7 +101,9 @@ class Fallback(Drafter):
 
         The tree may be a stranger's: where this is itself a source, another one may have answered for some rows or for all.
         """
-        chosen = [number if self._is_own(tree, row) else -1 for row, number in enumerate(self._chosen)]
+        if len(self._chosen) != tree.rows:  # it was not asked, or an interrupted step has left something
+            self._chosen, self._trees = [-1] * tree.rows, {}
+        chosen = [number if number >= 0 and self._is_own(tree, row) else -1 for row, number in enumerate(self._chosen)]
         for path, number in zip(verdict.kept, chosen, strict=False):
             for depth in range(1, len(path) if number >= 0 else 1):
                 self._tallies[number].keep(depth)
@@ -120,6 +126,7 @@ class Fallback(Drafter):
     def reset(self) -> None:
         for source in self.sources:
             source.reset()
+        self._tallies = self._new_tallies()
 
     def tallies(self) -> list[Tally]:
         return [

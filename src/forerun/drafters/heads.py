@@ -158,6 +158,10 @@ REMEMBERED = 256
 """States of a row that can be gone back to: more than a level of a hierarchy ever takes back."""
 
 
+WAITING = 32
+"""Steps whose states may wait to be read together."""
+
+
 class _States:
     """The newest states of one row. count: how many of its tokens have had one."""
 
@@ -226,14 +230,14 @@ class LastState:
 class PrefixState(LastState):
     """The context is what a layer of the heads' own makes of the states of all verified tokens (Hydra++).
 
-    The layer has a cache of its own, which holds verified tokens only. What was verified waits until a context is asked for: a
-    drafter in front of the heads may answer for many steps.
+    The layer has a cache of its own, which holds verified tokens only. What was verified waits until a context is asked for, or
+    for so many steps: a drafter in front of the heads may answer instead of them.
     """
 
     def __init__(self, network: Network, longest: int):
         """longest: the most tokens of a row that one step keeps. Shorter rows of a batch are padded to that."""
         super().__init__()
-        self._network, self._longest = network, max(longest, REMEMBERED // 8)
+        self._network, self._longest = network, max(longest, WAITING)
         self.cache = Cache(network.cache_shape, network.dtype, network.device)
         self._waiting: list[list[Tensor]] = []
 
@@ -263,6 +267,8 @@ class PrefixState(LastState):
     def observe(self, states: Sequence[Tensor]) -> None:
         for waiting, part in zip(self._waiting, states, strict=True):
             waiting.append(part)
+        if any(len(waiting) >= WAITING for waiting in self._waiting):
+            self._catch_up()
 
     def retract(self, slot: int, length: int) -> None:
         waiting = torch.cat(self._waiting[slot]) if self._waiting[slot] else None
@@ -276,11 +282,14 @@ class PrefixState(LastState):
         return super().known(slot) + sum(map(len, self._waiting[slot]))
 
     def contexts(self) -> list[Tensor | None]:
-        while any(self._waiting):
-            self._catch_up()
+        self._catch_up()
         return super().contexts()
 
     def _catch_up(self) -> None:
+        while any(self._waiting):
+            self._read_some()
+
+    def _read_some(self) -> None:
         """Read what waits, at most `longest` tokens of every row."""
         some = next(part for parts in self._waiting for part in parts)
         joined = [torch.cat(parts) if parts else some[:0] for parts in self._waiting]

@@ -103,21 +103,26 @@ class Hierarchy(Drafter):
 
     def propose(self, context: Context) -> TokenTree:
         grown = [
-            self._draft(seat, row, self._bounds.within(context.budget, depth, row.ends))
+            self._draft(seat, row, self._bounds.within(context.budget, depth, row.ends), context.is_nested)
             for seat, row, depth in zip(self._seats, context.rows, context.depths, strict=True)
         ]
         if all(len(draft.tokens) == 1 for draft in grown):
             return TokenTree.root([row.tokens[-1] for row in context.rows], context.device)
         return TokenTree.of([draft.tokens for draft in grown], [draft.parents for draft in grown], context.device)
 
-    def _draft(self, seat: _Seat, row: Row, limits: Limits) -> Draft:
-        """Store by store, until the budget is full."""
+    def _draft(self, seat: _Seat, row: Row, limits: Limits, is_nested: bool) -> Draft:
+        """Store by store, until the budget is full.
+
+        A request that names its seed throws the same dice again when it is repeated. Where something above draws too, a store
+        that remembers what those dice brought the last time would choose with knowledge of them; so it is not asked there.
+        """
         merged, seat.origins = Draft([row.tokens[-1]], [-1], [1.0]), [-1]
         if limits.depth < 1 or limits.nodes < 1:
             return merged
         firm = len(row.tokens) - row.tentative
+        is_repeatable = is_nested and row.params.seed is not None and not row.params.is_greedy
         for number, (view, patience, tally) in enumerate(zip(seat.views, seat.patience, self._tallies, strict=True)):
-            if number and not patience.asks():
+            if (number and not patience.asks()) or (is_repeatable and self.stores[number].remembers):
                 continue
             begun = time.perf_counter()
             found = view.draft(row.tokens, firm, limits)
@@ -147,6 +152,7 @@ class Hierarchy(Drafter):
     def reset(self) -> None:
         for store in self.stores:
             store.rewind()
+        self._tallies = [Tally(store.name) for store in self.stores]
 
     def tallies(self) -> list[Tally]:
         return self._tallies
@@ -210,6 +216,8 @@ def build(
     if isinstance(stores, str) or not stores or not all(isinstance(store, str) for store in stores):
         raise DrafterError(f'hierarchy: stores is a list such as ["context", "model", "corpus:STORE"], not {stores!r}')
     limits = limits_of("hierarchy", nodes, depth, min_match, cost)
+    if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 2:
+        raise DrafterError(f"hierarchy: capacity is a number of tokens, at least 2, not {capacity!r}")
     if not isinstance(compat, bool):
         raise DrafterError(f"hierarchy: compat is true or false, not {compat!r}")
     return Hierarchy([_store(spec, capacity, compat, workshop) for spec in stores], limits)
@@ -224,10 +232,10 @@ def _store(spec: str, capacity: int, compat: bool, workshop: Workshop) -> Store:
         return ContextStore()
     if name == "model":
         file = Path(place) if place else None
-        return ModelStore(capacity, file, vocabulary=workshop.target.vocab_size, tokenizer=workshop.tokenizer or None)
+        return ModelStore(capacity, file, vocabulary=workshop.target.vocab_size, tokenizer=workshop.tokenizer() or None)
     if name == "corpus" and place:
         corpus = Corpus.open(place)
-        corpus.demand_fit(workshop.target.vocab_size, workshop.tokenizer)
+        corpus.demand_fit(workshop.target.vocab_size, workshop.tokenizer())
         return CorpusStore(corpus)
     raise DrafterError(
         f"hierarchy: there is no store {spec!r}: use context, model, model:FILE, corpus:STORE, grams or grams:ANSWERS"

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from forerun.drafter import Context, Drafter
-from forerun.drafters import Workshop
+from forerun.drafters import Workshop, demand_count
 from forerun.drafters.lookup.reader import automaton_of
 from forerun.errors import DrafterError
 from forerun.row import Row
@@ -195,8 +195,7 @@ def build(
     that must match. compat: as the authors' repository, which takes no notice of occurrence and min_match.
     """
     for setting, value in (("length", length), ("min_match", min_match)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise DrafterError(f"maxgram: {setting} is a whole number of at least 1, not {value!r}")
+        demand_count("maxgram", setting, value)
     if occurrence not in OCCURRENCES:
         raise DrafterError(f"maxgram: occurrence is {' or '.join(OCCURRENCES)}, not {occurrence!r}")
     if not isinstance(compat, bool):
@@ -212,5 +211,5 @@ def _table(workshop: Workshop, store: str | None) -> Table:
     if store is None:
         return Table()
     corpus = Corpus.open(store)
-    corpus.demand_fit(workshop.target.vocab_size)
+    corpus.demand_fit(workshop.target.vocab_size, workshop.tokenizer())
     return Table(corpus.bigram.data)

@@ -22,7 +22,7 @@ from torch import Tensor
 from forerun.accept import Verdict
 from forerun.chance import Dice
 from forerun.drafter import Context, Drafter
-from forerun.drafters import Workshop
+from forerun.drafters import MOST, Workshop
 from forerun.errors import DrafterError
 from forerun.model import Model, Scores
 from forerun.nn.ops import top_log_probs
@@ -323,6 +323,9 @@ def build(
     """
     if sum(option is not None for option in (length, stopping, tree, widths)) > 1:
         raise DrafterError("small: give only one of length, stopping, tree, widths")
+    for setting, value, kind in (("tree", tree, Mapping), ("stopping", stopping, Mapping), ("widths", widths, list)):
+        if value is not None and not isinstance(value, kind):
+            raise DrafterError(f"small: {setting} is a {'list' if kind is list else 'mapping'}, not {value!r}")
     network = workshop.network(checkpoint, "small")
     if tree is not None:
         shape = {"width": 4, "depth": 5, "nodes": 16, **tree}
@@ -340,4 +343,4 @@ def build(
 
 
 def _are_counts(values: Iterable[object]) -> bool:
-    return all(isinstance(value, int) and value >= 1 for value in values)
+    return all(isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST for value in values)

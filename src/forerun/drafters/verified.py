@@ -22,7 +22,7 @@ from torch import Tensor
 
 from forerun.accept import Lenient, Verdict
 from forerun.drafter import Context, Drafter, Tally
-from forerun.drafters import Workshop
+from forerun.drafters import Workshop, demand_count
 from forerun.errors import DrafterError
 from forerun.judge import judge
 from forerun.model import Model, Scores
@@ -42,7 +42,10 @@ class Verified(Drafter):
     def __init__(self, model: Model, inner: Drafter, length: int, lenient: Lenient | None = None):
         self.model, self.inner, self.length, self.lenient = model, inner, length, lenient
         self.max_nodes = length + inner.max_nodes
-        self._tally = Tally("verified, lenient (lossy)" if lenient else "verified")
+        self._tally = self._new_tally()
+
+    def _new_tally(self) -> Tally:
+        return Tally("verified, lenient (lossy)" if self.lenient else "verified")
 
     def admit(self, row: Row, hidden: Mapping[int, Tensor]) -> None:
         slot = self.model.admit(row.limit)
@@ -131,9 +134,10 @@ class Verified(Drafter):
 
     def reset(self) -> None:
         self.inner.reset()
+        self._tally, self.model.passes = self._new_tally(), 0
 
     def tallies(self) -> list[Tally]:
-        """asked: rounds. drafted: tokens said."""
+        """asked: rounds, each of which has an answer. drafted: tokens said."""
         self._tally.passes, self._tally.hits = self.model.passes, self._tally.asked
         return [self._tally, *self.inner.tallies()]
 
@@ -184,8 +188,7 @@ def build(
     leniency: above 1, the model keeps tokens that are up to so many times less probable than their drafter thought. What the
     target says stays exact.
     """
-    if not isinstance(length, int) or isinstance(length, bool) or length < 1:
-        raise DrafterError(f"verified: a length of {length} proposes nothing; give 1 or more")
+    demand_count("verified", "length", length)
     rule = lenient_of("verified", leniency)
     network = workshop.network(checkpoint, "verified")
     drafter = replace(workshop, target=Model(network, 0)).build(inner)

@@ -11,7 +11,7 @@ come from `Sham`; rounds of all lengths take turns, and medians count, because t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -25,6 +25,7 @@ from forerun.drafter import Context, Drafter
 from forerun.drafters.small import Chain
 from forerun.drafters.verified import Verified
 from forerun.engine import Engine
+from forerun.errors import RequestError
 from forerun.model import Model, Scores
 from forerun.nn.network import Network
 from forerun.plan.cost import Floats, Table
@@ -132,6 +133,7 @@ def target_cost(engine: Engine, text: Text, params: SamplingParams, rounds: int 
     """Seconds of a step of the engine by the number of tokens in its tree, drafting not included."""
     sham = Sham(0, engine.target.vocab_size)
     runner = Engine(engine.target, sham, None, (), 1)
+    _demand_room(engine.target.max_length, text, rounds)
     room = replace(params, max_new_tokens=rounds * len(LENGTHS) * 2, ignore_eos=True, stop=(), stop_token_ids=())
     runner.add(list(text.tokens), room)
     runner.step()
@@ -150,17 +152,21 @@ def verifier_cost(network: Network, text: Text, params: SamplingParams, rounds: 
     """Seconds of one round of a model in the middle of a hierarchy, by the number of tokens that it reads."""
     sham = Sham(0, network.vocab_size)
     verified = Verified(Model(network, max(LENGTHS) + 1), sham, 1)
-    return _table(_proposing(verified, text, params, lambda tokens: setattr(sham, "length", tokens - 1)), rounds)
+    _demand_room(network.max_length, text, rounds)
+    return _table(
+        _proposing(verified, text, params, network.device, lambda tokens: setattr(sham, "length", tokens - 1)), rounds
+    )
 
 
 def writer_cost(network: Network, text: Text, params: SamplingParams, rounds: int = 24) -> Table:
     """Seconds for which a draft model writes so many tokens, one after the other."""
     chain = Chain(Model(network, max(LENGTHS)), Fixed(1))
+    _demand_room(network.max_length, text, rounds)
 
     def prepare(tokens: int) -> None:
         chain.stopping, chain.max_nodes = Fixed(tokens), tokens
 
-    return _table(_proposing(chain, text, params, prepare), rounds, tuple(n for n in LENGTHS if n <= 9))
+    return _table(_proposing(chain, text, params, network.device, prepare), rounds, tuple(n for n in LENGTHS if n <= 9))
 
 
 def reading_seconds(network: Network, text: Text) -> float:
@@ -177,17 +183,26 @@ def reading_seconds(network: Network, text: Text) -> float:
     return median(seconds)
 
 
+def _demand_room(context: int, text: Text, rounds: int) -> None:
+    """Every timing moves the text on by a token, or by as many as were accepted by chance."""
+    wanted = len(text.tokens) + 2 * (rounds + 2) * len(LENGTHS) + max(LENGTHS)
+    if wanted > context:
+        raise RequestError(
+            f"a text of {len(text.tokens)} tokens leaves no room to time {rounds} rounds in a context of {context}: give a"
+            " shorter prompt, or fewer new tokens"
+        )
+
+
 def _proposing(
-    drafter: Drafter, text: Text, params: SamplingParams, prepare: Callable[[int], object]
+    drafter: Drafter, text: Text, params: SamplingParams, device: torch.device, prepare: Callable[[int], object]
 ) -> Callable[[int], None]:
     """One proposal after the other, behind a text that grows by one token each time, as if all of it had been rejected."""
-    limit = len(text.tokens) + 4096
-    row = Row(list(text.tokens), text.prompt_length, params, key_of(0), limit)
+    row = Row(list(text.tokens), text.prompt_length, params, key_of(0), len(text.tokens) + 4096)
     drafter.admit(row, {})
 
     def propose(tokens: int) -> None:
         prepare(tokens)
-        context = Context([row], max(LENGTHS) + 1, [max(LENGTHS) + 1], torch.device("cpu"))
+        context = Context([row], max(LENGTHS) + 1, [max(LENGTHS) + 1], device)
         drafter.propose(context)
         drafter.retract([len(row.tokens)])
         row.tokens.append(text.tokens[len(row.tokens) % len(text.tokens)])
@@ -217,9 +232,22 @@ class Recorded(Drafter):
 
     def __init__(self, inner: Drafter):
         self.inner, self.name, self.reads, self.max_nodes = inner, inner.name, inner.reads, inner.max_nodes
-        self.admit, self.release, self.propose = inner.admit, inner.release, inner.propose  # type: ignore[method-assign]
-        self.retract, self.tallies = inner.retract, inner.tallies  # type: ignore[method-assign]
         self.yields: list[int] = []
+
+    def admit(self, row: Row, hidden: Mapping[int, Tensor]) -> None:
+        self.inner.admit(row, hidden)
+
+    def release(self, slot: int) -> None:
+        self.inner.release(slot)
+
+    def propose(self, context: Context) -> TokenTree:
+        return self.inner.propose(context)
+
+    def retract(self, lengths: Sequence[int]) -> None:
+        self.inner.retract(lengths)
+
+    def reset(self) -> None:
+        self.inner.reset()
 
     def observe(self, context: Context, tree: TokenTree, verdict: Verdict, scores: Scores) -> None:
         self.yields += [

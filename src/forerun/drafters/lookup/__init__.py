@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from forerun.drafter import Context, Drafter
-from forerun.drafters import Workshop
+from forerun.drafters import Workshop, demand_count
 from forerun.drafters.lookup.context import ContextStore
 from forerun.drafters.lookup.reader import Automaton, automaton_of
 from forerun.drafters.lookup.store import Bounds, Limits, View
@@ -75,8 +75,7 @@ def build(workshop: Workshop, nodes: int = 16, depth: int = 16, min_match: int =
 def limits_of(drafter: str, nodes: int, depth: int, min_match: int, cost: float) -> Limits:
     """The limits of a drafter's description, checked."""
     for setting, value in (("nodes", nodes), ("depth", depth), ("min_match", min_match)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise DrafterError(f"{drafter}: {setting} is a whole number of at least 1, not {value!r}")
+        demand_count(drafter, setting, value)
     if isinstance(cost, bool) or not isinstance(cost, int | float) or not 0 < cost < 1:
         raise DrafterError(f"{drafter}: cost is a probability between 0 and 1, not {cost!r}")
     return Limits(nodes, depth, min_match, float(cost))

@@ -88,6 +88,7 @@ class ModelStore(Store):
     """
 
     name = "model"
+    remembers = True
 
     def __init__(
         self,

@@ -75,6 +75,8 @@ class Store:
     """Where texts are looked up. To inherit from it is to leave nothing behind when a row ends."""
 
     name: str
+    remembers = False
+    """What it holds depends on what earlier requests drew."""
 
     def open(self, row: Row) -> View:
         """A view for a new row."""
