@@ -86,6 +86,8 @@ DRAFTERS: dict[str, Any] = {
     "fallback in a model": "verified:middle(lookup | verified:low(small:small))",
 }
 DETERMINISTIC = ("hierarchy", "lookup", "maxgram", "small, tree")
+REMEMBERING = {"hierarchy", "hierarchy, nothing pays"}
+"""What these propose depends on earlier requests too, and on when their stores were last of use."""
 every_drafter = pytest.mark.parametrize("name", DRAFTERS)
 
 
@@ -277,10 +279,6 @@ class Checked(Drafter):
                     assert tree.drawn_BN[row, node] == again.drawn_BN[row, node]
                     assert (tree.laws_BNV[row, node] == again.laws_BNV[row, node]).all()
         return tree
-
-
-REMEMBERING = {"hierarchy", "hierarchy, nothing pays"}
-"""What these propose depends on earlier requests too, and on when their stores were last of use."""
 
 
 @pytest.mark.parametrize("name", sorted({*DRAFTERS} - REMEMBERING))
@@ -486,7 +484,7 @@ def test_draft_models_of_a_shorter_context_draft_while_they_can(name: str) -> No
     for prompt, output in zip(prompts, together, strict=True):
         (single,) = engine(name, networks).generate([prompt], wishes[1])
         assert single.token_ids == output.token_ids
-        assert single.stats.drafted_tokens == output.stats.drafted_tokens
+        assert single.stats.drafted_tokens == output.stats.drafted_tokens or name in REMEMBERING
 
 
 # ---- how a text ends
@@ -762,7 +760,7 @@ def test_text_goes_in_and_comes_out() -> None:
         ({**SMALL, "tree": {"breadth": 3}}, "width, depth and nodes"),
         ({**SMALL, "tree": {"width": "three"}}, "width, depth and nodes"),
         ({**SMALL, "stopping": {"rule": "never"}}, "never"),
-        ({**MIDDLE, "inner": "none", "length": 0}, "length of 0"),
+        ({**MIDDLE, "inner": "none", "length": 0}, "length is a whole number"),
         ({**MIDDLE, "inner": "none", "length": 2.5}, "length"),
         ({**MIDDLE, "inner": "nobody"}, "nobody"),
         ({"drafter": "small"}, "needs a checkpoint"),

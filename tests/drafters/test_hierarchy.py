@@ -12,8 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from enumeration import Luck, distance, ideal_dice, law_of, plain_law
 from fakes import Near, TableNetwork, engine_of, plain
 from forerun.accept import Verdict
+from forerun.chance import key_of
 from forerun.drafter import Context
 from forerun.drafters import Workshop, build
 from forerun.drafters.hierarchy import GRACE, LONGEST_PAUSE, Hierarchy, Patience, merge
@@ -300,6 +302,56 @@ def test_a_memory_outlives_its_engine(tmp_path: Path) -> None:
     assert (tmp_path / "said.jsonl").read_bytes() != before
     warm.drafter.reset()
     assert (tmp_path / "said.jsonl").read_bytes() == before, "a measurement leaves no trace"
+
+
+NAMED = SamplingParams(max_new_tokens=2, temperature=1.0, seed=3)
+BELOW_LUCK: dict[str, Any] = {
+    "in front of draws": {
+        "drafter": "fallback",
+        "sources": [
+            {"drafter": "hierarchy", "stores": ["model"], "cost": 0.001, "depth": 1, "nodes": 2},
+            {"drafter": "small", "checkpoint": "small", "length": 1},
+        ],
+    },
+    "below a model": {
+        "drafter": "verified",
+        "checkpoint": "small",
+        "inner": {"drafter": "hierarchy", "stores": ["model"], "cost": 0.001},
+        "length": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("name", BELOW_LUCK)
+def test_a_request_that_is_repeated_with_its_seed_keeps_its_law_and_its_text(name: str) -> None:
+    """The second time the same dice fall, and what the store holds came from them: where it stands below something that draws,
+    it must not choose with knowledge of that."""
+    target = TableNetwork(3, seed=1, order=1, sharpness=1.0)
+    networks = {"small": Near(target, 1.0, 5)}
+
+    def program(_: list[None], lucks: list[Luck]) -> list[tuple[int, ...]]:
+        texts = []
+        for luck in lucks:
+            with ideal_dice({key_of(3, 0): luck}):
+                engine = engine_of(target, BELOW_LUCK[name], networks)
+                engine.generate([[0]], NAMED)
+                texts.append(tuple(engine.generate([[0]], NAMED)[0].token_ids))
+        return texts
+
+    law = plain_law(lambda text: target.logits([0, *text]).softmax(-1), 2)
+    assert distance(law_of(program), law) < 1e-6
+    for seed in range(20):
+        engine = engine_of(TARGET, BELOW_LUCK[name], {"small": Near(TARGET, 0.5)})
+        params = SamplingParams(max_new_tokens=20, temperature=1.0, seed=seed)
+        first, second = (engine.generate([[1, 2, 1]], params)[0].token_ids for _ in range(2))
+        assert first == second
+
+
+def test_without_a_seed_a_memory_below_luck_is_used() -> None:
+    engine = engine_of(TARGET, BELOW_LUCK["below a model"], {"small": Near(TARGET, 0.3)})
+    for _ in range(2):
+        engine.generate(PROMPTS, SamplingParams(max_new_tokens=20, temperature=0.5))
+    assert engine.drafter.tallies()[1].hits
 
 
 # ---- descriptions
