@@ -227,10 +227,11 @@ class Told:
     """A drafting that gets the rows themselves (from `Telling`)."""
 
     def __init__(self, say: Say):
-        self._say, self.rows = say, list[Row]()
+        self._say, self.rows, self.contexts = say, list[Row](), torch.zeros(0)
 
     def draft(self, context_BD: Tensor, roots: Sequence[int], tree: RankTree) -> list[list[int]]:
         assert list(roots) == [row.tokens[-1] for row in self.rows]
+        self.contexts = context_BD
         return [[root, *self._say(row, tree)] for root, row in zip(roots, self.rows, strict=True)]
 
 
@@ -267,11 +268,11 @@ class Watching(Telling):
         ]
         tree = super().propose(context)
         assert [size > 1 for size in tree.sizes] == ready
-        found = self.head.reader.contexts() if any(ready) else []
+        assert isinstance(self.head.drafting, Told)
         for slot, row in enumerate(context.rows):
             if ready[slot]:
                 read = self._module.contexts(self._network.features(torch.tensor([row.tokens[:-1]])))
-                torch.testing.assert_close(found[slot], read[0, -1], rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(self.head.drafting.contexts[slot], read[0, -1], rtol=1e-4, atol=1e-4)
                 self.spoken += 1
             self.silent += context.depths[slot] > 0 and not ready[slot]
         return tree
