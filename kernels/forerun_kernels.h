@@ -169,8 +169,8 @@ FR_API int32_t fr_automaton_extend(fr_automaton* automaton, const int32_t* token
 FR_API void fr_automaton_size(const fr_automaton* automaton, int64_t* tokens_states_bytes);
 FR_API void fr_automaton_match(const fr_automaton* automaton, fr_cursor* cursor);
 FR_API int32_t fr_automaton_advance(const fr_automaton* automaton, fr_cursor* cursor, const int32_t* tokens, int64_t count);
-FR_API void fr_automaton_outlook(const fr_automaton* automaton, const fr_cursor* cursor, int32_t* newest_run_branches_end);
-// How many were found, at most `count`.
+FR_API int32_t fr_automaton_outlook(const fr_automaton* automaton, const fr_cursor* cursor, int32_t* newest_run_branches_end);
+// How many were found, at most `count`, or minus an fr_error.
 FR_API int32_t fr_automaton_continuations(const fr_automaton* automaton, const fr_cursor* cursor, int32_t count, int32_t shortest,
                                           int32_t* tokens);
 

@@ -162,6 +162,7 @@ def rewritten(content: bytes, **changes: dict) -> bytes:
 WRONG = {
     "empty": lambda content: b"",
     "text": lambda content: b"def main():\n    pass\n" * 9,
+    "brackets": lambda content: (10**5).to_bytes(8, "little") + b"[" * 10**5,
     "half a header": lambda content: content[:40],
     "half": lambda content: content[: len(content) - 30],
     "another file": lambda content: rewritten(content, __metadata__={"format": "pt"}),
@@ -191,6 +192,8 @@ def test_a_wrong_file_gets_one_sentence(wrong: str, tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DrafterError, match=r"^cannot read the store .*nothing .*: build one with forerun index$"):
         Corpus.open(tmp_path / "nothing")
+    with pytest.raises(DrafterError, match=r"^[^\0]* cannot name a store: build one with forerun index$"):
+        Corpus.open("a\0b")
 
 
 # ---- searching

@@ -56,6 +56,8 @@ class Corpus:
             raise DrafterError(
                 f"cannot read the store {path} ({error.strerror}): build one with forerun index"
             ) from None
+        except ValueError:
+            raise DrafterError(f"{str(path)!r} cannot name a store: build one with forerun index") from None
         try:
             return _mapped(path, described, begin, size)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
@@ -96,7 +98,7 @@ def _header(path: Path, start: bytes) -> tuple[dict[str, Any], int]:
         described = json.loads(start[8 : 8 + length])
         meta = described["__metadata__"]
         is_ours = meta["format"] == FORMAT
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise foreign from None
     if not is_ours:
         raise foreign

@@ -21,16 +21,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from forerun.errors import ForerunError
+from forerun.files import whole
 
 FORMAT, VERSION = "forerun corpus", "1"
 DEPTH = 32
@@ -184,10 +184,13 @@ def write(contents: Contents, path: Path, fingerprint: str = "") -> None:
         "documents": str(contents.documents),
         "fingerprint": fingerprint,
     }
-    with _whole(path) as file:
-        file.write(_header(parts, meta))
-        for part in parts.values():
-            file.write(np.ascontiguousarray(part, part.dtype.newbyteorder("<")).data)
+    try:
+        with whole(path) as file:
+            file.write(_header(parts, meta))
+            for part in parts.values():
+                file.write(np.ascontiguousarray(part, part.dtype.newbyteorder("<")).data)
+    except OSError as error:
+        raise ForerunError(f"cannot write {path} ({error.strerror}): make room, or name another place") from None
 
 
 def _header(parts: Mapping[str, Ints], meta: Mapping[str, str]) -> bytes:
@@ -202,14 +205,10 @@ def _header(parts: Mapping[str, Ints], meta: Mapping[str, str]) -> bytes:
     return len(header).to_bytes(8, "little") + header
 
 
-@contextmanager
-def _whole(path: Path) -> Iterator[BinaryIO]:
-    beside = path.parent / f"{path.name}.partial"
-    try:
-        with beside.open("wb") as file:
-            yield file
-        beside.replace(path)
-    except OSError as error:
-        raise ForerunError(f"cannot write {path} ({error.strerror}): make room, or name another place") from None
-    finally:
-        beside.unlink(missing_ok=True)
+def is_store(path: Path) -> bool:
+    """Whether a file begins like one that `write` wrote, in any version. Raises OSError."""
+    with path.open("rb") as file:
+        return file.read(8 + len(_BEGIN))[8:] == _BEGIN
+
+
+_BEGIN = b'{"__metadata__":{"format":"%s",' % FORMAT.encode()

@@ -4,7 +4,8 @@ The places that end in the longest match come first; while they are few, places 
 A node of the tree stands for the places that agree so far. The probability that a child survives is a logistic function of how
 much of its parent's weight it has and of how long the match is, corrected by what this row's text has shown so far (`Trust`).
 
-This is the readable form of `kernels/corpus.cc`, which returns the same; it runs where there are no kernels.
+This is the readable form of `kernels/corpus.cc`, which returns the same of every file that is not damaged (what the two make of a
+damaged one may differ, and does no harm); it runs where there are no kernels.
 """
 
 from __future__ import annotations
