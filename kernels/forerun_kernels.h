@@ -197,10 +197,12 @@ FR_API int32_t fr_view_read(fr_view* view, const int32_t* tokens, int64_t count)
 FR_API int32_t fr_view_draft(fr_view* view, const int32_t* tokens, int64_t firm, int64_t tentative, int32_t root);
 FR_API int32_t fr_view_next(fr_view* view, int32_t token);
 
-// A corpus of text (src/forerun/drafters/lookup/index.py tells its layout): tokens [size] (uint16, or int32 if `wide`), order [entries].
+// A corpus of text (src/forerun/drafters/lookup/index.py tells its layout): tokens [size] (uint16, or int32 if `wide`), order [entries],
+// starts [vocabulary + 1].
 struct fr_corpus {
     const void* tokens;
     const int32_t* order;
+    const int32_t* starts;
     int64_t size, entries;
     int32_t vocabulary, wide;
 };

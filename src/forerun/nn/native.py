@@ -198,6 +198,7 @@ class CorpusRecord(ctypes.Structure):
     _fields_ = (
         ("tokens", c_void_p),
         ("order", c_void_p),
+        ("starts", c_void_p),
         ("size", c_int64),
         ("entries", c_int64),
         ("vocabulary", c_int32),

@@ -41,6 +41,7 @@ class Numbers(NamedTuple):
 
     tokens: Sequence[int]
     order: Sequence[int]
+    starts: Sequence[int]
     vocabulary: int
 
 
@@ -124,19 +125,29 @@ def _boundary(corpus: Numbers, end: Sequence[int], or_equal: bool, low: int, hig
     return low
 
 
+def _ending_in(corpus: Numbers, token: int) -> tuple[int, int]:
+    """The entries whose texts end in a token, from the first one on and before the second; brought into range."""
+    entries = len(corpus.order)
+    first = min(max(corpus.starts[token], 0), entries)
+    return first, min(max(corpus.starts[token + 1], first), entries)
+
+
 def places(corpus: Numbers, end: Sequence[int], min_match: int) -> list[Place]:
     """Where texts end like these tokens (the newest first), the longest matches first; none below `min_match`."""
-    entries, found = len(corpus.order), list[Place]()
-    low = high = _boundary(corpus, end, False, 0, entries)
+    found = list[Place]()
+    if not end:
+        return found
+    first, last = _ending_in(corpus, end[0])
+    low = high = _boundary(corpus, end, False, first, last)
     inner = (low, low)
     length = len(end) + 1
     while len(found) < ENOUGH:
-        beside = [agreeing(corpus, entry, end) for entry in (low - 1, high) if 0 <= entry < entries]
+        beside = [agreeing(corpus, entry, end) for entry in (low - 1, high) if first <= entry < last]
         length = min(length - 1, max(beside, default=0))
         if length < min_match:
             break
-        low = _boundary(corpus, end[:length], False, 0, low)
-        high = _boundary(corpus, end[:length], True, high, entries)
+        low = _boundary(corpus, end[:length], False, first, low)
+        high = _boundary(corpus, end[:length], True, high, last)
         before, fresh = inner[0] - low, (high - low) - (inner[1] - inner[0])
         taken = min(fresh, PLACES - len(found))
         for number in range(taken):
