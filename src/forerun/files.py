@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+BINARY = getattr(os, "O_BINARY", 0)  # Windows translates the ends of lines without it
+
 
 def is_special(path: Path) -> bool:
     """A folder, a device or a pipe: nothing must be renamed over it."""
@@ -28,7 +30,7 @@ def whole(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     place = Path(os.path.realpath(path))
     beside = place.with_name(f"{place.name}.{os.getpid()}.partial")
     try:
-        with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+        with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | BINARY, mode), "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -39,7 +41,7 @@ def whole(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
 
 def append(path: Path, content: bytes) -> None:
     """Add this to a file that is there, or nothing. Raises OSError."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | BINARY)
     try:
         before = os.fstat(descriptor).st_size
         if os.write(descriptor, content) < len(content):  # the disk is nearly full
@@ -56,11 +58,12 @@ class Claim:
     def __init__(self, descriptor: int):
         """Raises BlockingIOError: somebody else has a claim. The descriptor is the claim's own from then on."""
         self.give_up = weakref.finalize(self, os.close, descriptor)
+        is_locked = False
         try:
-            _lock(descriptor)
-        except BlockingIOError:
-            self.give_up()
-            raise
+            is_locked = _lock(descriptor)
+        finally:
+            if not is_locked:
+                self.give_up()
 
 
 def claim(path: Path) -> Claim:
@@ -87,14 +90,16 @@ def claim_open(file: BinaryIO) -> Claim:
     return Claim(os.dup(file.fileno()))
 
 
-def _lock(descriptor: int) -> None:
+def _lock(descriptor: int) -> bool:
+    """False: it cannot be locked."""
     try:
         import fcntl
     except ImportError:
-        return
+        return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise
-    except OSError:
-        return  # a file system without locks
+    except OSError:  # a file system without locks
+        return False
+    return True
