@@ -294,7 +294,7 @@ class WeighedView:
 
     def _grown(self, tokens: Sequence[int], limits: Limits) -> tuple[Draft, int, int, float]:
         found = self._places(tokens[-LONGEST:])
-        growth = _Growth(Numbers(self._own.tokens, (), 2**31), self._trust, limits)
+        growth = _Growth(Numbers(self._own.tokens, (), (), 2**31), self._trust, limits)
         draft = growth.draft(tokens[-1], found)
         return draft, found[0].length if found else 0, growth.first, growth.chance
 

@@ -92,10 +92,7 @@ def progress(corpus: Corpus, samples: Sequence[Sample]) -> None:
 
 def children_met(corpus: Corpus, sample: Sample, luck: random.Random) -> Iterator[tuple[int, list[float], bool]]:
     """(0 for the heaviest child and 1 for others, its features, whether it came), along the text that came."""
-    numbers, whole = (
-        places.Numbers(corpus.tokens.data, corpus.order.data, corpus.vocabulary),
-        [*sample.prompt, *sample.answer],
-    )
+    numbers, whole = corpus.numbers, [*sample.prompt, *sample.answer]
     growth = places._Growth(numbers, places.Trust(), LIMITS)
     for _ in range(SITES_PER_ANSWER):
         at = luck.randrange(len(sample.prompt), len(whole))

@@ -501,7 +501,9 @@ bool are_tokens(const int32_t* tokens, int64_t count) {
     return std::all_of(tokens, tokens + count, [](int32_t token) { return token >= 0; });
 }
 
-bool is_place(const fr_automaton& automaton, fr_cursor cursor) { return cursor.state >= 0 && cursor.state < automaton.states(); }
+bool is_place(const fr_automaton& automaton, fr_cursor cursor) {
+    return cursor.state >= 0 && cursor.state < automaton.states() && cursor.length >= 0;
+}
 
 // What `body` returns, or `failed` after there was not enough memory. An automaton that grew is empty then.
 template <class Body>
@@ -548,14 +550,17 @@ FR_API int32_t fr_automaton_advance(const fr_automaton* automaton, fr_cursor* cu
     return FR_FINE;
 }
 
-FR_API void fr_automaton_outlook(const fr_automaton* automaton, const fr_cursor* cursor, int32_t* newest_run_branches_end) {
+FR_API int32_t fr_automaton_outlook(const fr_automaton* automaton, const fr_cursor* cursor, int32_t* newest_run_branches_end) {
+    if (!is_place(*automaton, *cursor)) return FR_BAD_PLACE;
     const Outlook found = automaton->outlook(*cursor);
     const int32_t all[] = {found.newest, found.run, found.branches, automaton->end(*cursor)};
     std::copy(std::begin(all), std::end(all), newest_run_branches_end);
+    return FR_FINE;
 }
 
 FR_API int32_t fr_automaton_continuations(const fr_automaton* automaton, const fr_cursor* cursor, int32_t count, int32_t shortest,
                                           int32_t* tokens) {
+    if (!is_place(*automaton, *cursor)) return -FR_BAD_PLACE;
     return automaton->continuations(*cursor, count, shortest, tokens);
 }
 

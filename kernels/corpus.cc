@@ -53,12 +53,15 @@ class Search {
     }
 
     void places(const int32_t* end, int32_t length) {
-        int64_t low = boundary(end, length, false, 0, corpus_.entries), high = low, inner_low = low, inner_high = low;
+        if (length == 0 || corpus_.entries == 0) return;
+        begin_ = std::clamp<int64_t>(corpus_.starts[end[0]], 0, corpus_.entries);
+        end_ = std::clamp<int64_t>(corpus_.starts[end[0] + 1], begin_, corpus_.entries);
+        int64_t low = boundary(end, length, false, begin_, end_), high = low, inner_low = low, inner_high = low;
         ++length;
         while (int64_t(places_.size()) < wish_.enough) {
             int32_t beside = 0;
-            if (low > 0) beside = agreeing(low - 1, end, length - 1);
-            if (high < corpus_.entries) beside = std::max(beside, agreeing(high, end, length - 1));
+            if (low > begin_) beside = agreeing(low - 1, end, length - 1);
+            if (high < end_) beside = std::max(beside, agreeing(high, end, length - 1));
             length = std::min(length - 1, beside);
             if (length < wish_.min_match) return;
             low = first_at_or_below(end, length, low);
@@ -105,27 +108,28 @@ class Search {
     // The boundaries of an interval that holds `from`, in growing steps outwards: most intervals are short.
     int64_t first_at_or_below(const int32_t* end, int32_t length, int64_t from) const {
         int64_t step = 1, high = from;
-        while (high > 0) {
-            const int64_t low = std::max<int64_t>(0, high - step);
+        while (high > begin_) {
+            const int64_t low = std::max(begin_, high - step);
             if (is_before(low, end, length, false)) return boundary(end, length, false, low + 1, high);
             high = low, step *= 4;
         }
-        return 0;
+        return begin_;
     }
     int64_t first_after(const int32_t* end, int32_t length, int64_t from) const {
         int64_t step = 1, low = from;
-        while (low < corpus_.entries) {
-            const int64_t last = std::min(corpus_.entries, low + step) - 1;
+        while (low < end_) {
+            const int64_t last = std::min(end_, low + step) - 1;
             if (!is_before(last, end, length, true)) return boundary(end, length, true, low, last);
             low = last + 1, step *= 4;
         }
-        return corpus_.entries;
+        return end_;
     }
 
     const fr_corpus& corpus_;
     const fr_corpus_wish& wish_;
     const Token* tokens_;
     std::vector<Place>& places_;
+    int64_t begin_ = 0, end_ = 0;  // the entries that end in the row's last token
 };
 
 // Memory that one thread uses again and again.
@@ -227,7 +231,7 @@ int32_t draft_in(const fr_corpus& corpus, const fr_corpus_wish& wish, const int3
     thread_local Shelf shelf;
     shelf.places.clear(), shelf.heap.clear();
     Search<Token> search(corpus, wish, shelf.places);
-    if (corpus.entries > 0) search.places(end, length);
+    search.places(end, length);
     draft.length = shelf.places.empty() ? 0 : shelf.places[0].length;
     Growth<Token> growth(search, wish, draft, shelf);
     draft.nodes = growth.grow(root);

@@ -169,8 +169,8 @@ FR_API int32_t fr_automaton_extend(fr_automaton* automaton, const int32_t* token
 FR_API void fr_automaton_size(const fr_automaton* automaton, int64_t* tokens_states_bytes);
 FR_API void fr_automaton_match(const fr_automaton* automaton, fr_cursor* cursor);
 FR_API int32_t fr_automaton_advance(const fr_automaton* automaton, fr_cursor* cursor, const int32_t* tokens, int64_t count);
-FR_API void fr_automaton_outlook(const fr_automaton* automaton, const fr_cursor* cursor, int32_t* newest_run_branches_end);
-// How many were found, at most `count`.
+FR_API int32_t fr_automaton_outlook(const fr_automaton* automaton, const fr_cursor* cursor, int32_t* newest_run_branches_end);
+// How many were found, at most `count`, or minus an fr_error.
 FR_API int32_t fr_automaton_continuations(const fr_automaton* automaton, const fr_cursor* cursor, int32_t count, int32_t shortest,
                                           int32_t* tokens);
 
@@ -197,10 +197,12 @@ FR_API int32_t fr_view_read(fr_view* view, const int32_t* tokens, int64_t count)
 FR_API int32_t fr_view_draft(fr_view* view, const int32_t* tokens, int64_t firm, int64_t tentative, int32_t root);
 FR_API int32_t fr_view_next(fr_view* view, int32_t token);
 
-// A corpus of text (src/forerun/drafters/lookup/index.py tells its layout): tokens [size] (uint16, or int32 if `wide`), order [entries].
+// A corpus of text (src/forerun/drafters/lookup/index.py tells its layout): tokens [size] (uint16, or int32 if `wide`), order [entries],
+// starts [vocabulary + 1].
 struct fr_corpus {
     const void* tokens;
     const int32_t* order;
+    const int32_t* starts;
     int64_t size, entries;
     int32_t vocabulary, wide;
 };

@@ -111,15 +111,43 @@ def test_what_is_wrong_is_said_in_one_sentence(refused: Callable[..., str], fami
 
 
 def test_ctrl_c_leaves_what_was_there(
-    forerun: Callable[..., tuple[int, str, str]], family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    forerun: Callable[..., tuple[int, str, str]],
+    indexed: Callable[..., list[str]],
+    family: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "a.py").write_text(TEXT)
-    (tmp_path / "text.store").write_text("before")
+    indexed(tmp_path / "a.py")
+    before = (tmp_path / "out" / "text.store").read_bytes()
 
     def interrupted(*_: object) -> bytes:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(index, "_header", interrupted)
-    to = ("--tokenizer", family / "target", "--out", tmp_path / "text.store")
+    to = ("--tokenizer", family / "target", "--out", tmp_path / "out" / "text.store")
     assert forerun("index", tmp_path / "a.py", *to)[0] == 130
-    assert (tmp_path / "text.store").read_text() == "before" and not list(tmp_path.glob("*.partial"))
+    assert [path.read_bytes() for path in (tmp_path / "out").iterdir()] == [before]
+
+
+def test_nothing_but_a_store_is_written_over(
+    refused: Callable[..., str], indexed: Callable[..., list[str]], family: Path, tmp_path: Path
+) -> None:
+    text, other, link = tmp_path / "notes.txt", tmp_path / "other.txt", tmp_path / "link"
+    text.write_text(TEXT)
+    other.write_text(TEXT)
+    link.symlink_to(text)
+    to = ("--tokenizer", family / "target", "--out")
+    for place in (text, link):
+        assert "is one of the texts to be indexed" in refused("index", text, *to, place)
+    assert "is there and is no store" in refused("index", text, *to, other)
+    assert text.read_text() == other.read_text() == TEXT
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "text.store").touch()
+    assert indexed(text) == indexed(text) == [TEXT]
+
+
+def test_brackets_without_end_are_no_row(refused: Callable[..., str], family: Path, tmp_path: Path) -> None:
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000 + "\n")
+    to = ("--tokenizer", family / "target", "--out", tmp_path / "text.store")
+    assert "line 1 is not JSON" in refused("index", tmp_path / "deep.jsonl", *to)

@@ -115,6 +115,7 @@ def test_a_file_is_a_safetensors_file(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "text.store")
     assert tensors["tokens"].tolist() == corpus.tokens.tolist() == [0, 1, 2, 3, 1, 1, 3]
     assert tensors["order"].tolist() == corpus.order.tolist() and tensors["bigram"].tolist() == [1, 1, -1]
+    assert tensors["starts"].tolist() == corpus.starts.tolist() == [0, 1, 3, 3]
     assert [path.name for path in tmp_path.iterdir()] == ["text.store"]
 
 
@@ -162,16 +163,18 @@ def rewritten(content: bytes, **changes: dict) -> bytes:
 WRONG = {
     "empty": lambda content: b"",
     "text": lambda content: b"def main():\n    pass\n" * 9,
+    "brackets": lambda content: (10**5).to_bytes(8, "little") + b"[" * 10**5,
     "half a header": lambda content: content[:40],
     "half": lambda content: content[: len(content) - 30],
     "another file": lambda content: rewritten(content, __metadata__={"format": "pt"}),
-    "another version": lambda content: rewritten(content, __metadata__={"version": "2"}),
+    "another version": lambda content: rewritten(content, __metadata__={"version": "1"}),
     "no number": lambda content: rewritten(content, __metadata__={"vocabulary": "many"}),
     "another vocabulary": lambda content: rewritten(content, __metadata__={"vocabulary": "4"}),
     "no documents": lambda content: rewritten(content, __metadata__={"documents": "0"}),
     "other documents": lambda content: rewritten(content, __metadata__={"documents": "1"}),
     "no depth": lambda content: rewritten(content, __metadata__={"depth": "0"}),
     "another type": lambda content: rewritten(content, order={"dtype": "F32"}),
+    "too few starts": lambda content: rewritten(content, starts={"shape": [3], "data_offsets": [12, 24]}),
     "another shape": lambda content: rewritten(content, tokens={"shape": [3, 2]}),
     "a shape below zero": lambda content: rewritten(content, tokens={"shape": [-6]}),
     "offsets outside": lambda content: rewritten(content, bigram={"data_offsets": [10**15, 10**15 + 12]}),
@@ -191,6 +194,8 @@ def test_a_wrong_file_gets_one_sentence(wrong: str, tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DrafterError, match=r"^cannot read the store .*nothing .*: build one with forerun index$"):
         Corpus.open(tmp_path / "nothing")
+    with pytest.raises(DrafterError, match=r"^[^\0]* cannot name a store: build one with forerun index$"):
+        Corpus.open("a\0b")
 
 
 # ---- searching
@@ -202,7 +207,7 @@ def both(corpus: Corpus) -> list[corpora._Search]:
 
 
 def numbers(corpus: Corpus) -> places.Numbers:
-    return both(corpus)[0]._corpus
+    return corpus.numbers
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:
@@ -242,6 +247,15 @@ def test_the_kernel_returns_what_the_readable_form_does(
     for vocabulary in (KINDS, 70_000):
         slow, fast = (search(text, trust, limits) for search in both(stored(documents, folder, vocabulary)))
         assert slow == fast
+
+
+def test_a_search_serves_rows_with_other_limits_and_another_trust(tmp_path: Path) -> None:
+    corpus = stored([[0, 1, 2, 1, 0, 2] * 9], tmp_path)
+    slow, fast = both(corpus)
+    for nodes, odds, ends in ((3, 0.0, {2}), (40, 1.0, set()), (40, 1.0, {0, 1}), (1, -1.0, {0})):
+        limits, trust = Limits(nodes, 8, 1, 0.001, frozenset(ends)), Trust()
+        trust.odds[0] = odds
+        assert slow([2, 0, 1], trust, limits) == fast([2, 0, 1], trust, limits)
 
 
 def test_the_kernel_is_used_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Thread
@@ -375,8 +378,21 @@ def test_native_and_readable_automata_make_the_same_store(seed: int) -> None:
 # ---- the file
 
 
+open_stores: dict[Path, ModelStore] = {}
+
+
 def kept(path: Path, capacity: int = LARGE, vocabulary: int = 100_000, tokenizer: str | None = None) -> ModelStore:
-    return ModelStore(capacity, path, vocabulary=vocabulary, tokenizer=tokenizer)
+    """A store that remembers here; the one before leaves the file to it."""
+    if path in open_stores:
+        open_stores.pop(path).shut()
+    store = open_stores[path] = ModelStore(capacity, path, vocabulary=vocabulary, tokenizer=tokenizer)
+    return store
+
+
+def copy(path: Path) -> Path:
+    """Of a file that is in use."""
+    path.with_name("copy").write_bytes(path.read_bytes())
+    return path.with_name("copy")
 
 
 def test_a_store_goes_on_after_a_restart(tmp_path: Path) -> None:
@@ -438,16 +454,9 @@ HEADER = '{"forerun":"said","version":1,"vocabulary":100000,"tokenizer":"abc"}\n
         (HEADER.replace('"version":1', '"version":2'), "it is of version 2, and this is 1"),
         (HEADER.replace("100000", "4096"), "its vocabulary is 4096, and here it is 100000"),
         (HEADER.replace("abc", "xyz"), "its tokenizer is 'xyz', and here it is 'abc'"),
-        (HEADER + "nonsense\n", "line 2 is not a text"),
-        (HEADER + '{"tenant":"","tokens":[1]}\n{"tenant":1,"tokens":[1]}\n', "line 3 is not a text"),
-        (HEADER + '{"tenant":"","tokens":7}\n', "line 2 is not a text"),
-        (HEADER + '{"tenant":"","tokens":[1,100000]}\n', "line 2 has a token that is no whole number from 0 to 99999"),
-        (HEADER + '{"tenant":"","tokens":[-1]}\n', "line 2 has a token"),
-        (HEADER + '{"tenant":"","tokens":[1.5]}\n', "line 2 has a token"),
-        (HEADER + '{"tenant":"","tokens":[true]}\n', "line 2 has a token"),
     ],
 )
-def test_a_corrupt_or_foreign_file_is_refused_and_left_alone(tmp_path: Path, content: str, reason: str) -> None:
+def test_a_foreign_file_is_refused_and_left_alone(tmp_path: Path, content: str, reason: str) -> None:
     path = tmp_path / "said"
     path.write_text(content)
     with pytest.raises(DrafterError) as caught:
@@ -455,6 +464,82 @@ def test_a_corrupt_or_foreign_file_is_refused_and_left_alone(tmp_path: Path, con
     assert str(caught.value).startswith(f"{path} is no file of what this model said: {reason}")
     assert str(caught.value).endswith("; name another file, or remove this one")
     assert path.read_text() == content
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "nonsense",
+        "[" * 100_000,
+        '{"tenant":1,"tokens":[1]}',
+        '{"tenant":"","tokens":7}',
+        '{"tenant":"","tokens":[1,100000]}',
+        '{"tenant":"","tokens":[-1]}',
+        '{"tenant":"","tokens":[1.5]}',
+        '{"tenant":"","tokens":[true]}',
+    ],
+)
+def test_a_line_that_is_no_text_is_skipped(tmp_path: Path, line: str) -> None:
+    path, good = tmp_path / "said", json.dumps({"tenant": "", "tokens": A})
+    path.write_text(HEADER + f"{good}\n{line}\n{good.replace('1', '2')}\n")
+    with pytest.warns(RuntimeWarning, match=r"said: 1 of 3 lines are no texts .* the first one is line 3: remove them"):
+        store = kept(path)
+    assert knows(store, A)
+    assert line in path.read_text()
+
+
+def test_of_a_text_for_which_there_is_no_room_nothing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, write = tmp_path / "said", os.write
+    store = kept(path)
+    say(store, A)
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "write", lambda descriptor, content: write(descriptor, content[:9]))
+    with pytest.warns(RuntimeWarning, match="no longer written to .*No space left"):
+        say(store, B)
+    assert path.read_bytes() == before
+
+
+def test_a_file_belongs_to_one_store(tmp_path: Path) -> None:
+    path = tmp_path / "said"
+    first = kept(path, capacity=84)
+    code = "import sys, pathlib; from forerun.drafters.lookup.model import ModelStore as M;"
+    code += "M(84, pathlib.Path(sys.argv[1]), vocabulary=100_000)"
+    for number in range(12):  # it is written anew in between
+        say(first, text_of(number))
+        with pytest.raises(
+            DrafterError, match="said is in use by another engine, or another process: end that one, or"
+        ):
+            ModelStore(84, path, vocabulary=100_000)
+    assert (
+        "is in use by another"
+        in subprocess.run([sys.executable, "-c", code, path], capture_output=True).stderr.decode()
+    )
+    first.shut()
+    say(first, A)
+    second = ModelStore(84, path, vocabulary=100_000)
+    assert knows(second, text_of(11)) and not knows(second, A)
+    del second
+    assert len(ModelStore(84, path, vocabulary=100_000))
+
+
+def test_an_interrupted_store_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(tenants: object) -> None:
+        raise KeyboardInterrupt
+
+    store = ModelStore(84)
+    for number in range(4):
+        say(store, text_of(number))
+    row = row_of(text_of(0)[:8])
+    view = store.open(row)
+    view.draft(row.tokens, 8, LIMITS)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(store, "_build", interrupted)
+        say(store, text_of(4))
+    view.accepted(3)
+    row.tokens += text_of(0)[8:11]
+    view.draft(row.tokens, len(row.tokens), LIMITS)
+    say(store, text_of(5))
+    assert knows(store, text_of(5))
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
@@ -469,6 +554,11 @@ def test_a_place_that_cannot_be_used_is_named(tmp_path: Path) -> None:
         kept(tmp_path / "nowhere" / "said")
     with pytest.raises(DrafterError, match="cannot be used"):
         kept(tmp_path)
+    for place in (Path("/dev/null"), tmp_path / "a\0b"):
+        with pytest.raises(
+            DrafterError, match=r"^[^\0]* cannot be used for what the model said \(.*\): name another file"
+        ):
+            kept(place)
     with pytest.raises(DrafterError, match="give the vocabulary's size"):
         ModelStore(10, tmp_path / "said")
 
@@ -497,10 +587,10 @@ def test_a_file_that_has_grown_is_written_anew(tmp_path: Path) -> None:
     small = kept(path, capacity=84)
     assert len(path.read_bytes().splitlines()) == 1 + 4
     assert [knows(small, text_of(number)) for number in (0, 15, 16, 19)] == [False, False, True, True]
-    assert not list(tmp_path.glob("*.new"))
+    assert not list(tmp_path.glob("*.partial"))
     for number in range(40):
         say(small, text_of(number))
-        assert SaidFile(path, 100_000, None).load()
+        assert SaidFile(copy(path), 100_000, None).load()
     assert path.stat().st_size < len(before), "while it is in use, too"
 
 
@@ -511,7 +601,8 @@ def test_reset_forgets_in_the_file(tmp_path: Path) -> None:
     say(store, B, "bob")
     store.reset("ann")
     assert "ann" not in path.read_text()
-    assert (knows(kept(path), A, "ann"), knows(kept(path), B, "bob")) == (False, True)
+    again = kept(copy(path))
+    assert (knows(again, A, "ann"), knows(again, B, "bob")) == (False, True)
     store.reset()
     assert len(kept(path)) == 0
 

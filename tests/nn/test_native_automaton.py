@@ -141,6 +141,14 @@ def test_what_is_no_token_is_refused(tokens: list[int], error: type[Exception]) 
         automaton.advance(ROOT, tokens[-1])
 
 
+@pytest.mark.parametrize("cursor", [Cursor(10**6, 1), Cursor(-5, 1), Cursor(1, -4)])
+def test_a_place_of_nowhere_is_refused(cursor: Cursor) -> None:
+    automaton = NativeAutomaton([1, 2, 1])
+    for ask in (automaton.outlook, automaton.end, lambda place: automaton.continuations(place, 3)):
+        with pytest.raises(ValueError, match="a place of another automaton"):
+            ask(cursor)
+
+
 def test_memory_is_given_back() -> None:
     """200 automata of 40,000 tokens would be 400 MB."""
     resource = pytest.importorskip("resource")

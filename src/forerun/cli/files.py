@@ -8,21 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from forerun.errors import ForerunError, RequestError
+from forerun.files import whole
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write beside and rename, so that nobody ever finds half a file. Raises ForerunError if it cannot be done."""
-    target = path.parent / f"{path.name}.partial"
-    is_special = path.exists() and not path.is_file()  # a device or a pipe must not be renamed over
     try:
-        if is_special:
-            path.write_bytes(content)
-        else:
-            target.write_bytes(content)
-            target.replace(path)
+        with whole(path) as file:
+            file.write(content)
     except OSError as error:
-        if not is_special:
-            target.unlink(missing_ok=True)
         raise ForerunError(f"cannot write {path} ({error.strerror}): make room, or name another place") from None
 
 

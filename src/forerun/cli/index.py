@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,6 +42,7 @@ def index(files: Files, tokenizer: Tokenizer, out: Out) -> None:
     _demand_place(out)
     began = time.perf_counter()
     texts = find(files)
+    _demand_no_loss(out, [file.path for file in texts.files])
     encode, size, names = _vocabulary(tokenizer)
     with _bar() as progress:
         reading = progress.add_task("reading", total=texts.size)
@@ -59,6 +60,23 @@ def _demand_place(out: Path) -> None:
     demand_place(out)
     if out.exists() and not out.is_file():
         raise ForerunError(f"cannot write {out}, for it is no file: name a file, which may be there already")
+
+
+def _demand_no_loss(out: Path, files: Iterable[Path]) -> None:
+    """Nothing but an older store is written over."""
+    from forerun.drafters.lookup.index import is_store
+    from forerun.errors import ForerunError
+
+    if not out.exists():
+        return
+    if any(out.samefile(file) for file in files):
+        raise ForerunError(f"{out} is one of the texts to be indexed: name another file to write")
+    try:
+        is_free = not out.stat().st_size or is_store(out)
+    except OSError as error:
+        raise ForerunError(f"cannot write {out} ({error.strerror}): name another file") from None
+    if not is_free:
+        raise ForerunError(f"{out} is there and is no store of forerun index: name another file, or remove this one")
 
 
 def _vocabulary(model: str) -> tuple[Encode, int, dict[str, int]]:

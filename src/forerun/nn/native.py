@@ -198,6 +198,7 @@ class CorpusRecord(ctypes.Structure):
     _fields_ = (
         ("tokens", c_void_p),
         ("order", c_void_p),
+        ("starts", c_void_p),
         ("size", c_int64),
         ("entries", c_int64),
         ("vocabulary", c_int32),
@@ -274,7 +275,7 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "fr_automaton_size": (None, (c_void_p, c_void_p)),
     "fr_automaton_match": (None, (c_void_p, c_void_p)),
     "fr_automaton_advance": (c_int32, (c_void_p, c_void_p, c_void_p, c_int64)),
-    "fr_automaton_outlook": (None, (c_void_p, c_void_p, c_void_p)),
+    "fr_automaton_outlook": (c_int32, (c_void_p, c_void_p, c_void_p)),
     "fr_automaton_continuations": (c_int32, (c_void_p, c_void_p, c_int32, c_int32, c_void_p)),
     "fr_view_read": (c_int32, (c_void_p, c_void_p, c_int64)),
     "fr_view_draft": (c_int32, (c_void_p, c_void_p, c_int64, c_int64, c_int32)),

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import json
-from array import array
 from collections.abc import Sequence
+from ctypes import c_double, c_int32
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from forerun.drafters.lookup.index import DTYPES, FORMAT, VERSION
 from forerun.drafters.lookup.places import ENOUGH, PLACES, WEIGHTS, Found, Numbers, Trust, grow
 from forerun.drafters.lookup.store import Draft, Limits, Store, View
-from forerun.errors import DrafterError, ForerunError
+from forerun.errors import DrafterError
 from forerun.nn import native
 from forerun.row import Row
 
@@ -30,11 +30,12 @@ PENDING = 64
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus file. `tokens`, `order` and `bigram` are mapped, not read."""
+    """A corpus file. Its four arrays are mapped, not read."""
 
     path: Path
     tokens: NDArray[Any]
     order: NDArray[Any]
+    starts: NDArray[Any]
     bigram: NDArray[Any]
     vocabulary: int
     depth: int
@@ -56,6 +57,8 @@ class Corpus:
             raise DrafterError(
                 f"cannot read the store {path} ({error.strerror}): build one with forerun index"
             ) from None
+        except ValueError:
+            raise DrafterError(f"{str(path)!r} cannot name a store: build one with forerun index") from None
         try:
             return _mapped(path, described, begin, size)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
@@ -65,6 +68,10 @@ class Corpus:
     def size(self) -> int:
         """Tokens, the separators not counted."""
         return len(self.tokens) - self.documents
+
+    @property
+    def numbers(self) -> Numbers:
+        return Numbers(self.tokens.data, self.order.data, self.starts.data, self.vocabulary)
 
     def demand_fit(self, vocabulary: int, fingerprint: str = "") -> None:
         """Refuse a corpus of other tokens than the target's. fingerprint: of the target's tokenizer, empty if not known."""
@@ -96,7 +103,7 @@ def _header(path: Path, start: bytes) -> tuple[dict[str, Any], int]:
         described = json.loads(start[8 : 8 + length])
         meta = described["__metadata__"]
         is_ours = meta["format"] == FORMAT
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise foreign from None
     if not is_ours:
         raise foreign
@@ -110,19 +117,19 @@ def _header(path: Path, start: bytes) -> tuple[dict[str, Any], int]:
 def _mapped(path: Path, described: dict[str, Any], begin: int, size: int) -> Corpus:
     meta = described["__metadata__"]
     vocabulary, documents, depth = (int(meta[name]) for name in ("vocabulary", "documents", "depth"))
-    parts = {name: _part(path, described[name], begin, size) for name in ("tokens", "order", "bigram")}
-    tokens, order, bigram = parts.values()
-    expected = [DTYPES["U16" if vocabulary <= 65535 else "I32"], DTYPES["I32"], DTYPES["I32"]]
+    parts = {name: _part(path, described[name], begin, size) for name in ("tokens", "order", "starts", "bigram")}
+    tokens, order, starts, bigram = parts.values()
+    expected = [DTYPES["U16" if vocabulary <= 65535 else "I32"], *[DTYPES["I32"]] * 3]
     is_whole = (
         [part.dtype for part in parts.values()] == expected
-        and len(bigram) == vocabulary
+        and len(starts) - 1 == len(bigram) == vocabulary
         and documents > 0 < depth <= 1024
         and len(order) == len(tokens) - 2 * documents >= 0
         and int(tokens[-1]) == vocabulary
     )
     if not is_whole:
         raise _damaged(path)
-    return Corpus(path, tokens, order, bigram, vocabulary, depth, documents, str(meta.get("fingerprint", "")))
+    return Corpus(path, tokens, order, starts, bigram, vocabulary, depth, documents, str(meta.get("fingerprint", "")))
 
 
 def _part(path: Path, described: dict[str, Any], begin: int, size: int) -> NDArray[Any]:
@@ -143,10 +150,9 @@ class CorpusStore(Store):
 
     def __init__(self, corpus: Corpus):
         self.corpus = corpus
-        self._search = _search_in(corpus)
 
     def open(self, row: Row) -> View:
-        return CorpusView(self._search)
+        return CorpusView(_search_in(self.corpus))
 
 
 class _Guess(NamedTuple):
@@ -195,66 +201,59 @@ class CorpusView:
 
 
 class _Search:
-    """The readable form."""
+    """The readable form. One for every row."""
 
     def __init__(self, corpus: Corpus):
-        self._corpus = Numbers(corpus.tokens.data, corpus.order.data, corpus.vocabulary)
-        self._depth = corpus.depth
+        self._corpus, self._depth = corpus.numbers, corpus.depth
 
     def __call__(self, tokens: Sequence[int], trust: Trust, limits: Limits) -> Found:
         return grow(self._corpus, tokens[-self._depth :], trust, limits)
 
 
 class _NativeSearch(_Search):
-    """The same in one call."""
+    """The same in one call; records and buffers are kept from draft to draft."""
 
-    def __init__(self, corpus: Corpus, library: ctypes.CDLL):
+    def __init__(self, corpus: Corpus):
         super().__init__(corpus)
-        self._grow, self._kept = library.fr_corpus_grow, corpus
-        size, entries = len(corpus.tokens), len(corpus.order)
-        wide, at = corpus.tokens.dtype.itemsize == 4, (corpus.tokens.ctypes.data, corpus.order.ctypes.data)
-        self._record = native.CorpusRecord(*at, size, entries, corpus.vocabulary, wide)
-        self._weights = array("d", [number for row in WEIGHTS for number in row])
+        size, entries, wide = len(corpus.tokens), len(corpus.order), corpus.tokens.dtype.itemsize == 4
+        at = [part.ctypes.data for part in (corpus.tokens, corpus.order, corpus.starts)]
+        self._kept, self._record = corpus, native.CorpusRecord(*at, size, entries, corpus.vocabulary, wide)
+        self._wish, self._grown = native.CorpusWishRecord(places=PLACES, enough=ENOUGH), native.CorpusDraftRecord()
+        self._wish.weights = ctypes.addressof(_WEIGHTS)
+        self._end = (c_int32 * corpus.depth)()
+        self._grow = native.quick().fr_corpus_grow
+        self._records = [ctypes.byref(record) for record in (self._record, self._wish, self._grown)]
+        self._limits: Limits | None = None
+        self._trust: Trust | None = None
 
     def __call__(self, tokens: Sequence[int], trust: Trust, limits: Limits) -> Found:
-        end = array("i", tokens[-self._depth :])
-        end.reverse()
-        ends = array("i", limits.ends)
-        nodes = limits.nodes
-        grown, parents = (array("i", bytes(4 * nodes + 4)) for _ in range(2))
-        survival = array("d", bytes(8 * nodes + 8))
-        wish = native.CorpusWishRecord(
-            nodes,
-            limits.depth,
-            limits.min_match,
-            PLACES,
-            ENOUGH,
-            len(ends),
-            limits.cost,
-            ends.buffer_info()[0],
-            self._weights.buffer_info()[0],
-            trust.odds.buffer_info()[0],
-        )
-        draft = native.CorpusDraftRecord(
-            grown.buffer_info()[0], parents.buffer_info()[0], survival.buffer_info()[0], 0, 0, 0, 0.0
-        )
-        failed = self._grow(
-            ctypes.byref(self._record),
-            ctypes.byref(wish),
-            end.buffer_info()[0],
-            len(end),
-            tokens[-1],
-            ctypes.byref(draft),
-        )
-        if failed:
+        if limits is not self._limits:
+            self._keep_to(limits)
+        if trust is not self._trust:
+            self._trust, self._wish.odds = trust, trust.odds.buffer_info()[0]
+        length = min(len(tokens), self._depth)
+        self._end[:length] = list(tokens[: -length - 1 : -1])
+        record, wish, grown = self._records
+        if self._grow(record, wish, self._end, length, tokens[-1], grown):
             raise MemoryError
-        count = draft.nodes
-        tree = Draft(grown[:count].tolist(), parents[:count].tolist(), survival[:count].tolist())
+        draft, count = self._grown, self._grown.nodes
+        tree = Draft(self._tokens[:count], self._parents[:count], self._survival[:count])
         return Found(tree, draft.length, draft.first, draft.chance)
+
+    def _keep_to(self, limits: Limits) -> None:
+        """The limits go into the record when they change."""
+        wish, grown, room = self._wish, self._grown, limits.nodes + 1
+        wish.nodes, wish.depth, wish.min_match, wish.cost = limits.nodes, limits.depth, limits.min_match, limits.cost
+        self._ends = (c_int32 * len(limits.ends))(*limits.ends)
+        wish.ends, wish.end_count = ctypes.addressof(self._ends), len(limits.ends)
+        self._tokens, self._parents, self._survival = (c_int32 * room)(), (c_int32 * room)(), (c_double * room)()
+        grown.tokens, grown.parents = ctypes.addressof(self._tokens), ctypes.addressof(self._parents)
+        grown.survival = ctypes.addressof(self._survival)
+        self._limits = limits
+
+
+_WEIGHTS = (c_double * 8)(*(number for row in WEIGHTS for number in row))
 
 
 def _search_in(corpus: Corpus) -> _Search:
-    try:
-        return _NativeSearch(corpus, native.library())
-    except ForerunError:
-        return _Search(corpus)
+    return _NativeSearch(corpus) if native.is_there() else _Search(corpus)

@@ -7,9 +7,11 @@ A corpus is ONE safetensors file, which is read memory-mapped and never as a who
     order    I32: every position that has a token behind it in its document, sorted by the text that ends there, read backwards:
              by (t[p], t[p-1], t[p-2], ...), `depth` tokens deep or deeper, a document's start being less than any token. Ties go
              by position
+    starts   I32 [vocabulary + 1]: how many entries of `order` end in a smaller token than each, so that those that end in token t
+             are starts[t] .. starts[t + 1]
     bigram   I32 [vocabulary]: the token that came most often after each (the smaller id of equals), -1 where none ever did
 
-    metadata: format "forerun corpus", version "1", vocabulary (its size), depth, documents (how many), and fingerprint (of the
+    metadata: format "forerun corpus", version "2", vocabulary (its size), depth, documents (how many), and fingerprint (of the
              tokenizer's vocabulary, empty if it is not known)
 
 Positions that end in the same k tokens are one interval of `order`, and that of k + 1 lies inside that of k. So what a suffix
@@ -21,18 +23,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from forerun.errors import ForerunError
+from forerun.files import whole
 
-FORMAT, VERSION = "forerun corpus", "1"
+FORMAT, VERSION = "forerun corpus", "2"
 DEPTH = 32
 """How many tokens of a context are compared. A longer match says no more about what follows."""
 MOST_TOKENS = 2**31 - 1
@@ -49,6 +51,7 @@ class Contents:
 
     tokens: Ints
     order: Ints
+    starts: Ints
     bigram: Ints
     vocabulary: int
     documents: int
@@ -60,7 +63,7 @@ class Contents:
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in (self.tokens, self.order, self.bigram))
+        return sum(part.nbytes for part in (self.tokens, self.order, self.starts, self.bigram))
 
 
 def fingerprint_of(vocabulary: Mapping[str, int]) -> str:
@@ -75,7 +78,8 @@ def build(documents: Iterable[Sequence[int] | Ints], vocabulary: int, watch: Wat
     all, and for more than 2,147,483,647 tokens.
     """
     tokens, count = _joined(documents, vocabulary)
-    return Contents(tokens, _order(tokens, vocabulary, watch), _bigram(tokens, vocabulary), vocabulary, count)
+    order = _order(tokens, vocabulary, watch)
+    return Contents(tokens, order, _starts(tokens, vocabulary), _bigram(tokens, vocabulary), vocabulary, count)
 
 
 def _joined(documents: Iterable[Sequence[int] | Ints], vocabulary: int) -> tuple[Ints, int]:
@@ -161,6 +165,13 @@ def _ranks(keys: Ints) -> Ints:
     return ranks
 
 
+def _starts(tokens: Ints, vocabulary: int) -> Ints:
+    starts = np.zeros(vocabulary + 1, np.int32)
+    counts = np.bincount(tokens[_has_next(tokens, vocabulary)], minlength=vocabulary)
+    np.cumsum(counts, out=starts[1:], dtype=np.int32)
+    return starts
+
+
 def _bigram(tokens: Ints, vocabulary: int) -> Ints:
     places = np.flatnonzero(_has_next(tokens, vocabulary))
     pairs, counts = np.unique(tokens[places].astype(np.int64) * vocabulary + tokens[places + 1], return_counts=True)
@@ -175,7 +186,7 @@ def _bigram(tokens: Ints, vocabulary: int) -> Ints:
 
 def write(contents: Contents, path: Path, fingerprint: str = "") -> None:
     """Write a corpus beside its place and rename it, so that nobody ever finds half a file. Raises ForerunError."""
-    parts = {"order": contents.order, "bigram": contents.bigram, "tokens": contents.tokens}
+    parts = {name: getattr(contents, name) for name in ("order", "starts", "bigram", "tokens")}
     meta = {
         "format": FORMAT,
         "version": VERSION,
@@ -184,10 +195,13 @@ def write(contents: Contents, path: Path, fingerprint: str = "") -> None:
         "documents": str(contents.documents),
         "fingerprint": fingerprint,
     }
-    with _whole(path) as file:
-        file.write(_header(parts, meta))
-        for part in parts.values():
-            file.write(np.ascontiguousarray(part, part.dtype.newbyteorder("<")).data)
+    try:
+        with whole(path) as file:
+            file.write(_header(parts, meta))
+            for part in parts.values():
+                file.write(np.ascontiguousarray(part, part.dtype.newbyteorder("<")).data)
+    except OSError as error:
+        raise ForerunError(f"cannot write {path} ({error.strerror}): make room, or name another place") from None
 
 
 def _header(parts: Mapping[str, Ints], meta: Mapping[str, str]) -> bytes:
@@ -202,14 +216,10 @@ def _header(parts: Mapping[str, Ints], meta: Mapping[str, str]) -> bytes:
     return len(header).to_bytes(8, "little") + header
 
 
-@contextmanager
-def _whole(path: Path) -> Iterator[BinaryIO]:
-    beside = path.parent / f"{path.name}.partial"
-    try:
-        with beside.open("wb") as file:
-            yield file
-        beside.replace(path)
-    except OSError as error:
-        raise ForerunError(f"cannot write {path} ({error.strerror}): make room, or name another place") from None
-    finally:
-        beside.unlink(missing_ok=True)
+def is_store(path: Path) -> bool:
+    """Whether a file begins like one that `write` wrote, in any version. Raises OSError."""
+    with path.open("rb") as file:
+        return file.read(8 + len(_BEGIN))[8:] == _BEGIN
+
+
+_BEGIN = b'{"__metadata__":{"format":"%s",' % FORMAT.encode()

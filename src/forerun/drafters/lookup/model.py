@@ -83,8 +83,9 @@ class ModelStore(Store):
     is added when its row is closed. Threads may share a store.
 
     path: a file (see `said`) that is read, and goes on with every text; it is written anew when it holds more than twice the
-    capacity. The order of use is not kept in it. vocabulary: its size, which a path needs; tokenizer: any fingerprint of it; a
-    file of another one is refused (DrafterError), for its tokens would mean something else, or nothing.
+    capacity. The order of use is not kept in it. It is this store's alone until `shut`, or until nobody has the store any more:
+    a file that another store uses is refused (DrafterError). vocabulary: its size, which a path needs; tokenizer: any
+    fingerprint of it; a file of another one is refused (DrafterError), for its tokens would mean something else, or nothing.
     """
 
     name = "model"
@@ -157,6 +158,13 @@ class ModelStore(Store):
             if new:
                 self._write(lambda file: file.rewrite(self._said()))
 
+    def shut(self) -> None:
+        """Write to the file no more, and leave it to others; what was said is still known here."""
+        with self._lock:
+            if self._file is not None:
+                self._file.shut()
+                self._file = None
+
     # ---- what views ask, under the lock
 
     @property
@@ -167,8 +175,9 @@ class ModelStore(Store):
         return self._memories.get(tenant)
 
     def use(self, key: int) -> None:
-        """Tokens from this text were right."""
-        self._texts.move_to_end(key)
+        """Tokens from this text were right. It may have gone, if reading the others again was interrupted."""
+        if key in self._texts:
+            self._texts.move_to_end(key)
 
     # ---- texts
 
@@ -268,7 +277,9 @@ class ModelStore(Store):
         try:
             work(self._file)
         except OSError as error:
-            path, self._file = self._file.path, None
+            path = self._file.path
+            self._file.shut()
+            self._file = None
             warnings.warn(
                 f"what the model says is no longer written to {path} ({error.strerror}): make room or name another file, "
                 "and start again",

@@ -97,13 +97,17 @@ class NativeAutomaton:
 
     def _about(self, cursor: Cursor) -> list[int]:
         found = (c_int32 * 4)()
-        native.quick().fr_automaton_outlook(self.handle, ctypes.byref(CursorRecord(*cursor)), found)
+        if error := native.quick().fr_automaton_outlook(self.handle, ctypes.byref(CursorRecord(*cursor)), found):
+            fail(error)
         return list(found)
 
     def continuations(self, cursor: Cursor, count: int, shortest: int = 1) -> list[int]:
         found, place = (c_int32 * count)(), CursorRecord(*cursor)
         continuations = native.quick().fr_automaton_continuations
-        return found[: continuations(self.handle, ctypes.byref(place), count, shortest, found)]
+        many = continuations(self.handle, ctypes.byref(place), count, shortest, found)
+        if many < 0:
+            fail(-many)
+        return found[:many]
 
 
 class NativeReader:

@@ -4,7 +4,8 @@ The places that end in the longest match come first; while they are few, places 
 A node of the tree stands for the places that agree so far. The probability that a child survives is a logistic function of how
 much of its parent's weight it has and of how long the match is, corrected by what this row's text has shown so far (`Trust`).
 
-This is the readable form of `kernels/corpus.cc`, which returns the same; it runs where there are no kernels.
+This is the readable form of `kernels/corpus.cc`, which returns the same of every file that is not damaged (what the two make of a
+damaged one may differ, and does no harm); it runs where there are no kernels.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Numbers(NamedTuple):
 
     tokens: Sequence[int]
     order: Sequence[int]
+    starts: Sequence[int]
     vocabulary: int
 
 
@@ -123,19 +125,29 @@ def _boundary(corpus: Numbers, end: Sequence[int], or_equal: bool, low: int, hig
     return low
 
 
+def _ending_in(corpus: Numbers, token: int) -> tuple[int, int]:
+    """The entries whose texts end in a token, from the first one on and before the second; brought into range."""
+    entries = len(corpus.order)
+    first = min(max(corpus.starts[token], 0), entries)
+    return first, min(max(corpus.starts[token + 1], first), entries)
+
+
 def places(corpus: Numbers, end: Sequence[int], min_match: int) -> list[Place]:
     """Where texts end like these tokens (the newest first), the longest matches first; none below `min_match`."""
-    entries, found = len(corpus.order), list[Place]()
-    low = high = _boundary(corpus, end, False, 0, entries)
+    found = list[Place]()
+    if not end:
+        return found
+    first, last = _ending_in(corpus, end[0])
+    low = high = _boundary(corpus, end, False, first, last)
     inner = (low, low)
     length = len(end) + 1
     while len(found) < ENOUGH:
-        beside = [agreeing(corpus, entry, end) for entry in (low - 1, high) if 0 <= entry < entries]
+        beside = [agreeing(corpus, entry, end) for entry in (low - 1, high) if first <= entry < last]
         length = min(length - 1, max(beside, default=0))
         if length < min_match:
             break
-        low = _boundary(corpus, end[:length], False, 0, low)
-        high = _boundary(corpus, end[:length], True, high, entries)
+        low = _boundary(corpus, end[:length], False, first, low)
+        high = _boundary(corpus, end[:length], True, high, last)
         before, fresh = inner[0] - low, (high - low) - (inner[1] - inner[0])
         taken = min(fresh, PLACES - len(found))
         for number in range(taken):

@@ -125,7 +125,7 @@ def _rows(path: Path, text: str, encode: Encode) -> Iterator[Sequence[int]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             if number == len(lines):
                 return
             raise ForerunError(f"{path}, line {number} is not JSON: remove the line") from None
