@@ -112,7 +112,9 @@ def learn(engine: Engine, paths: dict[str, str], prompts: list[list[int]], param
     }
     texts = look.texts_of(engine, prompts, params)
     text = replace(texts[0])
-    writing = {name: look.writer_cost(network, text, params) for name, network in networks.items()}
+    writing = {
+        name: look.writer_cost(network, text, params, engine.target.network) for name, network in networks.items()
+    }
     names = [*sorted(networks, key=lambda name: writing[name](1)), TARGET]
     networks[TARGET] = engine.target.network
     found = look.agreement([networks[name] for name in names], texts, params)
@@ -121,7 +123,7 @@ def learn(engine: Engine, paths: dict[str, str], prompts: list[list[int]], param
     }
     for pair, rate in rates.items():
         print(f"{pair[1]} accepts {rate:.3f} of {pair[0]} ({found.positions} tokens)")
-    verifying = {name: look.verifier_cost(networks[name], text, params) for name in names[:-1]}
+    verifying = {name: look.verifier_cost(networks[name], text, params, engine.target.network) for name in names[:-1]}
     verifying[TARGET] = look.target_cost(engine, text, params)
     reading = {name: median(look.reading_seconds(networks[name], one) for one in texts) for name in names[:-1]}
     lookup = [build("lookup", Workshop(engine.target, lambda path: networks[path])) for _ in names]

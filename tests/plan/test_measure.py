@@ -66,12 +66,12 @@ def test_costs_are_measured_for_every_length(params: SamplingParams, monkeypatch
     step = look.target_cost(engine_of(TARGET), text, params, 3)
     assert {*look.LENGTHS} <= {*read}
     read.clear()
-    round = look.verifier_cost(SMALL, text, params, 3)
+    round = look.verifier_cost(SMALL, text, params, rounds=3)
     assert {*look.LENGTHS} <= {*read}
     for measured in (step, round):
         assert [tokens for tokens, _ in measured.points] == list(look.LENGTHS)
         assert all(seconds > 0 for _, seconds in measured.points)
-    writing = look.writer_cost(SMALL, text, params, 3)
+    writing = look.writer_cost(SMALL, text, params, TARGET, 3)
     assert writing(9) > writing(1) > 0
     assert look.reading_seconds(SMALL, text) > 0
 

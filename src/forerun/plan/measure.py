@@ -148,25 +148,42 @@ def target_cost(engine: Engine, text: Text, params: SamplingParams, rounds: int 
         runner.abort()
 
 
-def verifier_cost(network: Network, text: Text, params: SamplingParams, rounds: int = 24) -> Table:
-    """Seconds of one round of a model in the middle of a hierarchy, by the number of tokens that it reads."""
+def verifier_cost(
+    network: Network, text: Text, params: SamplingParams, target: Network | None = None, rounds: int = 24
+) -> Table:
+    """Seconds of one round of a model in the middle of a hierarchy, by the number of tokens that it reads.
+
+    target: reads a token before every timing, as it does when the hierarchy runs, and leaves nothing of the model in the
+    processor's caches.
+    """
     sham = Sham(0, network.vocab_size)
     verified = Verified(Model(network, max(LENGTHS) + 1), sham, 1)
     _demand_room(network.max_length, text, rounds)
-    return _table(
-        _proposing(verified, text, params, network.device, lambda tokens: setattr(sham, "length", tokens - 1)), rounds
-    )
+    propose = _proposing(verified, text, params, network.device, lambda tokens: setattr(sham, "length", tokens - 1))
+    return _table(propose, rounds, before=_reading(target, text))
 
 
-def writer_cost(network: Network, text: Text, params: SamplingParams, rounds: int = 24) -> Table:
-    """Seconds for which a draft model writes so many tokens, one after the other."""
+def writer_cost(
+    network: Network, text: Text, params: SamplingParams, target: Network | None = None, rounds: int = 24
+) -> Table:
+    """Seconds for which a draft model writes so many tokens, one after the other. target: as for `verifier_cost`."""
     chain = Chain(Model(network, max(LENGTHS)), Fixed(1))
     _demand_room(network.max_length, text, rounds)
 
     def prepare(tokens: int) -> None:
         chain.stopping, chain.max_nodes = Fixed(tokens), tokens
 
-    return _table(_proposing(chain, text, params, network.device, prepare), rounds, tuple(n for n in LENGTHS if n <= 9))
+    propose = _proposing(chain, text, params, network.device, prepare)
+    return _table(propose, rounds, tuple(n for n in LENGTHS if n <= 9), _reading(target, text))
+
+
+def _reading(network: Network | None, text: Text) -> Callable[[], object]:
+    """Reads the last token of a text, again and again."""
+    if network is None:
+        return lambda: None
+    model, row = Model(network, 1), Row(list(text.tokens), text.prompt_length, SamplingParams(), 0, len(text.tokens))
+    model.admit(len(text.tokens))
+    return lambda: model.next_scores([row])
 
 
 def reading_seconds(network: Network, text: Text) -> float:
@@ -211,12 +228,18 @@ def _proposing(
     return propose
 
 
-def _table(work: Callable[[int], None], rounds: int, lengths: Sequence[int] = LENGTHS) -> Table:
-    """Medians of interleaved timings. A few rounds before them are not counted."""
+def _table(
+    work: Callable[[int], None],
+    rounds: int,
+    lengths: Sequence[int] = LENGTHS,
+    before: Callable[[], object] = lambda: None,
+) -> Table:
+    """Medians of interleaved timings, `before` each of which something else is done. The first rounds are not counted."""
     seconds: dict[int, list[float]] = {length: [] for length in lengths}
     with torch.inference_mode():
         for number in range(rounds + 2):
             for length in lengths:
+                before()
                 begun = time.perf_counter()
                 work(length)
                 if number >= 2:
