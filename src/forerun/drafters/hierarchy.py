@@ -44,6 +44,10 @@ GRACE = 8
 sees to that (`benchmarks/stores.py`; pauses after rejected drafts cost 11 to 21 % of the speed)."""
 
 
+WORTH = 0.25
+"""Tokens that an answer must promise; where a store knows nothing it still has guesses that are barely worth a node."""
+
+
 @dataclass
 class Patience:
     """When to ask a store again: after some empty answers in a row the pause doubles with each; the first answer ends it."""
@@ -132,7 +136,7 @@ class Hierarchy(Drafter):
             tally.hits += added > 0
             tally.drafted += added
             tally.seconds += time.perf_counter() - begun
-            patience.learn(answered=len(found.tokens) > 1)
+            patience.learn(answered=sum(found.survival) - 1 >= WORTH)
             if len(merged.tokens) > limits.nodes:
                 break
         return merged
