@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src"
 
 LEVELS = (
-    ("errors", "tree", "ranktree", "sampling", "chance", "row"),
+    ("errors", "files", "tree", "ranktree", "sampling", "chance", "row"),
     ("accept", "stopping", "cache", "nn", "text", "automaton"),
     ("model", "drafter", "judge"),
     ("drafters", "engine"),
