@@ -9,7 +9,7 @@ Shapes: `B` rows, `N` nodes (padded to the largest tree of the batch; `sizes` sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property, lru_cache
@@ -136,7 +136,7 @@ class TokenTree:
     tokens: per row, of every node (on the host; `tokens_BN` is the same on the model's device). drawn_BN: one `Drawn` per
     group of siblings, at the index of their parent (host); None: every group is deterministic. laws_BNV: the law of each
     group, at the index of its parent; rows of groups that are deterministic or empty are ignored. Build it with `root`,
-    `chain`, `drawn_chain`, `of` or the constructor.
+    `chain`, `drawn_chain`, `of`, `drawn` or the constructor.
     """
 
     tokens: Sequence[Sequence[int]]
@@ -182,6 +182,25 @@ class TokenTree:
             laws_BNV = torch.cat((laws_BNV, laws_BNV.new_zeros(rows, 1, laws_BNV.shape[2])), 1)
         drawn = np.full((rows, nodes), Drawn.WITHOUT_REPLACEMENT, dtype=np.uint8)
         return TokenTree(tokens, topology, laws_BNV.device, drawn, laws_BNV)
+
+    @staticmethod
+    def drawn(
+        tokens: Sequence[Sequence[int]],
+        topology: Topology,
+        laws: Sequence[Mapping[int, Tensor]],
+        device: torch.device,
+    ) -> TokenTree:
+        """laws: per row, parent -> the law [V] from which its children were drawn without replacement; other groups are
+        deterministic."""
+        some = next((law for row in laws for law in row.values()), None)
+        if some is None:
+            return TokenTree(tokens, topology, device)
+        table = some.new_zeros(len(tokens), topology.nodes, some.shape[0])
+        drawn = np.zeros((len(tokens), topology.nodes), dtype=np.uint8)
+        for index, row in enumerate(laws):
+            for node, law in row.items():
+                table[index, node], drawn[index, node] = law, Drawn.WITHOUT_REPLACEMENT
+        return TokenTree(tokens, topology, device, drawn, table)
 
     @cached_property
     def tokens_BN(self) -> Tensor:

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +27,7 @@ from forerun.drafters.verified import Verified, lenient_of, tentatively
 from forerun.errors import DrafterError
 from forerun.model import Model, Scores
 from forerun.row import Row
-from forerun.tree import Drawn, TokenTree
+from forerun.tree import Drawn, TokenTree, Topology
 
 
 @dataclass(frozen=True)
@@ -171,17 +170,9 @@ def _first_path(tree: TokenTree, row: int) -> tuple[list[int], list[Tensor | Non
 
 
 def _chain(said: Sequence[_Said], device: torch.device) -> TokenTree:
-    plain = TokenTree.chain([row.tokens for row in said], device)
-    some = next((law for row in said for law in row.laws if law is not None), None)
-    if some is None:
-        return plain
-    table = some.new_zeros(plain.rows, plain.nodes, some.shape[0])
-    drawn = np.zeros((plain.rows, plain.nodes), dtype=np.uint8)
-    for index, row in enumerate(said):
-        for node, law in enumerate(row.laws):
-            if law is not None:
-                table[index, node], drawn[index, node] = law, Drawn.WITHOUT_REPLACEMENT
-    return TokenTree(plain.tokens, plain.topology, device, drawn, table)
+    topology = Topology.chains([len(row.tokens) for row in said])
+    laws = [{node: law for node, law in enumerate(row.laws) if law is not None} for row in said]
+    return TokenTree.drawn([row.tokens for row in said], topology, laws, device)
 
 
 def build(

@@ -30,7 +30,7 @@ from forerun.row import Row
 from forerun.sampling import Prefix, edited, laws
 from forerun.stopping import Fixed, Stopping
 from forerun.stopping import stopping as stopping_rule
-from forerun.tree import Drawn, TokenTree
+from forerun.tree import TokenTree, Topology
 
 
 class DraftModel(Drafter):
@@ -254,7 +254,8 @@ class SampledTree(_Growing):
                         drawn += [row.add(token, node) for token in children]
                 frontiers[index] = drawn
         self._places = [row.places for row in grown]
-        return _with_laws(grown, groups, context.device)
+        topology = Topology.of([row.parents for row in grown])
+        return TokenTree.drawn([row.tokens for row in grown], topology, groups, context.device)
 
 
 def _children(laws_BNV: Tensor, chance: Dice, nodes: Sequence[Sequence[int]], count: int) -> list[list[list[int]]]:
@@ -291,19 +292,6 @@ def draw(laws_B1V: Tensor, rows: Sequence[Row], chance: Dice, depth: int) -> Ten
     if all(row.params.is_greedy for row in rows):
         return laws_B1V.argmax(-1)
     return chance.token(laws_B1V, np.full((len(rows), 1), depth))
-
-
-def _with_laws(grown: Sequence[Grown], groups: Sequence[Mapping[int, Tensor]], device: torch.device) -> TokenTree:
-    plain = TokenTree.of([row.tokens for row in grown], [row.parents for row in grown], device)
-    some = next((law for group in groups for law in group.values()), None)
-    if some is None:
-        return plain
-    table = some.new_zeros(plain.rows, plain.nodes, some.shape[0])
-    drawn = np.zeros((plain.rows, plain.nodes), dtype=np.uint8)
-    for index, group in enumerate(groups):
-        for node, law in group.items():
-            table[index, node], drawn[index, node] = law, Drawn.WITHOUT_REPLACEMENT
-    return TokenTree(plain.tokens, plain.topology, device, drawn, table)
 
 
 def build(
