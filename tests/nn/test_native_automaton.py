@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forerun.automaton import ROOT, SEPARATOR, Cursor, SuffixAutomaton
-from forerun.drafters.lookup.growth import OWN_TEXT
-from forerun.drafters.lookup.reader import STUDIED, PlainReader
+from forerun.drafters.lookup.growth import OWN_TEXT, STUDIED
+from forerun.drafters.lookup.reader import PlainReader
 from forerun.drafters.lookup.store import Limits
 from forerun.nn import native
 from nn.kernel_oracles import some_examples

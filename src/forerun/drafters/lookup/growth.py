@@ -16,6 +16,8 @@ from math import exp, log2
 from forerun.automaton import SEPARATOR, Cursor, Outlook, SuffixAutomaton
 from forerun.drafters.lookup.store import Draft, Limits
 
+STUDIED = 256
+"""Of a long text of its own that is read at once, such as a prompt, only this many tokens at its end teach the odds."""
 RATE, RATE_PER_LENGTH = 0.1, 0.2
 """Steps of the online logistic regression, in log-odds per token: for all matches, and for those of about equal length."""
 

@@ -10,8 +10,7 @@ from ctypes import c_double, c_int32, c_int64
 from typing import NoReturn
 
 from forerun.automaton import REACH, Cursor, Outlook
-from forerun.drafters.lookup.growth import Weights, priors
-from forerun.drafters.lookup.reader import STUDIED
+from forerun.drafters.lookup.growth import STUDIED, Weights, priors
 from forerun.drafters.lookup.store import Draft, Limits
 from forerun.nn import native
 from forerun.nn.native import CursorRecord, ViewRecord

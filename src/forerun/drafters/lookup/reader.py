@@ -10,12 +10,9 @@ from itertools import islice
 from typing import Protocol
 
 from forerun.automaton import REACH, ROOT, Cursor, Outlook, SuffixAutomaton
-from forerun.drafters.lookup.growth import OWN_TEXT, Odds, Weights, grow
+from forerun.drafters.lookup.growth import OWN_TEXT, STUDIED, Odds, Weights, grow
 from forerun.drafters.lookup.store import Draft, Limits
 from forerun.nn import native
-
-STUDIED = 256
-"""Of a long text of its own that is read at once, such as a prompt, only this many tokens at its end teach the odds."""
 
 
 class Automaton(Protocol):
