@@ -139,12 +139,12 @@ def test_output_that_finds_no_room(family, extra):
 
 
 def test_a_result_file_that_finds_no_room(family, forerun, tmp_path, monkeypatch):
-    def full(self, content):
+    def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     result = tmp_path / "result.json"
     result.write_text("old")
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("os.fsync", full)
     options = ("--drafters", "none", "--prompts", 1, "--rounds", 1, "--max-new-tokens", 2, "--json", result)
     code, _, err = forerun("demo", "--model", family / "target", *options)
     assert (
