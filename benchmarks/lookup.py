@@ -335,6 +335,11 @@ def _regression(features: torch.Tensor, hits: torch.Tensor) -> list[float]:
     return [round(value, 2) for value in weights.tolist()]
 
 
+def _finite(record: dict[str, object]) -> dict[str, object]:
+    """JSON has no word for what did not occur."""
+    return {name: None if value != value else value for name, value in record.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
@@ -362,7 +367,7 @@ def main() -> None:
     if options.json:
         machine = {"python": platform.python_version(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
         limits = asdict(LIMITS) | {"ends": sorted(LIMITS.ends)}
-        record = {"machine": machine, "limits": limits, "figures": [asdict(one) for one in figures]}
+        record = {"machine": machine, "limits": limits, "figures": [_finite(asdict(one)) for one in figures]}
         options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
