@@ -69,6 +69,14 @@ class Clocked:
         return read
 
 
+def _models(drafter: Any) -> list[Any]:
+    """The models of a drafter and of those inside it."""
+    inner = [drafter.inner] if hasattr(drafter, "inner") else []
+    inner += [part.drafter for part in getattr(drafter, "parts", [])] + list(getattr(drafter, "sources", []))
+    own = [drafter.model] if hasattr(drafter, "model") else []
+    return own + [model for one in inner for model in _models(one)]
+
+
 class Ours:
     """A forerun engine as an arm; it keeps the statistics of its calls and clocks every network in it."""
 
@@ -77,11 +85,7 @@ class Ours:
         self.engine = forerun.load(path, drafter=drafter, dtype=dtype)
         self.stats: list[forerun.Stats] = []
         self.clocks: list[Clocked] = []
-        part: Any = self.engine.drafter
-        models = [self.engine.target]
-        while part is not None:
-            models += [part.model] if hasattr(part, "model") else []
-            part = getattr(part, "inner", None)
+        models = [self.engine.target, *_models(self.engine.drafter)]
         for model in models:
             model.network = Clocked(model.network)  # type: ignore[assignment]
             self.clocks.append(model.network)  # type: ignore[arg-type]

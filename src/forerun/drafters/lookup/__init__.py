@@ -36,7 +36,6 @@ class Lookup(Drafter):
         self.max_nodes = limits.nodes
         self._store = ContextStore(make)
         self._views: list[View] = []
-        self._last = limits
         self._bounds = Bounds(limits)
 
     def admit(self, row: Row, hidden: Mapping[int, Tensor]) -> None:
