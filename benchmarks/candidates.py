@@ -16,9 +16,9 @@ from itertools import count
 from math import exp, log
 from typing import Literal
 
-from forerun.drafters.lookup.places import ENOUGH, PLACES, Numbers, Place, Trust, _Growth
-from forerun.drafters.lookup.store import Draft, Limits, Store, View
 from forerun.row import Row
+from forerun.stores.places import ENOUGH, PLACES, Numbers, Place, Trust, _Growth
+from forerun.stores.store import Draft, Limits, Store, View
 
 RANKS = 8
 """Successors kept of every token."""

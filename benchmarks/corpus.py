@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import minimize
 
-from forerun.drafters.lookup import places
-from forerun.drafters.lookup.corpus import Corpus, CorpusStore
-from forerun.drafters.lookup.store import Draft, Limits
 from forerun.row import Row
 from forerun.sampling import SamplingParams
+from forerun.stores import places
+from forerun.stores.corpus import Corpus, CorpusStore
+from forerun.stores.store import Draft, Limits
 from forerun.train.distill import Sample, read
 
 LIMITS = Limits(nodes=16, depth=16, min_match=1, cost=0.08)

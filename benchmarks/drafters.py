@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 import forerun
-from forerun import assembly
 from forerun.bench.run import Measurement, Row, measure, table
 from forerun.bench.suites import CATEGORIES, Prompt
 from forerun.bench.suites import load as load_suite
-from forerun.engine import Engine
+from forerun.engine import load as assembly
+from forerun.engine.engine import Engine
 
 
 @dataclass(frozen=True)

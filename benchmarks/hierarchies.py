@@ -28,15 +28,15 @@ from rich.console import Console
 from rich.table import Table as Printed
 
 import forerun
-from forerun import assembly
 from forerun.bench import suites
 from forerun.bench.run import measure
-from forerun.drafters import Workshop, build
-from forerun.engine import Engine
+from forerun.cost import Table
+from forerun.drafting.workshop import Workshop, build
+from forerun.engine import load as assembly
+from forerun.engine.engine import Engine
 from forerun.nn.load import load_network
 from forerun.nn.network import Network
 from forerun.plan import measure as look
-from forerun.plan.cost import Table
 from forerun.plan.hierarchy import Chain, Draft, Round, Verifier, at_least
 from forerun.plan.selection import Family, Plan, Start, best, lower_bound, polished
 

@@ -13,7 +13,7 @@ machine should be idle.
 other: microseconds of one draft, milliseconds to take up an answer, and when it is full to read anew what is left; and what
 the answers in the second half of the file would have gained.
 
---fit prints the logistic regression behind `forerun.drafters.lookup.growth.prior`, fitted to source code; with --answers, that
+--fit prints the logistic regression behind `forerun.stores.growth.prior`, fitted to source code; with --answers, that
 of the model store, fitted to the second half of the answers when the first is known.
 """
 
@@ -38,17 +38,17 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 
-from forerun.automaton import ROOT, SEPARATOR, SuffixAutomaton
-from forerun.drafter import Context
 from forerun.drafters.lookup import Lookup
-from forerun.drafters.lookup.context import ContextView
-from forerun.drafters.lookup.growth import RANKS
-from forerun.drafters.lookup.model import ModelStore
-from forerun.drafters.lookup.reader import Automaton, automaton_of
-from forerun.drafters.lookup.store import Limits
+from forerun.drafting.drafter import Context
 from forerun.nn import native
 from forerun.row import Row
 from forerun.sampling import SamplingParams
+from forerun.stores.automaton import ROOT, SEPARATOR, SuffixAutomaton
+from forerun.stores.context import ContextView
+from forerun.stores.growth import RANKS
+from forerun.stores.model import ModelStore
+from forerun.stores.reader import Automaton, automaton_of
+from forerun.stores.store import Limits
 from forerun.tree import TokenTree
 
 LENGTHS = (1024, 8192, 32_768, 131_072)

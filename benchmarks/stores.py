@@ -32,19 +32,19 @@ from rich.console import Console
 from rich.table import Table as Printed
 
 import forerun
-from forerun.accept import Verdict
-from forerun.drafter import Context
+from forerun.accept.exact import Verdict
+from forerun.cost import Cost, Table
 from forerun.drafters.hierarchy import Hierarchy, Patience
-from forerun.drafters.lookup.context import ContextStore
-from forerun.drafters.lookup.corpus import Corpus, CorpusStore
-from forerun.drafters.lookup.model import ModelStore
-from forerun.drafters.lookup.store import Draft, Limits, Store
-from forerun.engine import Engine
+from forerun.drafting.drafter import Context
+from forerun.engine.engine import Engine
 from forerun.model import Model, Scores
-from forerun.plan.cost import Cost, Table
 from forerun.plan.measure import Text, target_cost
 from forerun.row import Row
 from forerun.sampling import SamplingParams
+from forerun.stores.context import ContextStore
+from forerun.stores.corpus import Corpus, CorpusStore
+from forerun.stores.model import ModelStore
+from forerun.stores.store import Draft, Limits, Store
 from forerun.train.distill import Sample, read
 from forerun.tree import TokenTree
 

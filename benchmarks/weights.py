@@ -19,12 +19,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from forerun.assembly import tokenizer_of
 from forerun.bench import suites
-from forerun.cache import Cache
+from forerun.nn.cache import Cache
 from forerun.nn.feed import Feed
 from forerun.nn.load import load_network
 from forerun.nn.network import Network
+from forerun.sources.tokenizer import tokenizer_of
 
 CPU = torch.device("cpu")
 FORMATS = {

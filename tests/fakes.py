@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forerun.cache import Cache, CacheShape
 from forerun.chance import Chance
-from forerun.drafter import Context, Drafter
-from forerun.drafters import Workshop, build
-from forerun.engine import Engine
+from forerun.drafting.drafter import Context, Drafter
+from forerun.drafting.workshop import Workshop, build
+from forerun.engine.engine import Engine
 from forerun.model import Model
+from forerun.nn.cache import Cache, CacheShape
 from forerun.nn.feed import Feed, Read
 from forerun.row import Row
 from forerun.tree import Drawn, TokenTree

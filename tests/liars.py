@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from forerun.drafter import Context, Drafter
-from forerun.drafters import Workshop
+from forerun.drafting.drafter import Context, Drafter
+from forerun.drafting.workshop import Workshop
 from forerun.tree import TokenTree
 
 

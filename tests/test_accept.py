@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from enumeration import Law, Luck, Target, Ways, continued, distance, law_of, plain_law, ways
-from forerun.accept import Verdict, match, recursive_rejection, sample_choices, speculative_sampling
+from forerun.accept.exact import Verdict, match, recursive_rejection, sample_choices, speculative_sampling
 from forerun.chance import Chance, final_dice, key_of
 from forerun.tree import Drawn, TokenTree, Topology
 

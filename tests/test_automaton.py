@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forerun.automaton import ROOT, Cursor, SuffixAutomaton
+from forerun.stores.automaton import ROOT, Cursor, SuffixAutomaton
 
 ENDLESS = 10**9
 relaxed = settings(deadline=None)

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from forerun.cache import Cache, CacheShape
+from forerun.nn.cache import Cache, CacheShape
 from forerun.nn.feed import Feed
 
 CPU = torch.device("cpu")

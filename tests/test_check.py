@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from fakes import Near, TableNetwork, engine_of
-from forerun import accept
-from forerun import judge as judging
-from forerun.accept import Verdict
+from forerun.accept import exact
+from forerun.accept import judge as judging
+from forerun.accept.exact import Verdict
 from forerun.check import Plan, check
 from forerun.check.greedy import check_greedy
 from forerun.check.law import short_prompts
@@ -19,7 +19,7 @@ from forerun.check.rounding import moved, rounding_bound
 from forerun.check.statistics import compare, distance, places
 from forerun.check.texts import PlainText, plain_texts
 from forerun.drafters import small
-from forerun.engine import Engine
+from forerun.engine.engine import Engine
 from forerun.errors import RequestError
 from forerun.model import Model
 from forerun.sampling import SamplingParams
@@ -85,7 +85,7 @@ def test_a_drafter_that_draws_more_sharply_than_it_says_fails(monkeypatch):
 
 
 def test_recovering_from_the_whole_law_instead_of_the_residual_fails(monkeypatch):
-    monkeypatch.setattr(accept, "residual", lambda target, draft: target)
+    monkeypatch.setattr(exact, "residual", lambda target, draft: target)
     plan = replace(PLAN, tokens=0, samples=900, prompts=1)
     assert not check(engine(), engine(SMALL, noise=2.0), PROMPTS, plan).passed
 

@@ -22,10 +22,12 @@ from torch import Tensor
 from enumeration import Luck, distance, ideal_dice, law_of, one_law, plain_law
 from fakes import Near, TableNetwork, Wild, engine_of, plain
 from forerun.chance import key_of
-from forerun.drafter import Context, Drafter
-from forerun.drafters import REGISTRY, Workshop, build, describe
 from forerun.drafters.verified import Verified
-from forerun.engine import Engine, Output, Piece
+from forerun.drafting.drafter import Context, Drafter
+from forerun.drafting.registry import REGISTRY
+from forerun.drafting.spec import describe
+from forerun.drafting.workshop import Workshop, build
+from forerun.engine.engine import Engine, Output, Piece
 from forerun.errors import DrafterError, RequestError
 from forerun.model import Model
 from forerun.sampling import Prefix, SamplingParams, edited

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from enumeration import Luck, Ways, distance, law_of, one_law
 from fakes import Near, TableNetwork, Wild, engine_of, plain
-from forerun.accept import Lenient, Typical, Verdict, lenient, match
-from forerun.assembly import lossy_of
+from forerun.accept.exact import Verdict, match
+from forerun.accept.judge import LENIENT, is_exact
+from forerun.accept.lossy import Lenient, Typical, lenient, lossy_of
 from forerun.chance import Dice, key_of
-from forerun.drafter import Context
+from forerun.drafting.drafter import Context
 from forerun.errors import ForerunError
-from forerun.judge import LENIENT, is_exact
 from forerun.row import Row
 from forerun.sampling import SamplingParams
 from forerun.tree import Drawn, TokenTree, Topology

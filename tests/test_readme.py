@@ -52,7 +52,8 @@ def test_the_command_line_examples_run(block: str, tmp_path: Path) -> None:
 
 
 def test_the_drafter_file_builds() -> None:
-    from forerun.drafters import describe, names
+    from forerun.drafting.registry import names
+    from forerun.drafting.spec import describe
 
     for block in blocks("yaml"):
         assert describe(yaml.safe_load(block))["drafter"] in names()

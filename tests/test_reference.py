@@ -10,8 +10,8 @@ import torch
 
 import forerun
 from forerun.bench.suites import load as load_suite
-from forerun.drafters import describe
-from forerun.engine import Engine
+from forerun.drafting.spec import describe
+from forerun.engine.engine import Engine
 from forerun.nn import native
 
 MODELS = Path(__file__).parents[1] / "models"

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from enumeration import one_law
+from forerun.accept.judge import judge, node_scores
 from forerun.chance import key_of
 from forerun.drafters.small import draft_laws
 from forerun.errors import RequestError
-from forerun.judge import judge, node_scores
 from forerun.row import Row, final_chance
 from forerun.sampling import Prefix, SamplingParams, edited, laws
 from forerun.tree import TokenTree

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from forerun.drafting.stopping import RULES, Confidence, CumulativeConfidence, Fixed, Stopping, stopping
 from forerun.errors import DrafterError
-from forerun.stopping import RULES, Confidence, CumulativeConfidence, Fixed, Stopping, stopping
 
 probabilities = st.lists(st.floats(0, 1), min_size=1, max_size=8)
 

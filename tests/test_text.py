@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from forerun.text import TextStream
+from forerun.engine.text import TextStream
 
 
 def byte_level() -> Tokenizer:

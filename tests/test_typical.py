@@ -15,11 +15,11 @@ from torch import Tensor
 
 from enumeration import one_law
 from fakes import Near, TableNetwork, Wild, engine_of, plain
-from forerun.accept import Typical, Verdict, match, typical
-from forerun.assembly import lossy_of
-from forerun.engine import Output
+from forerun.accept.exact import Verdict, match
+from forerun.accept.judge import TYPICAL
+from forerun.accept.lossy import Typical, lossy_of, typical
+from forerun.engine.engine import Output
 from forerun.errors import ForerunError
-from forerun.judge import TYPICAL
 from forerun.sampling import SamplingParams
 from forerun.tree import Drawn, TokenTree
 

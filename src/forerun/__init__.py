@@ -12,8 +12,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from forerun.assembly import load
-    from forerun.engine import Engine, Output, Piece, Stats, TokenLogprob
+    from forerun.engine.engine import Engine, Output, Piece, Stats, TokenLogprob
+    from forerun.engine.load import load
     from forerun.errors import CheckpointError, DrafterError, ForerunError, RequestError, TrainingError
     from forerun.sampling import SamplingParams
 
@@ -35,9 +35,9 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "load": "assembly",
+    "load": "engine.load",
     "SamplingParams": "sampling",
-    **dict.fromkeys(("Engine", "Output", "Piece", "Stats", "TokenLogprob"), "engine"),
+    **dict.fromkeys(("Engine", "Output", "Piece", "Stats", "TokenLogprob"), "engine.engine"),
     **dict.fromkeys(("CheckpointError", "DrafterError", "ForerunError", "RequestError", "TrainingError"), "errors"),
 }
 

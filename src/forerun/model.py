@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forerun.cache import Cache
 from forerun.chance import Ints
+from forerun.nn.cache import Cache
 from forerun.nn.feed import Feed, Read
 from forerun.nn.network import Network
 from forerun.row import Row

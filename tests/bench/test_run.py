@@ -7,7 +7,7 @@ import pytest
 from fakes import Near, TableNetwork, engine_of
 from forerun.bench.picture import draw
 from forerun.bench.run import Run, common, measure, table
-from forerun.engine import Stats
+from forerun.engine.engine import Stats
 from forerun.errors import ForerunError, RequestError
 from forerun.sampling import SamplingParams
 

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from forerun.assembly import load
 from forerun.bench import suites
-from forerun.drafters import checkpoint as checkpoints
-from forerun.drafters.checkpoint import Checkpoint
-from forerun.drafters.medusa import MedusaConfig, MedusaHeads
-from forerun.engine import Engine
+from forerun.drafters.medusa.method import MedusaConfig, MedusaHeads
+from forerun.drafting import checkpoint as checkpoints
+from forerun.drafting.checkpoint import Checkpoint
+from forerun.engine.engine import Engine
+from forerun.engine.load import load
 from forerun.nn.load import load_network
+from forerun.plan import calibrate as module
 from forerun.sampling import SamplingParams
-from forerun.train import calibrate as module
 
 FP32 = ("--dtype", "fp32")
 FEW = ("--answers", 6, "--rounds", 1, "--max-new-tokens", 24, *FP32)

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from forerun import drafters
 from forerun.check.greedy import BIT_FOR_BIT
+from forerun.drafting import registry
 from forerun.nn import native
 
 QUICK = ("--tokens", 60, "--rows", "1,3", "--max-new-tokens", 20, "--samples", 60, "--dtype", "fp32")
@@ -23,7 +23,7 @@ def prompts(tmp_path):
 
 @pytest.fixture
 def liar(monkeypatch):
-    monkeypatch.setitem(drafters.REGISTRY, "liar", "liars")
+    monkeypatch.setitem(registry.REGISTRY, "liar", "liars")
 
 
 @pytest.mark.parametrize("kernels", ["torch", "native"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from forerun.drafters import exchange
+from forerun.layouts import exchange
 from forerun.train import exchange_check
 
 WIDTH, VOCABULARY, HEADS = 32, 600, 4

@@ -12,7 +12,7 @@ import transformers
 
 import forerun as library
 from forerun.cli.distill import parse
-from forerun.engine import Engine
+from forerun.engine.engine import Engine
 from forerun.errors import RequestError
 from forerun.sampling import SamplingParams
 from forerun.train.distill import read

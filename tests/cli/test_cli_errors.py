@@ -176,6 +176,6 @@ def test_a_mistake_of_our_own_keeps_its_traceback(forerun, monkeypatch):
     def broken(*arguments):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("forerun.assembly.device_of", broken)
+    monkeypatch.setattr("forerun.nn.dtype.device_of", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         forerun("inspect")

@@ -15,7 +15,7 @@ import transformers
 from rich.console import Console
 
 from forerun.cli.narration import Scribe
-from forerun.engine import Engine, Piece
+from forerun.engine.engine import Engine, Piece
 
 STATS = {
     "steps", "new_tokens", "tokens_per_step", "accepted", "seconds", "draft_seconds", "verify_seconds", "tokens_per_second",

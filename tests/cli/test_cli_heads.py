@@ -11,10 +11,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from forerun.assembly import load
-from forerun.drafters import checkpoint as checkpoints
+from forerun.drafting import checkpoint as checkpoints
+from forerun.engine.load import load
 from forerun.sampling import SamplingParams
-from forerun.train import loop
+from forerun.train import run as loop
 from forerun.train.distill import read
 
 FEW = ("--steps", 12, "--rows", 4, "--length", 96, "--validate-every", 6, "--save-every", 4, "--device", "cpu")

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from forerun.drafters.lookup import index
-from forerun.drafters.lookup.corpus import Corpus
+from forerun.sources.tokenizer import fingerprint_of
+from forerun.stores import index
+from forerun.stores.corpus import Corpus
 
 TEXT = "def main(arguments):\n    return arguments\n"
 
@@ -85,7 +86,7 @@ def test_a_store_knows_its_tokenizer(indexed: Callable[..., list[str]], family: 
     indexed(tmp_path / "a.py")
     corpus = Corpus.open(tmp_path / "out" / "text.store")
     assert corpus.vocabulary == 600
-    assert corpus.fingerprint == index.fingerprint_of(AutoTokenizer.from_pretrained(family / "target").get_vocab())
+    assert corpus.fingerprint == fingerprint_of(AutoTokenizer.from_pretrained(family / "target").get_vocab())
 
 
 def test_what_is_wrong_is_said_in_one_sentence(refused: Callable[..., str], family: Path, tmp_path: Path) -> None:

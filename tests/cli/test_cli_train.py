@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from test_cli_options import OPTIONS
 
 from forerun.errors import TrainingError
-from forerun.train import corpus, loop, recipe
+from forerun.train import corpus, recipe
+from forerun.train import run as loop
 from forerun.train.corpus import Source
 
 VOCABULARY = 400

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fakes import TableNetwork, plain
-from forerun.drafter import Context
-from forerun.drafters import hydra
-from forerun.drafters.heads import Head, HeadDrafter, HeadsModule, LastState, Reader, drafting
-from forerun.drafters.hydra import HydraConfig, HydraHeads, PrefixConfig
-from forerun.drafters.medusa import MedusaConfig, MedusaHeads
-from forerun.engine import Engine
+from forerun.drafters.hydra import method as hydra
+from forerun.drafters.hydra.method import HydraConfig, HydraHeads, PrefixConfig
+from forerun.drafters.medusa.method import MedusaConfig, MedusaHeads
+from forerun.drafting.drafter import Context
+from forerun.drafting.heads import Head, HeadDrafter, HeadsModule, LastState, Reader, drafting
+from forerun.engine.engine import Engine
 from forerun.model import Model
 from forerun.nn.network import Network
 from forerun.nn.packed import pack

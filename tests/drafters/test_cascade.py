@@ -18,9 +18,10 @@ from torch import Tensor
 
 from enumeration import distance, plain_law
 from fakes import Near, TableNetwork, Wild, engine_of, plain
-from forerun.drafter import Context, Drafter, Tally
-from forerun.drafters import REGISTRY, Workshop
 from forerun.drafters.cascade import Cascade, Part
+from forerun.drafting.drafter import Context, Drafter, Tally
+from forerun.drafting.registry import REGISTRY
+from forerun.drafting.workshop import Workshop
 from forerun.errors import DrafterError
 from forerun.model import Model
 from forerun.row import Row

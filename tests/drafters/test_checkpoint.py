@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from forerun.drafters import checkpoint as checkpoints
-from forerun.drafters import hydra, medusa
-from forerun.drafters.checkpoint import DEFAULT_TREE, Checkpoint, load, read, tree_for, write
-from forerun.drafters.hydra import HydraConfig, HydraHeads, PrefixConfig
-from forerun.drafters.medusa import MedusaConfig, MedusaHeads
+from forerun.drafters.hydra import method as hydra
+from forerun.drafters.hydra.method import HydraConfig, HydraHeads, PrefixConfig
+from forerun.drafters.medusa import method as medusa
+from forerun.drafters.medusa.method import MedusaConfig, MedusaHeads
+from forerun.drafting import checkpoint as checkpoints
+from forerun.drafting.checkpoint import DEFAULT_TREE, Checkpoint, load, read, tree_for, write
 from forerun.errors import CheckpointError, DrafterError
 from forerun.ranktree import PUBLISHED, RankTree
 

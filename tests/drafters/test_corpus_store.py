@@ -13,15 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from forerun.drafters.lookup import corpus as corpora
-from forerun.drafters.lookup import index, places
-from forerun.drafters.lookup.corpus import Corpus, CorpusStore, CorpusView
-from forerun.drafters.lookup.places import ENOUGH, PLACES, Trust
-from forerun.drafters.lookup.store import Draft, Limits
 from forerun.errors import DrafterError, ForerunError
 from forerun.nn import native
 from forerun.row import Row
 from forerun.sampling import SamplingParams
+from forerun.sources.tokenizer import fingerprint_of
+from forerun.stores import corpus as corpora
+from forerun.stores import index, places
+from forerun.stores.corpus import Corpus, CorpusStore, CorpusView
+from forerun.stores.places import ENOUGH, PLACES, Trust
+from forerun.stores.store import Draft, Limits
 
 relaxed = settings(deadline=None)
 KINDS = 3
@@ -135,14 +136,14 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_corpus_of_another_model_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "text.store"
-    index.write(index.build([[1, 2]], 3), path, index.fingerprint_of({"a": 0, "b": 1}))
+    index.write(index.build([[1, 2]], 3), path, fingerprint_of({"a": 0, "b": 1}))
     corpus = Corpus.open(path)
     corpus.demand_fit(3)
-    corpus.demand_fit(3, index.fingerprint_of({"b": 1, "a": 0}))
+    corpus.demand_fit(3, fingerprint_of({"b": 1, "a": 0}))
     with pytest.raises(DrafterError, match=r"vocabulary of 3 tokens and the target one of 4: "):
         corpus.demand_fit(4)
     with pytest.raises(DrafterError, match=r"another tokenizer"):
-        corpus.demand_fit(3, index.fingerprint_of({"a": 1, "b": 0}))
+        corpus.demand_fit(3, fingerprint_of({"a": 1, "b": 0}))
 
 
 def described(content: bytes) -> tuple[dict, bytes]:

@@ -16,15 +16,16 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from forerun.drafters import checkpoint as checkpoints
-from forerun.drafters.checkpoint import Checkpoint
-from forerun.drafters.exchange import Base, Heads, files, read, write
-from forerun.drafters.exchange.hydra import hydra_table
-from forerun.drafters.exchange.medusa import FASTERDECODING, medusa_table
-from forerun.drafters.exchange.places import skeleton
-from forerun.drafters.hydra import HydraConfig, PrefixConfig
-from forerun.drafters.medusa import MedusaConfig
+from forerun.drafters.hydra.layouts import hydra_table
+from forerun.drafters.hydra.method import HydraConfig, PrefixConfig
+from forerun.drafters.medusa.layouts import FASTERDECODING, medusa_table
+from forerun.drafters.medusa.method import MedusaConfig
+from forerun.drafting import checkpoint as checkpoints
+from forerun.drafting.checkpoint import Checkpoint
 from forerun.errors import CheckpointError, DrafterError
+from forerun.layouts import files
+from forerun.layouts.exchange import Base, Heads, read, write
+from forerun.layouts.table import skeleton
 
 D, V, K = 16, 32, 3
 

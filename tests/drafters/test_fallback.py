@@ -16,19 +16,19 @@ from torch import Tensor
 from drafters.heading import VOCAB, Watching, every_kernel, greedy, lively, relative, some_heads
 from enumeration import distance, plain_law
 from fakes import Near, TableNetwork, Wild, engine_of, plain
-from forerun.accept import Verdict
+from forerun.accept.exact import Verdict
 from forerun.chance import key_of
-from forerun.drafter import Context, Drafter, Tally
 from forerun.drafters.cascade import Cascade, Part
 from forerun.drafters.fallback import Fallback
 from forerun.drafters.small import Chain, SampledTree
 from forerun.drafters.verified import Verified
-from forerun.engine import Engine
+from forerun.drafting.drafter import Context, Drafter, Tally
+from forerun.drafting.stopping import Confidence, Fixed
+from forerun.engine.engine import Engine
 from forerun.errors import DrafterError
 from forerun.model import Model, Scores
 from forerun.row import Row
 from forerun.sampling import SamplingParams
-from forerun.stopping import Confidence, Fixed
 from forerun.tree import Drawn, TokenTree
 from test_engine import engine_law, processed
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forerun.drafters.lookup.grams import Grams, GramStore, Shape, table_of
-from forerun.drafters.lookup.store import Draft, Limits
 from forerun.row import Row
 from forerun.sampling import SamplingParams
+from forerun.stores.grams import Grams, GramStore, Shape, table_of
+from forerun.stores.store import Draft, Limits
 
 PAPER = Shape()
 WIDE = Limits(nodes=64, depth=16, min_match=1, cost=1e-6)

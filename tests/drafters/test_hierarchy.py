@@ -14,18 +14,18 @@ from hypothesis import strategies as st
 
 from enumeration import Luck, distance, ideal_dice, law_of, plain_law
 from fakes import Near, TableNetwork, engine_of, plain
-from forerun.accept import Verdict
+from forerun.accept.exact import Verdict
 from forerun.chance import key_of
-from forerun.drafter import Context
-from forerun.drafters import Workshop, build
 from forerun.drafters.hierarchy import GRACE, LONGEST_PAUSE, Hierarchy, Patience, merge
-from forerun.drafters.lookup import index
-from forerun.drafters.lookup.store import Draft, Limits, Store, View
-from forerun.engine import Engine
+from forerun.drafting.drafter import Context
+from forerun.drafting.workshop import Workshop, build
+from forerun.engine.engine import Engine
 from forerun.errors import ForerunError
 from forerun.model import Model, Scores
 from forerun.row import Row
 from forerun.sampling import SamplingParams
+from forerun.stores import index
+from forerun.stores.store import Draft, Limits, Store, View
 from forerun.tree import TokenTree
 
 CPU = torch.device("cpu")

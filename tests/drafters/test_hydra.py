@@ -47,17 +47,17 @@ from drafters.heading import (
     slow_head,
     some_heads,
 )
-from forerun.accept import Verdict
-from forerun.cache import Cache
-from forerun.drafter import Context, Drafter
+from forerun.accept.exact import Verdict
 from forerun.drafters.cascade import Cascade, Part
-from forerun.drafters.heads import Head, HeadsModule, PrefixState, drafting
-from forerun.drafters.hydra import HydraConfig, HydraHeads, PrefixConfig, reader
+from forerun.drafters.hydra.method import HydraConfig, HydraHeads, PrefixConfig, reader
 from forerun.drafters.maxgram import MaxGram, Table
-from forerun.drafters.medusa import MedusaConfig, MedusaHeads
+from forerun.drafters.medusa.method import MedusaConfig, MedusaHeads
 from forerun.drafters.verified import Verified
-from forerun.engine import Engine
+from forerun.drafting.drafter import Context, Drafter
+from forerun.drafting.heads import Head, HeadsModule, PrefixState, drafting
+from forerun.engine.engine import Engine
 from forerun.model import Model, Scores
+from forerun.nn.cache import Cache
 from forerun.nn.feed import Feed
 from forerun.nn.network import Network
 from forerun.ranktree import RankTree
@@ -345,7 +345,7 @@ def test_the_layer_read_piece_by_piece_says_what_it_says_of_the_whole_text(kerne
 
 @every_kernel
 def test_a_long_prompt_is_read_by_the_layer_in_chunks(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("forerun.drafters.heads.CHUNK", 7)
+    monkeypatch.setattr("forerun.drafting.heads.CHUNK", 7)
     module, prompts = some_heads("hydra++"), [[3, 1, 4, 1, 5] * 8, [2, 7] * 7]
     one = prefix_engine(module, kernels, prompts, 12, rows=3)
     for _ in pieces_of(one, prompts, SamplingParams(max_new_tokens=12)):
@@ -495,7 +495,7 @@ def test_heads_whose_memory_was_taken_back_whole_wait_for_the_next_pass(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A level above takes back more than is remembered: nothing is known then, and nothing is drafted."""
-    monkeypatch.setattr("forerun.drafters.heads.REMEMBERED", 2)
+    monkeypatch.setattr("forerun.drafting.heads.REMEMBERED", 2)
     module = some_heads(kind)
     heads = drafter_of(module, relative(0, 3.0), TREES["chain"])
     over = Verified(Model(relative(0, 3.0), heads.max_nodes + 1), heads, 12)

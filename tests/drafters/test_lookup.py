@@ -11,16 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fakes import Near, TableNetwork, engine_of, plain
-from forerun.automaton import Outlook
-from forerun.drafter import Context
-from forerun.drafters import Workshop, build
 from forerun.drafters.lookup import Lookup
-from forerun.drafters.lookup.growth import RANKS, Odds, prior
-from forerun.drafters.lookup.store import Limits
+from forerun.drafting.drafter import Context
+from forerun.drafting.workshop import Workshop, build
 from forerun.errors import DrafterError
 from forerun.model import Model
 from forerun.row import Row
 from forerun.sampling import SamplingParams
+from forerun.stores.automaton import Outlook
+from forerun.stores.growth import RANKS, Odds, prior
+from forerun.stores.store import Limits
 from forerun.tree import TokenTree
 
 DEVICE = torch.device("cpu")

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fakes import TableNetwork, engine_of, plain
-from forerun.drafter import Context
-from forerun.drafters import Workshop, build
-from forerun.drafters.lookup import index
 from forerun.drafters.maxgram import MaxGram, Table, Text, chain, repository_chain
+from forerun.drafting.drafter import Context
+from forerun.drafting.workshop import Workshop, build
 from forerun.errors import DrafterError
 from forerun.model import Model
 from forerun.row import Row
 from forerun.sampling import SamplingParams
+from forerun.stores import index
 
 NONE = Table()
 NEXT = Table([(token + 1) % 10 for token in range(10)])

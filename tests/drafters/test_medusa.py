@@ -56,12 +56,14 @@ from drafters.heading import (
 from enumeration import Luck, distance, ideal_dice, law_of, one_law, plain_law
 from fakes import TableNetwork, engine_of, plain
 from forerun.chance import key_of
-from forerun.drafter import Context
-from forerun.drafters import Workshop, checkpoint, medusa
-from forerun.drafters.checkpoint import Checkpoint
-from forerun.drafters.heads import Head, HeadDrafter, LastState, TorchHeads, drafting, format_of
-from forerun.drafters.medusa import MedusaConfig, MedusaHeads
-from forerun.engine import Engine
+from forerun.drafters.medusa import method as medusa
+from forerun.drafters.medusa.method import MedusaConfig, MedusaHeads
+from forerun.drafting import checkpoint
+from forerun.drafting.checkpoint import Checkpoint
+from forerun.drafting.drafter import Context
+from forerun.drafting.heads import Head, HeadDrafter, LastState, TorchHeads, drafting, format_of
+from forerun.drafting.workshop import Workshop
+from forerun.engine.engine import Engine
 from forerun.errors import DrafterError
 from forerun.model import Model
 from forerun.nn.packed import pack

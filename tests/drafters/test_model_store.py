@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fakes import TableNetwork, engine_of, plain
-from forerun.automaton import SEPARATOR, SuffixAutomaton
-from forerun.drafter import Context, Drafter
-from forerun.drafters.lookup.model import LEFT, ModelStore
-from forerun.drafters.lookup.reader import Automaton, automaton_of
-from forerun.drafters.lookup.said import SaidFile
-from forerun.drafters.lookup.store import Draft, Limits, View
+from forerun.drafting.drafter import Context, Drafter
 from forerun.errors import DrafterError
 from forerun.row import Row
 from forerun.sampling import SamplingParams
+from forerun.stores.automaton import SEPARATOR, SuffixAutomaton
+from forerun.stores.model import LEFT, ModelStore
+from forerun.stores.reader import Automaton, automaton_of
+from forerun.stores.said import SaidFile
+from forerun.stores.store import Draft, Limits, View
 from forerun.tree import TokenTree
 
 relaxed = settings(deadline=None)
@@ -502,7 +502,7 @@ def test_of_a_text_for_which_there_is_no_room_nothing_stays(tmp_path: Path, monk
 def test_a_file_belongs_to_one_store(tmp_path: Path) -> None:
     path = tmp_path / "said"
     first = kept(path, capacity=84)
-    code = "import sys, pathlib; from forerun.drafters.lookup.model import ModelStore as M;"
+    code = "import sys, pathlib; from forerun.stores.model import ModelStore as M;"
     code += "M(84, pathlib.Path(sys.argv[1]), vocabulary=100_000)"
     for number in range(12):  # it is written anew in between
         say(first, text_of(number))

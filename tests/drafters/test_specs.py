@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from fakes import Near, TableNetwork
-from forerun.drafter import Drafter
-from forerun.drafters import REGISTRY, Workshop, build, describe, names
+from forerun.drafting.drafter import Drafter
+from forerun.drafting.registry import REGISTRY, names
+from forerun.drafting.spec import describe
+from forerun.drafting.workshop import Workshop, build
 from forerun.errors import DrafterError
 from forerun.model import Model
 

@@ -19,19 +19,19 @@ from torch import Tensor
 from drafters.heading import PROMPTS, greedy, lively, relative
 from enumeration import Law, Luck, continued, distance, ideal_dice, law_of, one_law, plain_law
 from fakes import Near, TableNetwork, engine_of, plain
-from forerun.accept import Lenient
+from forerun.accept.judge import Judgement, judge
+from forerun.accept.lossy import Lenient
 from forerun.chance import key_of
-from forerun.drafter import Context, Drafter
 from forerun.drafters import verified
 from forerun.drafters.none import Nothing
 from forerun.drafters.small import Chain, DraftModel
 from forerun.drafters.verified import Verified
-from forerun.engine import Engine
-from forerun.judge import Judgement, judge
+from forerun.drafting.drafter import Context, Drafter
+from forerun.drafting.stopping import Fixed
+from forerun.engine.engine import Engine
 from forerun.model import Model, Scores
 from forerun.row import Row
 from forerun.sampling import SamplingParams
-from forerun.stopping import Fixed
 from forerun.tree import Drawn, TokenTree
 from test_engine import engine_law, processed
 

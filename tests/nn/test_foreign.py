@@ -14,8 +14,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from forerun.cache import CacheShape
 from forerun.errors import CheckpointError
+from forerun.nn.cache import CacheShape
 from forerun.nn.foreign import Foreign
 from forerun.nn.load import load_network
 from nn.feeding import CPU, Reader, plain, saved, small_model, some_tokens, some_tree

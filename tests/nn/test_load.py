@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from forerun.errors import CheckpointError, ForerunError
 from forerun.nn import dtype as dtypes
 from forerun.nn.dtype import dtype_of
-from forerun.nn.folder import checkpoint_folder
 from forerun.nn.load import load_network
 from forerun.nn.save import save_pretrained
 from forerun.nn.transformer import Transformer, TransformerConfig
+from forerun.sources.folder import checkpoint_folder
 from nn.feeding import CPU, Reader, plain, saved, small_model, some_tokens
 
 TEXT = some_tokens(12)

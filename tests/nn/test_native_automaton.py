@@ -14,16 +14,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forerun.automaton import ROOT, SEPARATOR, Cursor, SuffixAutomaton
-from forerun.drafters.lookup.growth import OWN_TEXT, STUDIED
-from forerun.drafters.lookup.reader import PlainReader
-from forerun.drafters.lookup.store import Limits
 from forerun.nn import native
+from forerun.stores.automaton import ROOT, SEPARATOR, Cursor, SuffixAutomaton
+from forerun.stores.growth import OWN_TEXT, STUDIED
+from forerun.stores.reader import PlainReader
+from forerun.stores.store import Limits
 from nn.kernel_oracles import some_examples
 
 if not native.is_there():
     pytest.skip("there are no native kernels here", allow_module_level=True)
-from forerun.drafters.lookup.native import FEW, NativeAutomaton, NativeReader
+from forerun.stores.native import FEW, NativeAutomaton, NativeReader
 
 KINDS = (2, 3, 4, 6, 40, 300)
 SPREAD = (1, 65_537, 7_158_277)
@@ -164,7 +164,7 @@ def test_memory_is_given_back() -> None:
 POOR = """
 import resource
 from array import array
-from forerun.drafters.lookup.native import NativeAutomaton
+from forerun.stores.native import NativeAutomaton
 automaton = NativeAutomaton([1, 2, 1])
 text = array("i", (i * i % 4001 for i in range(1_000_000)))
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

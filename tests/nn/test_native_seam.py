@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from forerun.cache import Cache
 from forerun.errors import ForerunError
 from forerun.nn import native
+from forerun.nn.cache import Cache
 from forerun.nn.feed import Feed
 from forerun.nn.load import why_torch
 from forerun.nn.native import Packed

@@ -19,8 +19,8 @@ from torch import Tensor
 
 import forerun
 from forerun.bench.suites import load as load_suite
-from forerun.cache import Cache
 from forerun.nn import native
+from forerun.nn.cache import Cache
 from forerun.nn.feed import Feed, Read
 from forerun.nn.load import load_network
 from forerun.nn.network import Network

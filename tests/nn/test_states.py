@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from forerun.cache import Cache
 from forerun.nn import native
+from forerun.nn.cache import Cache
 from forerun.nn.feed import Feed, Read
 from forerun.nn.foreign import Foreign
 from forerun.nn.network import Network

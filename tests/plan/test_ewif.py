@@ -9,6 +9,7 @@ from itertools import product
 import numpy as np
 import pytest
 
+from forerun.cost import Affine, cost_of
 from forerun.errors import DrafterError
 from forerun.plan.cascade import (
     Cascade,
@@ -24,7 +25,6 @@ from forerun.plan.cascade import (
     steps,
     vertical,
 )
-from forerun.plan.cost import Affine, cost_of
 from forerun.plan.hierarchy import Autoregressive, Chain, Draft, Verifier, at_least, fixed_rounds, round_yields
 from plan.planted import Ratio
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from forerun.cost import Affine, Price, Table, cost_of
 from forerun.errors import DrafterError
 from forerun.plan.cascade import review_pgf
-from forerun.plan.cost import Affine, Price, Table, cost_of
 from forerun.plan.hierarchy import (
     Autoregressive,
     Chain,

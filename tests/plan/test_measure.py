@@ -8,8 +8,8 @@ import torch
 
 from enumeration import one_law
 from fakes import Near, TableNetwork, engine_of, plain
-from forerun.drafters import Workshop, build
-from forerun.engine import Engine
+from forerun.drafting.workshop import Workshop, build
+from forerun.engine.engine import Engine
 from forerun.model import Model
 from forerun.plan import measure as look
 from forerun.plan.hierarchy import Chain, Verifier, at_least

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from scipy.optimize import OptimizeResult, minimize_scalar
 
+from forerun.cost import Affine, Price, Table, cost_of
 from forerun.errors import DrafterError
-from forerun.plan.cost import Affine, Price, Table, cost_of
 from forerun.plan.hierarchy import Draft, Round, Verifier, at_least, expected_tokens, fixed_block, verified
 from forerun.plan.selection import (
     Detour,

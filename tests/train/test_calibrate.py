@@ -19,18 +19,18 @@ from drafters.heading import CONFIGS, every_kernel, future, greedy, heads_of, li
 from drafters.heading import drafter_of as drafter_with
 from drafters.heading import engine_with as engine_of_heads
 from fakes import TableNetwork, engine_of
-from forerun.drafters import Workshop, build
-from forerun.drafters import checkpoint as checkpoints
-from forerun.drafters.checkpoint import DEFAULT_TREE, Checkpoint
-from forerun.drafters.heads import HeadsModule
-from forerun.engine import Engine
+from forerun.drafting import checkpoint as checkpoints
+from forerun.drafting.checkpoint import DEFAULT_TREE, Checkpoint
+from forerun.drafting.heads import HeadsModule
+from forerun.drafting.workshop import Workshop, build
+from forerun.engine.engine import Engine
 from forerun.errors import CheckpointError, DrafterError, ForerunError, TrainingError
 from forerun.model import Model
 from forerun.nn.transformer import Transformer, TransformerConfig
+from forerun.plan import calibrate as module
+from forerun.plan.calibrate import Calibration, answers_of, calibrate, followed_paths, trees_from, write
 from forerun.ranktree import RankTree
 from forerun.sampling import SamplingParams
-from forerun.train import calibrate as module
-from forerun.train.calibrate import Calibration, answers_of, calibrate, followed_paths, trees_from, write
 from forerun.train.distill import Sample
 from forerun.train.heads import RANKS, Answers, HeadsObjective, Teacher, projected, ranks_of
 from forerun.train.presets import Weights

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fakes import Near, TableNetwork, engine_of
-from forerun.engine import Engine
+from forerun.engine.engine import Engine
 from forerun.errors import RequestError, TrainingError
 from forerun.sampling import SamplingParams
 from forerun.train import distill as module

@@ -40,18 +40,18 @@ from drafters.heading import (
     slow_head,
     some_heads,
 )
-from forerun.drafters.heads import HeadsModule, LastState
-from forerun.drafters.hydra import HydraConfig, HydraHeads
-from forerun.drafters.medusa import MedusaConfig, MedusaHeads
-from forerun.engine import Engine
+from forerun.drafters.hydra.method import HydraConfig, HydraHeads
+from forerun.drafters.medusa.method import MedusaConfig, MedusaHeads
+from forerun.drafting.heads import HeadsModule, LastState
+from forerun.engine.engine import Engine
 from forerun.errors import ForerunError, TrainingError
 from forerun.model import Model
 from forerun.nn.save import save_pretrained
 from forerun.nn.transformer import Transformer
+from forerun.plan.calibrate import module_of
 from forerun.ranktree import RankTree
 from forerun.sampling import SamplingParams
 from forerun.train import heads as teaching
-from forerun.train.calibrate import module_of
 from forerun.train.distill import Sample
 from forerun.train.drafters import Recipe, Training, example, prepare, schedule_for
 from forerun.train.heads import (
@@ -67,8 +67,8 @@ from forerun.train.heads import (
     ranks_of,
     steps_of,
 )
-from forerun.train.loop import Schedule, fit
 from forerun.train.presets import PRESETS, Weights
+from forerun.train.run import Schedule, fit
 
 TEXT, TEACHER, MIXED = Weights(decay=0.8), Weights(text=0.0, teacher=1.0), Weights(0.3, 0.7, 0.5)
 every_kind = pytest.mark.parametrize("kind", CONFIGS)

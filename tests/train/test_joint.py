@@ -16,18 +16,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import forerun
-from forerun.drafters import checkpoint as checkpoints
+from forerun.drafting import checkpoint as checkpoints
 from forerun.errors import CheckpointError, DrafterError, TrainingError
 from forerun.nn.load import load_network
 from forerun.nn.save import save_pretrained
 from forerun.nn.transformer import Transformer, TransformerConfig
 from forerun.sampling import SamplingParams
-from forerun.train import drafters, joint, loop
+from forerun.train import drafters, joint
+from forerun.train import run as loop
 from forerun.train.heads import Batch
 from forerun.train.joint import JointRecipe, JointTraining, Ramp
-from forerun.train.loop import Schedule
 from forerun.train.lora import Adapters, LowRank
 from forerun.train.presets import JOINT, PRESETS, Weights
+from forerun.train.run import Schedule
 
 CPU = torch.device("cpu")
 V, HEADS = 16, 5

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from forerun.train.loop import Schedule, fit
+from forerun.train.run import Schedule, fit
 
 
 class Counting:

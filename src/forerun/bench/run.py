@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from forerun.engine import Engine, Prompt, Stats
+from forerun.engine.engine import Engine, Prompt, Stats
 from forerun.errors import RequestError
 from forerun.sampling import SamplingParams
 

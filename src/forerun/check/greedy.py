@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from forerun.check.texts import PlainText, finished, with_rows
-from forerun.engine import Engine, Output
+from forerun.engine.engine import Engine, Output
 from forerun.sampling import SamplingParams
 
 BIT_FOR_BIT = "; no logit moves by a bit when tokens are read together"

@@ -11,7 +11,7 @@ import numpy as np
 from forerun.check.plan import Plan
 from forerun.check.statistics import Ints, Outcome, compare, distance, places
 from forerun.check.texts import finished, with_rows
-from forerun.engine import Engine
+from forerun.engine.engine import Engine
 
 ROWS = 32
 """Samples that run side by side: many short texts, so that they are cheap."""

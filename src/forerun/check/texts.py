@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from forerun.engine import Engine, Output
+from forerun.engine.engine import Engine, Output
 from forerun.sampling import SamplingParams
 
 ALTERNATIVES = 16

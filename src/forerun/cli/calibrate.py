@@ -11,10 +11,10 @@ import typer
 from forerun.cli import options
 
 if TYPE_CHECKING:
-    from forerun.drafters.heads import HeadsModule
-    from forerun.engine import Engine
+    from forerun.drafting.heads import HeadsModule
+    from forerun.engine.engine import Engine
+    from forerun.plan.calibrate import Calibration
     from forerun.sampling import SamplingParams
-    from forerun.train.calibrate import Calibration
     from forerun.train.distill import Sample
 
 Heads = Annotated[
@@ -66,9 +66,9 @@ def calibrate(
     import json
 
     from forerun.cli import engines
-    from forerun.drafters import describe
+    from forerun.drafting.spec import describe
+    from forerun.plan import calibrate as calibration
     from forerun.sampling import SamplingParams
-    from forerun.train import calibrate as calibration
 
     description = describe(drafter)
     checkpoint = _checkpoint(description, drafter)
@@ -111,7 +111,7 @@ def _samples(engine: Engine, data: Path | None, count: int, params: SamplingPara
     from forerun.bench import suites
     from forerun.cli.engines import fitted
     from forerun.errors import TrainingError
-    from forerun.train.calibrate import answers_of
+    from forerun.plan.calibrate import answers_of
 
     if data is not None:
         return _of_file(data, count, params.temperature)
@@ -146,7 +146,7 @@ def _watched(engine: Engine, module: HeadsModule, samples: list[Sample], rows: i
     from rich.console import Console
     from rich.progress import Progress
 
-    from forerun.train.calibrate import calibrate as measure
+    from forerun.plan.calibrate import calibrate as measure
 
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:

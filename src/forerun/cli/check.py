@@ -46,7 +46,7 @@ def check(
     from forerun.check import check as examine
     from forerun.cli import engines
     from forerun.cli.files import print_json
-    from forerun.drafters import describe
+    from forerun.drafting.spec import describe
     from forerun.sampling import SamplingParams
 
     law = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from forerun.drafters.exchange import Heads
-    from forerun.engine import Engine
+    from forerun.engine.engine import Engine
+    from forerun.layouts.exchange import Heads
     from forerun.train.distill import Sample
 
 PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS = 4, 256, 64
@@ -63,8 +63,8 @@ def convert(
     """
     from forerun.cli.engines import quiet
     from forerun.cli.files import demand_place
-    from forerun.drafters import exchange
     from forerun.errors import DrafterError, RequestError
+    from forerun.layouts import exchange
 
     exchange.demand_layout(to)
     exchange.demand_new(out)
@@ -130,8 +130,8 @@ def _answers(engine: Engine, file: Path | None) -> list[Sample]:
     from forerun.bench import suites
     from forerun.cli.engines import fitted
     from forerun.cli.files import prompts_in
+    from forerun.plan.calibrate import answers_of
     from forerun.sampling import SamplingParams
-    from forerun.train.calibrate import answers_of
 
     texts = prompts_in(file) if file else [prompt.prompt for prompt in suites.spread(suites.load())]
     params = SamplingParams(max_new_tokens=ANSWER_TOKENS)

@@ -16,7 +16,7 @@ from forerun.cli import options
 if TYPE_CHECKING:
     from forerun.bench.run import Measurement, Row
     from forerun.cli.engines import Machine
-    from forerun.engine import Engine
+    from forerun.engine.engine import Engine
     from forerun.sampling import SamplingParams
 
 REFERENCE = Path("models/target")
@@ -139,7 +139,7 @@ def _engines(
 ) -> dict[str, Engine]:
     """Plain decoding and the drafters, on one target. Without `strict`, one that cannot be built is left out, and said so."""
     from forerun.cli.engines import beside, load
-    from forerun.drafters import describe
+    from forerun.drafting.spec import describe
     from forerun.errors import ForerunError
 
     for spec in specs.values():

@@ -15,7 +15,7 @@ import typer
 from forerun.cli import options
 
 if TYPE_CHECKING:
-    from forerun.engine import Engine
+    from forerun.engine.engine import Engine
     from forerun.train.distill import Answer, Ledger, Questions, Sampling, Tally
 
 PROMPTS = "Prompts"
@@ -176,7 +176,8 @@ def _source(wish: _Wish, seed: int) -> Source:
 
 def _from_corpus(wish: _Wish, seed: int) -> Source:
     from forerun.errors import RequestError
-    from forerun.train.distill import fingerprint, windows
+    from forerun.sources.fingerprint import fingerprint
+    from forerun.train.distill import windows
 
     assert wish.corpus is not None
     if wish.chat or wish.template:
@@ -207,7 +208,7 @@ def _lengths(text: str) -> tuple[int, int]:
 
 def _from_suite() -> Source:
     from forerun.bench import suites
-    from forerun.train.distill import digest
+    from forerun.sources.fingerprint import digest
 
     prompts = suites.load()
     openings = [Opening(f"the built-in suite, {prompt.id}", prompt.prompt) for prompt in prompts]
@@ -216,7 +217,7 @@ def _from_suite() -> Source:
 
 def _from_file(path: Path) -> Source:
     from forerun.errors import RequestError
-    from forerun.train.distill import digest
+    from forerun.sources.fingerprint import digest
 
     if path.suffix not in (".txt", ".jsonl"):
         raise RequestError(f"{path} is neither .txt (a prompt per line) nor .jsonl (an object per line): convert it")
@@ -325,8 +326,8 @@ class _Reader:
 
     def _rendered(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         from forerun.errors import RequestError
-        from forerun.nn.folder import brief
-        from forerun.train.distill import digest
+        from forerun.sources.fingerprint import digest
+        from forerun.sources.folder import brief
 
         used = self._template
         if self._tokenizer is None or used is None:

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 import transformers
 from huggingface_hub.utils.tqdm import enable_progress_bars
 
-from forerun import assembly
-from forerun.drafters import describe
-from forerun.engine import Engine
+from forerun.accept.lossy import lossy_of
+from forerun.drafting.spec import describe
+from forerun.engine import load as assembly
+from forerun.engine.engine import Engine
 from forerun.sampling import SamplingParams
 
 
@@ -26,7 +27,7 @@ class Machine:
 def load(model: str, drafter: str, machine: Machine, max_rows: int = 16, acceptance: str = "exact") -> Engine:
     """As `forerun.load`; a wrong drafter is found before the model is read."""
     describe(drafter)
-    assembly.lossy_of(acceptance)
+    lossy_of(acceptance)
     quiet()
     return assembly.load(model, drafter=drafter, max_rows=max_rows, acceptance=acceptance, **asdict(machine))
 

@@ -12,7 +12,7 @@ import typer
 from forerun.cli import options
 
 if TYPE_CHECKING:
-    from forerun.engine import Engine, Output
+    from forerun.engine.engine import Engine, Output
     from forerun.sampling import SamplingParams
 
 Prompts = Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Texts to continue; - is stdin.")]

@@ -143,8 +143,8 @@ def command(preset: str) -> Callable[..., None]:
     ) -> None:
         _demand_sense(preset, out, dropout, text_weight, teacher_weight)
 
-        from forerun.assembly import device_of
         from forerun.cli import engines
+        from forerun.nn.dtype import device_of
         from forerun.train import drafters
         from forerun.train.presets import PRESETS
 
@@ -224,8 +224,8 @@ def introduce(training: Training) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from forerun.assembly import tokenizer_of
     from forerun.cli.narration import DRAFTED
+    from forerun.sources.tokenizer import tokenizer_of
     from forerun.train.drafters import example
 
     console, sample = Console(stderr=True), example(training)

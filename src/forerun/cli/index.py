@@ -14,8 +14,8 @@ import typer
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from forerun.drafters.lookup.index import Contents
-    from forerun.drafters.lookup.texts import Encode, Texts
+    from forerun.stores.index import Contents
+    from forerun.stores.texts import Encode, Texts
 
 Files = Annotated[
     list[Path],
@@ -36,8 +36,9 @@ def index(files: Files, tokenizer: Tokenizer, out: Out) -> None:
     Every file is one text, and every row of a .jsonl file. Whatever a store holds, it changes how fast a model speaks and never
     what it says.
     """
-    from forerun.drafters.lookup.index import build, fingerprint_of, write
-    from forerun.drafters.lookup.texts import find
+    from forerun.sources.tokenizer import fingerprint_of
+    from forerun.stores.index import build, write
+    from forerun.stores.texts import find
 
     _demand_place(out)
     began = time.perf_counter()
@@ -64,8 +65,8 @@ def _demand_place(out: Path) -> None:
 
 def _demand_no_loss(out: Path, files: Iterable[Path]) -> None:
     """Nothing but an older store is written over."""
-    from forerun.drafters.lookup.index import is_store
     from forerun.errors import ForerunError
+    from forerun.stores.index import is_store
 
     if not out.exists():
         return
@@ -83,9 +84,9 @@ def _vocabulary(model: str) -> tuple[Encode, int, dict[str, int]]:
     """How a model's tokenizer reads a text, how many tokens the model knows, and what they are called."""
     from transformers import AutoConfig
 
-    from forerun.assembly import tokenizer_of
     from forerun.cli.engines import quiet
     from forerun.errors import CheckpointError
+    from forerun.sources.tokenizer import tokenizer_of
 
     quiet()
     tokenizer: Any = tokenizer_of(model)

@@ -25,9 +25,8 @@ def inspect(
     as_json: options.Json = False,
 ) -> None:
     """Versions, device, number format and drafters; for a model also its shape, and its memory in that number format."""
-    from forerun.assembly import device_of
     from forerun.cli.files import print_json
-    from forerun.nn.dtype import dtype_of
+    from forerun.nn.dtype import device_of, dtype_of
     from forerun.nn.load import demand_words
 
     demand_words(kernels, weights)
@@ -50,7 +49,7 @@ def machine(device: torch.device, dtype: torch.dtype, asked: str) -> dict[str, A
     import transformers
 
     import forerun
-    from forerun.drafters import names
+    from forerun.drafting.registry import names
     from forerun.nn import native
 
     missing = native.why_not(device, dtype)
@@ -94,11 +93,11 @@ def _reason(device: torch.device, asked: str) -> str:
 
 def describe(path: str, dtype: torch.dtype, device: torch.device, kernels: str, weights: str) -> dict[str, Any]:
     """A model's shape and needs. Reads the weights, so a damaged checkpoint is found here."""
-    from forerun.assembly import end_tokens, tokenizer_of
     from forerun.cli.engines import quiet
-    from forerun.nn.folder import checkpoint_folder, read_config
     from forerun.nn.load import load_network, why_torch
     from forerun.nn.translate import translate
+    from forerun.sources.folder import checkpoint_folder, read_config
+    from forerun.sources.tokenizer import end_tokens, tokenizer_of
 
     quiet()
     config = read_config(checkpoint_folder(path))

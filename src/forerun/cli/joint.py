@@ -122,7 +122,7 @@ def medusa2(
     """
     from dataclasses import replace
 
-    from forerun.assembly import device_of
+    from forerun.nn.dtype import device_of
     from forerun.train import drafters, joint
 
     _demand_place(out)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.text import Text
 
-from forerun.drafter import Tally
-from forerun.engine import Engine, Output, Piece
+from forerun.drafting.drafter import Tally
+from forerun.engine.engine import Engine, Output, Piece
 
 DRAFTED = "black on light_green"
 """A background, because half of what is drafted is blanks and line ends."""

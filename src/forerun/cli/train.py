@@ -98,9 +98,9 @@ def lm(
     """
     _demand_sense(build_corpus, run, out, init_from, init_layers, grow_from)
 
-    from forerun.assembly import device_of
+    from forerun.nn.dtype import device_of
     from forerun.train import recipe
-    from forerun.train.loop import Schedule
+    from forerun.train.run import Schedule
 
     if build_corpus:
         print(recipe.build_corpus(corpus, vocabulary))

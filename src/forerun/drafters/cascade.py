@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forerun.accept import Lenient, Verdict
-from forerun.drafter import Context, Drafter, Tally
-from forerun.drafters import Workshop
+from forerun.accept.exact import Verdict
+from forerun.accept.lossy import Lenient
 from forerun.drafters.verified import Verified, lenient_of, tentatively
+from forerun.drafting.drafter import Context, Drafter, Tally
+from forerun.drafting.workshop import Workshop
 from forerun.errors import DrafterError
 from forerun.model import Model, Scores
 from forerun.row import Row

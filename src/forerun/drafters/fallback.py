@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forerun.accept import Verdict
-from forerun.drafter import Context, Drafter, Tally
-from forerun.drafters import Workshop
+from forerun.accept.exact import Verdict
+from forerun.drafting.drafter import Context, Drafter, Tally
+from forerun.drafting.workshop import Workshop
 from forerun.errors import DrafterError
 from forerun.model import Scores
 from forerun.row import Row

@@ -22,19 +22,19 @@ from pathlib import Path
 
 from torch import Tensor
 
-from forerun.accept import Verdict
-from forerun.drafter import Context, Drafter, Tally
-from forerun.drafters import Workshop
+from forerun.accept.exact import Verdict
 from forerun.drafters.lookup import limits_of
-from forerun.drafters.lookup.context import ContextStore
-from forerun.drafters.lookup.corpus import Corpus, CorpusStore
-from forerun.drafters.lookup.grams import GramStore, Shape, table_of
-from forerun.drafters.lookup.model import ModelStore
-from forerun.drafters.lookup.store import Bounds, Draft, Limits, Store, View
-from forerun.drafters.lookup.texts import find
+from forerun.drafting.drafter import Context, Drafter, Tally
+from forerun.drafting.workshop import Workshop
 from forerun.errors import DrafterError
 from forerun.model import Scores
 from forerun.row import Row
+from forerun.stores.context import ContextStore
+from forerun.stores.corpus import Corpus, CorpusStore
+from forerun.stores.grams import GramStore, Shape, table_of
+from forerun.stores.model import ModelStore
+from forerun.stores.store import Bounds, Draft, Limits, Store, View
+from forerun.stores.texts import find
 from forerun.tree import TokenTree
 
 LONGEST_PAUSE = 16

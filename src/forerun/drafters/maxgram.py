@@ -18,11 +18,11 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from forerun.drafter import Context, Drafter
-from forerun.drafters import Workshop, demand_count
-from forerun.drafters.lookup.reader import automaton_of
+from forerun.drafting.drafter import Context, Drafter
+from forerun.drafting.workshop import Workshop, demand_count
 from forerun.errors import DrafterError
 from forerun.row import Row
+from forerun.stores.reader import automaton_of
 from forerun.tree import TokenTree
 
 OCCURRENCES = ("newest", "leftmost")
@@ -206,7 +206,7 @@ def build(
 
 
 def _table(workshop: Workshop, store: str | None) -> Table:
-    from forerun.drafters.lookup.corpus import Corpus
+    from forerun.stores.corpus import Corpus
 
     if store is None:
         return Table()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from forerun.drafter import Context, Drafter
-from forerun.drafters import Workshop
+from forerun.drafting.drafter import Context, Drafter
+from forerun.drafting.workshop import Workshop
 from forerun.tree import TokenTree
 
 

@@ -19,17 +19,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forerun.accept import Verdict
+from forerun.accept.exact import Verdict
 from forerun.chance import Dice
-from forerun.drafter import Context, Drafter
-from forerun.drafters import MOST, Workshop
+from forerun.drafting.drafter import Context, Drafter
+from forerun.drafting.stopping import Fixed, Stopping
+from forerun.drafting.stopping import stopping as stopping_rule
+from forerun.drafting.workshop import MOST, Workshop
 from forerun.errors import DrafterError
 from forerun.model import Model, Scores
 from forerun.nn.ops import top_log_probs
 from forerun.row import Row
 from forerun.sampling import Prefix, edited, laws
-from forerun.stopping import Fixed, Stopping
-from forerun.stopping import stopping as stopping_rule
 from forerun.tree import TokenTree, Topology
 
 

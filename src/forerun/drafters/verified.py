@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forerun.accept import Lenient, Verdict
-from forerun.drafter import Context, Drafter, Tally
-from forerun.drafters import Workshop, demand_count
+from forerun.accept.exact import Verdict
+from forerun.accept.judge import judge
+from forerun.accept.lossy import Lenient
+from forerun.drafting.drafter import Context, Drafter, Tally
+from forerun.drafting.workshop import Workshop, demand_count
 from forerun.errors import DrafterError
-from forerun.judge import judge
 from forerun.model import Model, Scores
 from forerun.row import Row, draft_chance
 from forerun.tree import TokenTree

@@ -1,4 +1,4 @@
-"""Which number format a model runs in."""
+"""Which device a model runs on, and in which number format."""
 
 from __future__ import annotations
 
@@ -36,3 +36,16 @@ def _cpu_flags() -> set[str]:
         return {flag for flag, present in torch.cpu.get_capabilities().items() if present}
     cpuinfo = Path("/proc/cpuinfo")
     return set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+
+
+def device_of(name: str) -> torch.device:
+    """auto, or any torch device that is there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ForerunError(f"unknown device {name!r}: use auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ForerunError("there is no CUDA device here: use --device cpu")
+    return device

@@ -20,10 +20,10 @@ import transformers
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from forerun.cache import Cache, CacheShape
 from forerun.errors import CheckpointError
+from forerun.nn.cache import Cache, CacheShape
 from forerun.nn.feed import Feed, Read
-from forerun.nn.folder import brief, difference, weight_files
+from forerun.sources.folder import brief, difference, weight_files
 
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.2
 """How far the rehearsal may be off in fp32 and in half precision, as a part of the spread of the logits: rounding, and

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from forerun.errors import CheckpointError, ForerunError
 from forerun.nn import native
-from forerun.nn.folder import Stored, checkpoint_folder, difference, opened, read_config, stored, weight_files
 from forerun.nn.foreign import load_foreign
 from forerun.nn.network import Network
 from forerun.nn.packed import PackedTransformer
 from forerun.nn.transformer import Transformer, TransformerConfig
 from forerun.nn.translate import Place, places, translate
+from forerun.sources.folder import Stored, checkpoint_folder, difference, opened, read_config, stored, weight_files
 
 KERNELS = ("auto", "native", "torch")
 WEIGHTS = ("auto", "int8")

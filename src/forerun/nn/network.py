@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from forerun.cache import Cache, CacheShape
+from forerun.nn.cache import Cache, CacheShape
 from forerun.nn.feed import Feed, Read
 from forerun.nn.native import Packed
 

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forerun.cache import Cache, CacheShape
 from forerun.nn import native
+from forerun.nn.cache import Cache, CacheShape
 from forerun.nn.feed import Feed, Read
 from forerun.nn.native import FeedRecord, LayerRecord, Packed, TransformerRecord, WantedRecord, padded
 from forerun.nn.transformer import NO_VOCABULARY, TransformerConfig, rope_tables

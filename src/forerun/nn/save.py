@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from forerun.errors import CheckpointError
-from forerun.nn.folder import CONFIG, WEIGHTS, brief
 from forerun.nn.transformer import Transformer, TransformerConfig
 from forerun.nn.translate import ARCHITECTURES, places, published_config, translate
+from forerun.sources.folder import CONFIG, WEIGHTS, brief
 
 
 def save_pretrained(

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from forerun.cache import Cache, CacheShape
 from forerun.nn import ops
+from forerun.nn.cache import Cache, CacheShape
 from forerun.nn.feed import Feed, Read
 
 NO_VOCABULARY = "a transformer without a vocabulary reads states, not tokens: give states_BND"

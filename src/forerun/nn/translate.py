@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from forerun.errors import CheckpointError
-from forerun.nn.folder import CONFIG
 from forerun.nn.transformer import Transformer, TransformerConfig
+from forerun.sources.folder import CONFIG
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from forerun.cost import Floats, Price, cost_of
 from forerun.errors import DrafterError
-from forerun.plan.cost import Floats, Price, cost_of
 from forerun.plan.hierarchy import Draft, Round, at_least_so_many, expected_tokens, renewals
 
 Matrix = Sequence[Sequence[int]]

@@ -29,8 +29,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from forerun.cost import Floats, Price, cost_of
 from forerun.errors import DrafterError
-from forerun.plan.cost import Floats, Price, cost_of
 
 
 @dataclass(frozen=True, eq=False)

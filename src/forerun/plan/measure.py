@@ -19,20 +19,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forerun.accept import Verdict
+from forerun.accept.exact import Verdict
 from forerun.chance import key_of
-from forerun.drafter import Context, Drafter
+from forerun.cost import Floats, Table
 from forerun.drafters.small import Chain
 from forerun.drafters.verified import Verified
-from forerun.engine import Engine
+from forerun.drafting.drafter import Context, Drafter
+from forerun.drafting.stopping import Fixed
+from forerun.engine.engine import Engine
 from forerun.errors import RequestError
 from forerun.model import Model, Scores
 from forerun.nn.network import Network
-from forerun.plan.cost import Floats, Table
 from forerun.plan.hierarchy import Round
 from forerun.row import Row
 from forerun.sampling import SamplingParams, laws
-from forerun.stopping import Fixed
 from forerun.tree import TokenTree
 
 LENGTHS = (1, 2, 3, 5, 9, 17)

@@ -23,8 +23,8 @@ from itertools import combinations, pairwise
 
 import numpy as np
 
+from forerun.cost import Cost, Floats, Price, cost_of
 from forerun.errors import DrafterError
-from forerun.plan.cost import Cost, Floats, Price, cost_of
 from forerun.plan.hierarchy import (
     Autoregressive,
     Chain,

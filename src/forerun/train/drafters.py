@@ -12,22 +12,23 @@ from typing import Any
 
 import torch
 
-from forerun.drafters import checkpoint as checkpoints
-from forerun.drafters.checkpoint import DEFAULT_TREE, Checkpoint
-from forerun.drafters.hydra import HydraConfig, HydraHeads, PrefixConfig
-from forerun.drafters.medusa import MedusaConfig, MedusaHeads
+from forerun.drafters.hydra.method import HydraConfig, HydraHeads, PrefixConfig
+from forerun.drafters.medusa.method import MedusaConfig, MedusaHeads
+from forerun.drafting import checkpoint as checkpoints
+from forerun.drafting.checkpoint import DEFAULT_TREE, Checkpoint
 from forerun.errors import TrainingError
 from forerun.nn.dtype import dtype_of
-from forerun.nn.folder import checkpoint_folder
 from forerun.nn.foreign import Foreign
 from forerun.nn.load import load_network
 from forerun.nn.network import Network
 from forerun.nn.packed import PackedTransformer
 from forerun.nn.transformer import Transformer
-from forerun.train.distill import Distilled, Sample, digest, fingerprint_of_model, read
+from forerun.sources.fingerprint import digest, fingerprint_of_model
+from forerun.sources.folder import checkpoint_folder
+from forerun.train.distill import Distilled, Sample, read
 from forerun.train.heads import Answers, HeadsObjective, Teacher, least_squares
-from forerun.train.loop import STATE, Schedule, fit
 from forerun.train.presets import PRESETS, Preset, Weights
+from forerun.train.run import STATE, Schedule, fit
 
 RECIPE = "recipe.json"
 WIDEST_START = 12288

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from forerun.drafters.checkpoint import DEFAULT_TREE
-from forerun.drafters.exchange import Heads
+from forerun.drafting.checkpoint import DEFAULT_TREE
+from forerun.layouts.exchange import Heads
 from forerun.nn.network import Network
 from forerun.train.distill import Sample
 from forerun.train.heads import Answers, Teacher, projected, ranks_of

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from forerun.cache import Cache
-from forerun.drafters.heads import HeadsModule
+from forerun.drafting.heads import HeadsModule
 from forerun.errors import TrainingError
+from forerun.nn.cache import Cache
 from forerun.nn.feed import Feed
 from forerun.nn.network import Network
 from forerun.nn.transformer import Transformer

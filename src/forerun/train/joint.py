@@ -30,19 +30,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from forerun.drafters import checkpoint as checkpoints
-from forerun.drafters.checkpoint import Checkpoint
-from forerun.drafters.medusa import MedusaConfig
+from forerun.drafters.medusa.method import MedusaConfig
+from forerun.drafting import checkpoint as checkpoints
+from forerun.drafting.checkpoint import Checkpoint
 from forerun.errors import ForerunError, TrainingError
-from forerun.nn.folder import CONFIG, DOWNLOADED, INDEX, checkpoint_folder, read_config, stored, weight_files
 from forerun.nn.save import save_pretrained
 from forerun.nn.transformer import Transformer
 from forerun.nn.translate import published_config, translate
+from forerun.sources.folder import CONFIG, DOWNLOADED, INDEX, checkpoint_folder, read_config, stored, weight_files
 from forerun.train import drafters
 from forerun.train.heads import CHUNK_NUMBERS, Batch, HeadsObjective, Lesson, Teacher, logits_of
-from forerun.train.loop import Schedule, fit
 from forerun.train.lora import Adapters
 from forerun.train.presets import JOINT, Joint
+from forerun.train.run import Schedule, fit
 
 MODEL, HEADS = "model", "heads"
 """What the result's folder holds."""

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from forerun.errors import TrainingError
 from forerun.nn.transformer import Transformer
-from forerun.train.loop import compiled
+from forerun.train.run import compiled
 
 VALIDATION_TOKENS = 65536
 

@@ -26,7 +26,7 @@ from forerun.nn.transformer import Transformer, TransformerConfig, stack
 from forerun.train import corpus as corpora
 from forerun.train import tokenizer
 from forerun.train.lm import NextToken, Text
-from forerun.train.loop import STATE, Schedule, fit, read_run
+from forerun.train.run import STATE, Schedule, fit, read_run
 
 REFERENCE = TransformerConfig(
     vocab_size=4096, width=512, layers=8, heads=8, kv_heads=4, head_dim=64, mlp_width=1536, max_length=2048, tied=True

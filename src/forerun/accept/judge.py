@@ -1,0 +1,110 @@
+"""From a model's logits to a verdict: the law each row asked for, and the exact rule that fits the tree.
+
+tree                        rows        rule
+deterministic               greedy      greedy match
+deterministic               sampled     sample and match
+sampled chain               any         speculative sampling
+anything else               any         recursive rejection
+
+A caller may ask for a lossy rule instead: typical acceptance, by which rows that sample are then judged and greedy ones as
+always, or leniency, which is for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from forerun.accept.exact import Verdict, match, recursive_rejection, sample_choices, speculative_sampling
+from forerun.accept.lossy import Lenient, Lossy, Typical, lenient, typical
+from forerun.chance import Chance
+from forerun.row import Row
+from forerun.sampling import edited, laws
+from forerun.tree import TokenTree
+
+TYPICAL = "typical acceptance (lossy)"
+LENIENT = "lenient review (lossy)"
+
+
+def rule_for(tree: TokenTree, greedy: bool) -> str:
+    """The name of the rule that `judge` will use; `greedy`: every row is."""
+    if tree.is_deterministic:
+        return "greedy match" if greedy else "sample and match"
+    if tree.topology.is_chain and tree.drawn_BN is not None and tree.drawn_BN.all():
+        return "speculative sampling"
+    return "recursive rejection"
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The verdict, the rule that gave it, and the model's laws [B, N, V] (None where greedy match needed none)."""
+
+    verdict: Verdict
+    rule: str
+    laws_BNV: Tensor | None
+
+
+def is_exact(lossy: Lossy | None, row: Row) -> bool:
+    """Whether a row's text stays the target's own under this rule."""
+    return lossy is None or (isinstance(lossy, Typical) and row.params.is_greedy)
+
+
+def rule_of(judgement: Judgement, row: Row) -> str:
+    """The rule by which one of the rows was judged: typical acceptance finds in a greedy one what greedy match does."""
+    return "greedy match" if judgement.rule == TYPICAL and row.params.is_greedy else judgement.rule
+
+
+def judge(
+    tree: TokenTree,
+    logits_BNV: Tensor,
+    rows: Sequence[Row],
+    chance: Chance,
+    best_BN: Tensor | None = None,
+    lossy: Lossy | None = None,
+) -> Judgement:
+    """Accept what fits the model's law under each row's own sampling parameters. Exact, unless `lossy` asks for something else.
+
+    best_BN: the best token of `logits_BNV` at every node, if the network has found it already.
+    """
+    scores = node_scores(tree, logits_BNV, rows)
+    if isinstance(lossy, Lenient):
+        return _leniently(tree, scores, rows, chance, lossy)
+    rule = rule_for(tree, all(row.params.is_greedy for row in rows))
+    if rule == "greedy match":
+        if best_BN is None or scores is not logits_BNV:
+            best_BN = scores.argmax(-1)
+        return Judgement(match(tree, best_BN), rule, None)
+    law = laws(scores, [row.params for row in rows])
+    if lossy is not None:
+        return Judgement(typical(tree, law, lossy), TYPICAL, law)
+    if rule == "sample and match":
+        verdict = match(tree, sample_choices(law, tree, chance))
+    elif rule == "speculative sampling":
+        verdict = speculative_sampling(tree, law, chance)
+    else:
+        verdict = recursive_rejection(tree, law, chance)
+    return Judgement(verdict, rule, law)
+
+
+def _leniently(tree: TokenTree, scores_BNV: Tensor, rows: Sequence[Row], chance: Chance, rule: Lenient) -> Judgement:
+    """Greedy rows have one-hot laws, in which nothing is nearly as probable as the best: theirs are taken at temperature 1."""
+    greedy = [row.params.is_greedy for row in rows]
+    params = [replace(row.params, temperature=1.0) if row.params.is_greedy else row.params for row in rows]
+    law = laws(scores_BNV, params)
+    return Judgement(lenient(tree, law, rule, greedy, chance), LENIENT, law)
+
+
+def node_scores(tree: TokenTree, logits_BNV: Tensor, rows: Sequence[Row]) -> Tensor:
+    """The logits with each row's bias, penalties and processors applied at every node with that node's own prefix."""
+    if not any(row.params.edits_scores for row in rows):
+        return logits_BNV
+    scores = logits_BNV.to(torch.promote_types(logits_BNV.dtype, torch.float32), copy=True)  # the model's own stay
+    for index, row in enumerate(rows):
+        if row.params.edits_scores:
+            parents = tree.topology.parents[index]
+            size = len(parents)
+            scores[index, :size] = edited(scores[index, :size], row.params, row.prefixes(tree, index), parents)
+    return scores

@@ -1,0 +1,201 @@
+"""Hydra and Hydra++: heads that see the tokens drafted before theirs (Ankner et al. 2024, arXiv 2402.05109).
+
+Head i sees z = [c_t, E(x_{t+1}), ..., E(x_{t+i+1})], so a tree is grown level by level, every node from its own branch:
+
+    y = R z + r + silu(W z + b)         the first block; R is learnt, because the width changes
+    y = y + silu(W' y + b')             further blocks; the published code repeats one block ("tied_layers")
+    logits = V y + v                    a projection per head, or the target's own frozen one (`vocabulary: shared`, ours)
+
+Hydra has one block and reads the target's state. Hydra++ has four, and its context is what one causal layer of its
+own makes of the target's states of all verified tokens ("prefix"). The body of the paper was not available to us:
+this follows the released code (a reconstruction where that is silent). Departure: R starts as [I 0 ... 0] and all
+biases at zero, not at random, so that untrained heads are the target's own output projection, as Medusa's are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from forerun.drafting.checkpoint import Checkpoint, demand_counts, demand_fit, demand_sense, load, tree_for
+from forerun.drafting.drafter import Drafter
+from forerun.drafting.heads import Head, HeadDrafter, HeadsModule, LastState, PrefixState, Reader, drafting, format_of
+from forerun.drafting.workshop import Workshop
+from forerun.errors import DrafterError
+from forerun.nn.network import Network
+from forerun.nn.packed import pack
+from forerun.nn.packed_heads import HeadWeights
+from forerun.nn.transformer import Transformer, TransformerConfig
+
+
+@dataclass(frozen=True)
+class PrefixConfig:
+    """The shape of Hydra++'s prefix layer: that of one of the target's own layers."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    max_length: int
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        demand_counts(self, ("heads", "kv_heads", "head_dim", "mlp_width", "max_length"))
+        if self.heads % self.kv_heads or self.head_dim % 2:
+            raise DrafterError(
+                f"a prefix layer of {self.heads} heads of {self.head_dim} with {self.kv_heads} key heads makes no sense"
+            )
+        if not all(isinstance(value, int | float) and value > 0 for value in (self.norm_eps, self.rope_theta)):
+            raise DrafterError(
+                f"a prefix layer with {self.norm_eps!r} and {self.rope_theta!r} in its norm and angles makes no sense"
+            )
+
+    def transformer(self, width: int) -> TransformerConfig:
+        return TransformerConfig(vocab_size=0, width=width, layers=1, **asdict(self))
+
+
+@dataclass(frozen=True)
+class HydraConfig:
+    """width, vocab_size: the target's. heads: K. layers: blocks per head, those after the first one set of weights if
+    tied_layers. vocabulary: "own" or "shared". prefix: the prefix layer (Hydra++), or None. dropout: in training alone."""
+
+    width: int
+    vocab_size: int
+    heads: int = 4
+    layers: int = 1
+    tied_layers: bool = True
+    vocabulary: str = "own"
+    prefix: PrefixConfig | None = None
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        demand_sense(self)
+        if isinstance(self.prefix, Mapping):
+            object.__setattr__(self, "prefix", PrefixConfig(**self.prefix))
+        if not isinstance(self.prefix, PrefixConfig | None):
+            raise DrafterError(f"a prefix layer of {self.prefix!r} makes no sense: give its sizes, or none")
+
+
+class HydraHeads(HeadsModule):
+    """first[i], through[i]: [D, (i + 2) D], the columns of the context first, then the embeddings from the oldest to
+    the newest; their biases [K, D]; blocks [L - 1 or 1, K, D, D]; vocabulary [K, V, D] with biases [K, V]; prefix: a
+    one-layer transformer."""
+
+    sees_tokens = True
+
+    def __init__(self, config: HydraConfig):
+        super().__init__()
+        self.config, self.count = config, config.heads
+        width, heads = config.width, config.heads
+        later = config.layers - 1
+        stored = min(1, later) if config.tied_layers else later
+        self.first = nn.ParameterList(torch.zeros(width, (i + 2) * width) for i in range(heads))
+        self.first_biases = nn.Parameter(torch.zeros(heads, width))
+        self.through = nn.ParameterList(torch.zeros(width, (i + 2) * width) for i in range(heads))
+        self.through_biases = nn.Parameter(torch.zeros(heads, width))
+        self.blocks = nn.Parameter(torch.zeros(stored, heads, width, width)) if stored else None
+        self.biases = nn.Parameter(torch.zeros(stored, heads, width)) if stored else None
+        own = config.vocabulary == "own"
+        self.vocabulary = nn.Parameter(torch.zeros(heads, config.vocab_size, width)) if own else None
+        self.vocabulary_biases = nn.Parameter(torch.zeros(heads, config.vocab_size)) if own else None
+        self.prefix = Transformer(config.prefix.transformer(width)) if config.prefix else None
+
+    def initialise(self, head_VD: Tensor, seed: int = 0) -> HydraHeads:
+        """Before training every head says what the target says of its context; the prefix layer starts at random."""
+        with torch.no_grad():
+            for through in self.through:
+                through[:, : self.config.width] = torch.eye(self.config.width)
+            if self.vocabulary is not None:
+                self.vocabulary.copy_(head_VD.expand_as(self.vocabulary))
+        if self.prefix is not None:
+            self.prefix.initialise(seed)
+        return self
+
+    def start_from(self, maps: Sequence[Tensor], head_VD: Tensor) -> None:
+        with torch.no_grad():
+            for through, guess in zip(self.through, maps, strict=True):
+                through.copy_(guess)
+
+    def contexts(self, states_BND: Tensor) -> Tensor:
+        return states_BND if self.prefix is None else self.prefix.encode(states_BND)
+
+    def logits(self, context_PD: Tensor, embedded_PKD: Tensor, head_VD: Tensor) -> Tensor:
+        inputs = torch.cat((context_PD[:, None], embedded_PKD), 1).flatten(1)
+        width = self.config.width
+        parts = [self.head_logits(i, inputs[:, : (i + 2) * width], head_VD) for i in range(self.count)]
+        return torch.stack(parts)
+
+    def head_logits(self, index: int, z: Tensor, head_VD: Tensor) -> Tensor:
+        z = self._drop(z)
+        y = F.linear(z, self.through[index], self.through_biases[index])
+        y = y + F.silu(F.linear(z, self.first[index], self.first_biases[index]))
+        for weight, bias in self._later(index):
+            y = self._drop(y)
+            y = y + F.silu(F.linear(y, weight, bias))
+        y = self._drop(y)
+        if self.vocabulary is None or self.vocabulary_biases is None:
+            return F.linear(y, head_VD)
+        return F.linear(y, self.vocabulary[index], self.vocabulary_biases[index])
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
+
+    def _later(self, index: int) -> list[tuple[Tensor, Tensor]]:
+        """The blocks after the first of one head; tied ones are one and the same."""
+        if self.blocks is None or self.biases is None:
+            return []
+        stored = [(self.blocks[layer, index], self.biases[layer, index]) for layer in range(len(self.blocks))]
+        return [stored[layer % len(stored)] for layer in range(self.config.layers - 1)]
+
+    def weights(self, head_VD: Any) -> list[HeadWeights]:
+        return [
+            HeadWeights(
+                first=self.first[head],
+                first_bias=self.first_biases[head],
+                through=self.through[head],
+                through_bias=self.through_biases[head],
+                blocks=tuple(self._later(head)),
+                vocabulary=head_VD if self.vocabulary is None else self.vocabulary[head],
+                vocabulary_bias=None if self.vocabulary_biases is None else self.vocabulary_biases[head],
+            )
+            for head in range(self.count)
+        ]
+
+
+def module_of(checkpoint: Checkpoint) -> HydraHeads:
+    """The heads of a checkpoint."""
+    return checkpoint.module(HydraHeads, HydraConfig)
+
+
+def reader(module: HydraHeads, network: Network, weights: str = "auto") -> Reader:
+    """Where the heads' contexts come from, on the target's kernels and in the number format of `format_of`."""
+    if module.prefix is None:
+        return LastState()
+    prefix = module.prefix.to(device=network.device, dtype=network.dtype).requires_grad_(False)
+    kind = format_of(network, weights)
+    return PrefixState(pack(prefix, kind) if network.kernels == "native" else prefix, module.count + 1)
+
+
+def build(
+    workshop: Workshop,
+    checkpoint: str | None = None,
+    tree: str | list[list[int]] | Mapping[str, Any] | None = None,
+    weights: str = "auto",
+) -> Drafter:
+    """{"drafter": "hydra", "checkpoint": PATH, "tree": TREE, "weights": "auto" | "int8" | "target"}, as for medusa; Hydra++ is a
+    checkpoint with a prefix layer."""
+    stored = load(checkpoint, "hydra")
+    module = module_of(stored)
+    network = workshop.target.network
+    demand_fit(stored, module.config.width, module.config.vocab_size, network)
+    grows = tree_for(stored, tree, module.count, module.config.vocab_size)
+    name = "hydra" if module.prefix is None else "hydra++"
+    parts = Head(
+        drafting(module, network, weights), reader(module, network, weights), grows, network.cache_shape.layers
+    )
+    return HeadDrafter(name, parts)

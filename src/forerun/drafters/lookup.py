@@ -1,0 +1,80 @@
+"""Continuations found in text: training-free, no second model, microseconds per step. This file: in the request's own text.
+
+Prompt lookup (Saxena 2023) copies what followed the last few tokens at an earlier place. SAM-Decoding (Hu et al. 2024)
+finds the longest such suffix with a suffix automaton. Here the automaton also tells what followed at *other* places, and how
+often the same token came in a row, so that a tree can be grown best first, its nodes ranked by the probability that they
+survive (SuffixDecoding, Oliaro et al. 2024, ranks by counts; the newest occurrence predicts as well and is cheaper to keep
+up to date). A node is proposed if that probability exceeds what the node costs.
+
+Every token that becomes firm teaches, whether it was proposed or not: where nothing hits, nothing is proposed, and nothing
+need be proposed to notice that the text begins to repeat itself. Trees are a function of the row's past alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+
+from forerun.drafting.drafter import Context, Drafter
+from forerun.drafting.workshop import Workshop, demand_count
+from forerun.errors import DrafterError
+from forerun.row import Row
+from forerun.stores.context import ContextStore
+from forerun.stores.reader import Automaton, automaton_of
+from forerun.stores.store import Bounds, Limits, View
+from forerun.tree import TokenTree
+
+
+class Lookup(Drafter):
+    """Proposes what came before."""
+
+    name = "lookup"
+
+    def __init__(self, limits: Limits, make: Callable[[], Automaton] = automaton_of):
+        self.limits = limits
+        self.max_nodes = limits.nodes
+        self._store = ContextStore(make)
+        self._views: list[View] = []
+        self._bounds = Bounds(limits)
+
+    def admit(self, row: Row, hidden: Mapping[int, Tensor]) -> None:
+        self._views.append(self._store.open(row))
+
+    def release(self, slot: int) -> None:
+        if slot < len(self._views):
+            self._views[slot] = self._views[-1]
+            self._views.pop()
+
+    def retract(self, lengths: Sequence[int]) -> None:
+        for view, length in zip(self._views, lengths, strict=True):
+            view.forget(length)
+
+    def propose(self, context: Context) -> TokenTree:
+        nodes, within = context.budget, self._bounds.within
+        grown = [
+            view.draft(row.tokens, len(row.tokens) - row.tentative, within(nodes, depth, row.ends))
+            for view, row, depth in zip(self._views, context.rows, context.depths, strict=True)
+        ]
+        if all(len(draft.tokens) == 1 for draft in grown):
+            return TokenTree.root([row.tokens[-1] for row in context.rows], context.device)
+        return TokenTree.of([draft.tokens for draft in grown], [draft.parents for draft in grown], context.device)
+
+
+def build(workshop: Workshop, nodes: int = 16, depth: int = 16, min_match: int = 1, cost: float = 0.08) -> Drafter:
+    """{"drafter": "lookup", "nodes": 16, "depth": 16, "min_match": 1, "cost": 0.08}
+
+    nodes: the largest tree. depth: its longest path. min_match: the fewest tokens that must match. cost: the least
+    probability of survival for which a node is proposed; the best value is what one more node adds to a step, as a share of
+    a plain step, times the speed-up (on a 2-core CPU 0.045 times 1.8).
+    """
+    return Lookup(limits_of("lookup", nodes, depth, min_match, cost))
+
+
+def limits_of(drafter: str, nodes: int, depth: int, min_match: int, cost: float) -> Limits:
+    """The limits of a drafter's description, checked."""
+    for setting, value in (("nodes", nodes), ("depth", depth), ("min_match", min_match)):
+        demand_count(drafter, setting, value)
+    if isinstance(cost, bool) or not isinstance(cost, int | float) or not 0 < cost < 1:
+        raise DrafterError(f"{drafter}: cost is a probability between 0 and 1, not {cost!r}")
+    return Limits(nodes, depth, min_match, float(cost))

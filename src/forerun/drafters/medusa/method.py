@@ -1,0 +1,123 @@
+"""Medusa: independent heads on the target's last hidden state (Cai et al. 2024, arXiv 2401.10774, section 2.1.1).
+
+Head i is L residual blocks, u = h + silu(W h + b), and a projection to the vocabulary. The paper has no b, its code has; we
+start it at zero, so that untrained heads are the target's own output projection. Blocks of a head with L > 1 share their weights
+in the published code ("tied_layers"); ours are independent unless asked. `vocabulary: shared` is the code's version 2: the
+target's own frozen projection instead of one per head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from forerun.drafting.checkpoint import Checkpoint, demand_fit, demand_sense, load, tree_for
+from forerun.drafting.drafter import Drafter
+from forerun.drafting.heads import Head, HeadDrafter, HeadsModule, LastState, drafting
+from forerun.drafting.workshop import Workshop
+from forerun.nn.packed_heads import HeadWeights
+
+
+@dataclass(frozen=True)
+class MedusaConfig:
+    """width, vocab_size: the target's. heads: K. layers: residual blocks per head, one set of weights for all if tied_layers.
+    vocabulary: "own" (a projection per head) or "shared" (the target's)."""
+
+    width: int
+    vocab_size: int
+    heads: int = 4
+    layers: int = 1
+    tied_layers: bool = False
+    vocabulary: str = "own"
+
+    def __post_init__(self) -> None:
+        demand_sense(self)
+
+
+class MedusaHeads(HeadsModule):
+    """The parameters of all heads side by side: blocks [L, K, D, D], biases [L, K, D], vocabulary [K, V, D]."""
+
+    def __init__(self, config: MedusaConfig):
+        super().__init__()
+        self.config, self.count = config, config.heads
+        stored = 1 if config.tied_layers else config.layers
+        self.blocks = nn.Parameter(torch.zeros(stored, config.heads, config.width, config.width))
+        self.biases = nn.Parameter(torch.zeros(stored, config.heads, config.width))
+        self.vocabulary = (
+            nn.Parameter(torch.zeros(config.heads, config.vocab_size, config.width))
+            if config.vocabulary == "own"
+            else None
+        )
+
+    def initialise(self, head_VD: Tensor, seed: int = 0) -> MedusaHeads:
+        """Before training every head says what the target says: zero blocks, and copies of its output projection."""
+        with torch.no_grad():
+            if self.vocabulary is not None:
+                self.vocabulary.copy_(head_VD.expand_as(self.vocabulary))
+        return self
+
+    def start_from(self, maps: Sequence[Tensor], head_VD: Tensor) -> None:
+        """Into the projections of its own, behind blocks that do nothing yet; shared ones leave no place for it."""
+        with torch.no_grad():
+            for head, guess in enumerate(maps if self.vocabulary is not None else ()):
+                self.vocabulary[head].copy_(head_VD @ guess)  # type: ignore[index]
+
+    def logits(self, context_PD: Tensor, embedded_PKD: Tensor, head_VD: Tensor) -> Tensor:
+        y_KPD = context_PD.expand(self.count, -1, -1)
+        for layer in range(self.config.layers):
+            stored = layer % len(self.blocks)
+            step = torch.baddbmm(self.biases[stored][:, None], y_KPD, self.blocks[stored].transpose(1, 2))
+            y_KPD = y_KPD + F.silu(step)
+        if self.vocabulary is None:
+            return F.linear(y_KPD, head_VD)
+        return torch.bmm(y_KPD, self.vocabulary.transpose(1, 2))
+
+    def head_logits(self, index: int, z: Tensor, head_VD: Tensor) -> Tensor:
+        flat = z.reshape(-1, z.shape[-1])
+        return self.logits(flat, flat[:, None], head_VD)[index].view(*z.shape[:-1], -1)
+
+    def weights(self, head_VD: Any) -> list[HeadWeights]:
+        return [self._weights(head, head_VD) for head in range(self.count)]
+
+    def _weights(self, head: int, head_VD: Any) -> HeadWeights:
+        stored = [(self.blocks[layer, head], self.biases[layer, head]) for layer in range(len(self.blocks))]
+        (first, bias), *blocks = [stored[layer % len(stored)] for layer in range(self.config.layers)]
+        return HeadWeights(
+            first=first,
+            first_bias=bias,
+            through=None,
+            through_bias=None,
+            blocks=tuple(blocks),
+            vocabulary=head_VD if self.vocabulary is None else self.vocabulary[head],
+            vocabulary_bias=None,
+        )
+
+
+def module_of(checkpoint: Checkpoint) -> MedusaHeads:
+    """The heads of a checkpoint."""
+    return checkpoint.module(MedusaHeads, MedusaConfig)
+
+
+def build(
+    workshop: Workshop,
+    checkpoint: str | None = None,
+    tree: str | list[list[int]] | Mapping[str, Any] | None = None,
+    weights: str = "auto",
+) -> Drafter:
+    """{"drafter": "medusa", "checkpoint": PATH, "tree": TREE, "weights": "auto" | "int8" | "target"}
+
+    tree: the name of a published tree, a file that `forerun calibrate` wrote, or a list of paths of ranks; without it, the one
+    beside the checkpoint, else a small one.
+    """
+    stored = load(checkpoint, "medusa")
+    module = module_of(stored)
+    network = workshop.target.network
+    demand_fit(stored, module.config.width, module.config.vocab_size, network)
+    grows = tree_for(stored, tree, module.count, module.config.vocab_size)
+    parts = Head(drafting(module, network, weights), LastState(), grows, network.cache_shape.layers)
+    return HeadDrafter("medusa", parts)

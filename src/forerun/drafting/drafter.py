@@ -1,0 +1,108 @@
+"""The seam for everything that proposes: models, heads, stores, and drafters made of drafters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor
+
+from forerun.accept.exact import Verdict
+from forerun.chance import Dice
+from forerun.model import Scores
+from forerun.row import Row, draft_chance
+from forerun.tree import TokenTree
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a drafter is told at a step.
+
+    rows: the requests, in slot order. budget: the most nodes it may propose per row, node 0 not counted. depths: the longest
+    path per row (a row may have room for fewer tokens; 0: propose nothing for it). path: which level and round of a
+    hierarchy asks, so that every level draws its own luck.
+    """
+
+    rows: Sequence[Row]
+    budget: int
+    depths: Sequence[int]
+    device: torch.device
+    path: tuple[int, ...] = field(default=(0,))
+
+    @property
+    def is_nested(self) -> bool:
+        """Another drafter asks, not the engine."""
+        return len(self.path) > 1
+
+    def chance(self) -> Dice:
+        """Luck that no other step, level or row sees."""
+        return draft_chance(self.rows, self.path)
+
+
+@dataclass
+class Tally:
+    """What one part of a drafter did so far: a level of a hierarchy, a tier of stores. Sums over rows and steps.
+
+    asked: proposals asked of it, hits: those that held anything. drafted: tokens; accepted[i]: those at depth i + 1 that the
+    level above kept, None where it was not told. seconds: of asking it, everything below included. passes: forwards of its
+    own model.
+    """
+
+    name: str
+    asked: int = 0
+    hits: int = 0
+    drafted: int = 0
+    accepted: list[int] | None = field(default_factory=list)
+    seconds: float = 0.0
+    passes: int = 0
+
+    def keep(self, depth: int) -> None:
+        """A token at this depth (from 1) was kept."""
+        assert self.accepted is not None
+        self.accepted += [0] * (depth - len(self.accepted))
+        self.accepted[depth - 1] += 1
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+class Drafter:
+    """Proposes trees and learns what became of them. Override what your method needs.
+
+    Slots: rows are admitted at the end and released as `Cache.release` says (the last row moves into the hole), so slot i
+    is always `context.rows[i]`.
+    """
+
+    name: str = "drafter"
+    reads: frozenset[int] = frozenset()
+    """Which hidden states of the target it wants, numbered as transformers numbers them."""
+    max_nodes: int = 0
+    """The most nodes it ever proposes, node 0 not counted: the target's cache keeps room for them."""
+
+    def admit(self, row: Row, hidden: Mapping[int, Tensor]) -> None:
+        """A new row takes the next slot. hidden: the states it `reads`, [1, S - 1, D], for the prompt but its last token."""
+
+    def release(self, slot: int) -> None:
+        """A row has ended. A slot that was never opened, because admitting its row failed, is nothing to complain about."""
+
+    def propose(self, context: Context) -> TokenTree:
+        """A tree per row, node 0 being the row's last token."""
+        raise NotImplementedError
+
+    def observe(self, context: Context, tree: TokenTree, verdict: Verdict, scores: Scores) -> None:
+        """What the model said about the tree just proposed. The rows do not hold the new tokens yet."""
+
+    def retract(self, lengths: Sequence[int]) -> None:
+        """The text of slot i now ends at `lengths[i]` or before it: what came later was taken back.
+
+        Only a verified drafter does this, to the tokens it had committed tentatively (`Row.tentative`).
+        """
+
+    def reset(self) -> None:
+        """Forget what finished requests have left behind, as if just built: measurements begin like this. Nothing is running."""
+
+    def tallies(self) -> list[Tally]:
+        """What its parts did, those of the uppermost level first. A drafter of one part has nothing to add to the engine's own
+        statistics."""
+        return []

@@ -1,0 +1,403 @@
+"""What drafters with heads share: small networks on top of the target's own hidden states, and a static tree of their
+best tokens.
+
+    context   c_t, [B, D]: the target's state at the last token that it has read (or what a prefix layer makes of it)
+    root      x_{t+1}, node 0: the newest token, which the target has not read
+    head i    proposes x_{t+i+2}, a node of depth i + 1
+
+Whatever heads propose is a tree of best tokens, so it is verified by the exact rules for deterministic trees, at any
+temperature."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from forerun.accept.exact import Verdict
+from forerun.drafting.drafter import Context, Drafter
+from forerun.errors import DrafterError
+from forerun.model import CHUNK, Scores
+from forerun.nn.cache import Cache
+from forerun.nn.feed import Feed
+from forerun.nn.native import Packed
+from forerun.nn.network import Network
+from forerun.nn.packed_heads import HeadWeights, PackedHeads
+from forerun.ranktree import RankTree
+from forerun.row import Row
+from forerun.tree import TokenTree, Topology
+
+
+class HeadsModule(nn.Module):
+    """K draft heads, as they are trained. Subclasses say how a head thinks.
+
+    sees_tokens: heads see the tokens drafted before theirs, not only the context.
+    """
+
+    sees_tokens = False
+    count: int
+
+    def contexts(self, states_BND: Tensor) -> Tensor:
+        """What the heads see of whole sequences of the target's states."""
+        return states_BND
+
+    def logits(self, context_PD: Tensor, embedded_PKD: Tensor, head_VD: Tensor) -> Tensor:
+        """Of all heads at P places, [K, P, V]. embedded: the embeddings of the K tokens that follow each place, the
+        root first; head: the target's output projection, for heads that share it."""
+        raise NotImplementedError
+
+    def start_from(self, maps: Sequence[Tensor], head_VD: Tensor) -> None:
+        """Begin from linear guesses: maps[i], [D, M], takes what head i sees to the state that the target will have one
+        token before the one that it proposes. Heads that cannot express this stay as they are."""
+
+    def head_logits(self, index: int, z: Tensor, head_VD: Tensor) -> Tensor:
+        """Of one head: z [..., M] is the context and, where heads see tokens, the embeddings that follow it."""
+        raise NotImplementedError
+
+    def weights(self, head_VD: Tensor | Packed) -> list[HeadWeights]:
+        """The heads as plain matrices, for the kernels."""
+        raise NotImplementedError
+
+
+class Drafting(Protocol):
+    """Grows a static tree: the tokens of every node of every row, the root first."""
+
+    def draft(self, context_BD: Tensor, roots: Sequence[int], tree: RankTree) -> list[list[int]]: ...
+
+
+class TorchHeads:
+    """Drafting in plain torch: the readable version, and the one for CUDA."""
+
+    def __init__(self, module: HeadsModule, embedding_VD: Tensor, head_VD: Tensor):
+        self.module, self.embedding, self.head = module, embedding_VD, head_VD
+
+    @torch.inference_mode()
+    def draft(self, context_BD: Tensor, roots: Sequence[int], tree: RankTree) -> list[list[int]]:
+        root_B1 = torch.tensor(roots, device=context_BD.device)[:, None]
+        grow = self._level_by_level if self.module.sees_tokens else self._all_at_once
+        return torch.cat((root_B1, *grow(context_BD, root_B1, tree)), 1).tolist()
+
+    def _all_at_once(self, context_BD: Tensor, root_B1: Tensor, tree: RankTree) -> list[Tensor]:
+        best = _best(self.module.logits(context_BD, context_BD[:, None], self.head), tree.widest)
+        return [best[index][:, level.ranks] for index, level in enumerate(tree.levels)]
+
+    def _level_by_level(self, context_BD: Tensor, root_B1: Tensor, tree: RankTree) -> list[Tensor]:
+        z_BPM = torch.cat((context_BD[:, None], self.embedding[root_B1]), -1)
+        grown = []
+        for index, level in enumerate(tree.levels):
+            best = _best(self.module.head_logits(index, z_BPM, self.head), level.widest)
+            grown.append(best[:, level.parents, level.ranks])
+            rows = level.parents[level.grows]
+            z_BPM = torch.cat((z_BPM[:, rows], self.embedding[grown[-1][:, level.grows]]), -1)
+        return grown
+
+
+def _best(logits: Tensor, count: int) -> Tensor:
+    """The most probable tokens, equal ones by id, as the kernels and the ranks of training have it. topk promises no order
+    among equals, so it is given integers of which no two are: the bits of the number, ordered, and behind them the id."""
+    bits = (logits.float() + 0.0).view(torch.int32).long()
+    ordered = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
+    ids = torch.arange(logits.shape[-1], device=logits.device)
+    return ((ordered << 32) | (0xFFFFFFFF - ids)).topk(count, -1).indices
+
+
+def format_of(network: Network, weights: str) -> torch.dtype:
+    """The number format of heads on this target. weights: "int8", "target" (as the target's), or "auto": int8 on the native
+    kernels beside a target in half precision, for a guess need not be exact, and it is read at every step.
+
+    Raises DrafterError for another word, and where int8 cannot be had.
+    """
+    if weights not in ("auto", "int8", "target"):
+        raise DrafterError(f"heads have no weights {weights!r}: choose auto, int8 or target")
+    is_native = network.kernels == "native"
+    if weights == "int8" and not is_native:
+        raise DrafterError("heads with int8 weights need the native kernels, and this target runs on torch: use auto")
+    rounded = weights == "int8" or (weights == "auto" and is_native and network.dtype == torch.bfloat16)
+    return torch.int8 if rounded else network.weights
+
+
+def drafting(module: HeadsModule, network: Network, weights: str) -> Drafting:
+    """The heads on the target's own kernels and device, in the number format of `format_of`."""
+    kind = format_of(network, weights)
+    module = module.to(device=network.device, dtype=network.dtype).eval().requires_grad_(False)
+    if network.kernels == "native":
+        embedding = network.input_embedding if module.sees_tokens else None
+        return PackedHeads(module.weights(network.output_head), embedding, network.dtype, kind)
+    head = network.output_head
+    assert isinstance(head, Tensor)
+    return TorchHeads(module, network.input_embedding, head)
+
+
+class Reader(Protocol):
+    """Turns the target's states into contexts, row by row in slot order."""
+
+    def admit(self, row: Row, states_1SD: Tensor | None) -> None:
+        """A new row takes the next slot; its prompt gave these states (None: it has but one token). If this fails, nothing
+        has changed."""
+
+    def release(self, slot: int) -> None: ...
+
+    def observe(self, states: Sequence[Tensor]) -> None:
+        """The states [n, D] of the tokens that were just verified in each row, oldest first."""
+
+    def retract(self, slot: int, length: int) -> None:
+        """Forget the states of all tokens from this length on."""
+
+    def known(self, slot: int) -> int:
+        """Of how many of a row's tokens the states were read."""
+
+    def contexts(self) -> list[Tensor | None]:
+        """[D] per row; None where nothing is known."""
+
+
+REMEMBERED = 256
+"""States of a row that can be gone back to: more than a level of a hierarchy ever takes back."""
+
+
+WAITING = 32
+"""Steps whose states may wait to be read together."""
+
+
+class _States:
+    """The newest states of one row. count: how many of its tokens have had one."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._parts: list[Tensor] = []
+        self._held = 0
+
+    def append(self, part_ND: Tensor) -> None:
+        self._parts.append(part_ND)
+        self.count += len(part_ND)
+        self._held += len(part_ND)
+        while self._held - len(self._parts[0]) >= REMEMBERED:
+            self._held -= len(self._parts.pop(0))
+
+    def truncate(self, length: int) -> None:
+        """Forget the newest, down to this count."""
+        excess, self.count = max(0, self.count - length), min(self.count, length)
+        while excess and self._parts:
+            part = self._parts.pop()
+            kept = part[: max(0, len(part) - excess)]
+            self._held -= len(part) - len(kept)
+            excess -= len(part) - len(kept)
+            if len(kept):
+                self._parts.append(kept)
+
+    @property
+    def last(self) -> Tensor | None:
+        return self._parts[-1][-1] if self._parts else None
+
+
+class LastState:
+    """The context is the target's state itself."""
+
+    def __init__(self) -> None:
+        self._rows: list[_States] = []
+
+    def admit(self, row: Row, states_1SD: Tensor | None) -> None:
+        states = _States()
+        if states_1SD is not None:
+            states.append(states_1SD[0, -1:].clone())  # not the whole prompt's
+            states.count = states_1SD.shape[1]
+        self._rows.append(states)
+
+    def release(self, slot: int) -> None:
+        if slot >= len(self._rows):
+            return
+        last = self._rows.pop()
+        if slot < len(self._rows):
+            self._rows[slot] = last
+
+    def observe(self, states: Sequence[Tensor]) -> None:
+        for row, part in zip(self._rows, states, strict=True):
+            row.append(part)
+
+    def retract(self, slot: int, length: int) -> None:
+        self._rows[slot].truncate(length)
+
+    def known(self, slot: int) -> int:
+        return self._rows[slot].count
+
+    def contexts(self) -> list[Tensor | None]:
+        return [row.last for row in self._rows]
+
+
+class PrefixState(LastState):
+    """The context is what a layer of the heads' own makes of the states of all verified tokens (Hydra++).
+
+    The layer has a cache of its own, which holds verified tokens only. What was verified waits until a context is asked for, or
+    for so many steps: a drafter in front of the heads may answer instead of them.
+    """
+
+    def __init__(self, network: Network, longest: int):
+        """longest: the most tokens of a row that one step keeps. Shorter rows of a batch are padded to that."""
+        super().__init__()
+        self._network, self._longest = network, max(longest, WAITING)
+        self.cache = Cache(network.cache_shape, network.dtype, network.device)
+        self._waiting: list[list[Tensor]] = []
+
+    def admit(self, row: Row, states_1SD: Tensor | None) -> None:
+        rows = self.cache.rows
+        slots = rows if rows < self.cache.slots else max(1, 2 * rows)
+        self.cache.reserve(max(slots, rows + 1), row.limit + self._longest)
+        slot, read = self.cache.admit(), None
+        try:
+            for part in () if states_1SD is None else torch.split(states_1SD, CHUNK, 1):
+                read = self._read(part, [part.shape[1]], slot)
+        except BaseException:
+            self.cache.release(slot)
+            raise
+        super().admit(row, read)
+        self._rows[-1].count = 0 if states_1SD is None else states_1SD.shape[1]
+        self._waiting.append([])
+
+    def release(self, slot: int) -> None:
+        if slot < len(self._waiting):
+            last = self._waiting.pop()
+            if slot < len(self._waiting):
+                self._waiting[slot] = last
+        self.cache.release(slot)
+        super().release(slot)
+
+    def observe(self, states: Sequence[Tensor]) -> None:
+        for waiting, part in zip(self._waiting, states, strict=True):
+            waiting.append(part)
+        if any(len(waiting) >= WAITING for waiting in self._waiting):
+            self._catch_up()
+
+    def retract(self, slot: int, length: int) -> None:
+        waiting = torch.cat(self._waiting[slot]) if self._waiting[slot] else None
+        if waiting is not None:
+            kept = waiting[: max(0, length - self._rows[slot].count)]
+            self._waiting[slot] = [kept] if len(kept) else []
+        super().retract(slot, length)
+        self.cache.truncate(slot, length)
+
+    def known(self, slot: int) -> int:
+        return super().known(slot) + sum(map(len, self._waiting[slot]))
+
+    def contexts(self) -> list[Tensor | None]:
+        self._catch_up()
+        return super().contexts()
+
+    def _catch_up(self) -> None:
+        while any(self._waiting):
+            self._read_some()
+
+    def _read_some(self) -> None:
+        """Read what waits, at most `longest` tokens of every row."""
+        some = next(part for parts in self._waiting for part in parts)
+        joined = [torch.cat(parts) if parts else some[:0] for parts in self._waiting]
+        parts = [row[: self._longest] for row in joined]
+        self._waiting = [[row[self._longest :]] if len(row) > self._longest else [] for row in joined]
+        counts = [len(part) for part in parts]
+        padded = some.new_zeros(len(parts), max(counts), some.shape[1])
+        for index, part in enumerate(parts):
+            padded[index, : len(part)] = part
+        read = self._read(padded, counts, 0)
+        for index, count in enumerate(counts):
+            if count:
+                self._rows[index].append(read[index, :count])
+
+    def _read(self, states_BND: Tensor, counts: Sequence[int], start: int) -> Tensor:
+        """Append states to the slots from `start` on; what the layer says of them, [B, N, D]."""
+        rows, longest, _ = states_BND.shape
+        lengths = np.asarray(self.cache.lengths[start : start + rows])
+        feed = Feed(
+            tokens_BN=torch.zeros((rows, longest), dtype=torch.int64, device=states_BND.device),
+            lengths_B=lengths,
+            where_BN=np.minimum(lengths[:, None] + np.arange(longest), self._network.max_length - 1),
+            start=start,
+            counts_B=np.asarray(counts),
+            dtype=self._network.dtype,
+            states_BND=states_BND,
+        )
+        layers = self._network.cache_shape.layers
+        read = self._network.forward(feed, self.cache, (layers,)).hidden[layers]
+        for row, count in enumerate(counts):
+            self.cache.lengths[start + row] += count
+        return read
+
+
+@dataclass(frozen=True)
+class Head:
+    """A drafter's working parts: how it drafts, what it makes of the target's states, the tree it grows, and the
+    layer it reads."""
+
+    drafting: Drafting
+    reader: Reader
+    tree: RankTree
+    layer: int
+
+
+class HeadDrafter(Drafter):
+    """Heads grow the same tree at every step, cut to what a row has room for."""
+
+    def __init__(self, name: str, head: Head):
+        self.name, self.head = name, head
+        self.reads = frozenset({head.layer})
+        self.max_nodes = head.tree.size
+
+    def admit(self, row: Row, hidden: Mapping[int, Tensor]) -> None:
+        self.head.reader.admit(row, hidden.get(self.head.layer))
+
+    def release(self, slot: int) -> None:
+        self.head.reader.release(slot)
+
+    def propose(self, context: Context) -> TokenTree:
+        roots = [row.tokens[-1] for row in context.rows]
+        reader = self.head.reader
+        self._align([len(row.tokens) - 1 for row in context.rows])
+        depths = [
+            depth
+            if reader.known(slot) == len(row.tokens) - 1 > 0
+            else 0  # else a level above has placed tokens not read yet
+            for slot, (row, depth) in enumerate(zip(context.rows, context.depths, strict=True))
+        ]
+        states = reader.contexts() if any(depths) else [None] * len(depths)
+        depths = [0 if state is None else depth for state, depth in zip(states, depths, strict=True)]
+        tree = self.head.tree.within(max(depths), context.budget)
+        if tree is None:
+            return TokenTree.root(roots, context.device)
+        some = next(state for state in states if state is not None)
+        context_BD = torch.stack([torch.zeros_like(some) if state is None else state for state in states])
+        tokens = self.head.drafting.draft(context_BD, roots, tree)
+        if min(depths) >= tree.depth:
+            return TokenTree(tokens, tree.topology(len(roots)), context.device)
+        return _cut(tokens, tree, depths, context)
+
+    def observe(self, context: Context, tree: TokenTree, verdict: Verdict, scores: Scores) -> None:
+        layer, before = self.head.layer, scores.before.get(self.head.layer)
+        kept = [states[path] for states, path in zip(scores.hidden[layer], verdict.kept, strict=True)]
+        leads = [0] * len(kept) if before is None else list(map(len, before))
+        self._align([len(row.tokens) - 1 - lead for row, lead in zip(context.rows, leads, strict=True)])
+        if before is not None:
+            kept = [torch.cat(pair) for pair in zip(before, kept, strict=True)]
+        self.head.reader.observe(kept)
+
+    def _align(self, lengths: Sequence[int]) -> None:
+        """A row that stood still while others went on has its newest token read again and again: as the model does, forget
+        that one before it is read the next time."""
+        for slot, length in enumerate(lengths):
+            if self.head.reader.known(slot) > length:
+                self.head.reader.retract(slot, length)
+
+    def retract(self, lengths: Sequence[int]) -> None:
+        for slot, length in enumerate(lengths):
+            self.head.reader.retract(slot, length)
+
+
+def _cut(tokens: Sequence[Sequence[int]], tree: RankTree, depths: Sequence[int], context: Context) -> TokenTree:
+    """Each row's part of a tree that is too deep for some rows. Nodes are numbered by depth, so the part is the
+    beginning."""
+    parts = [tree.within(depth, tree.size) for depth in depths]
+    sizes = [1 + (part.size if part else 0) for part in parts]
+    parents = [tree.parents[:size] for size in sizes]
+    return TokenTree(
+        [row[:size] for row, size in zip(tokens, sizes, strict=True)], Topology.of(parents), context.device
+    )

@@ -1,0 +1,117 @@
+"""The grammar of SPECs: what a drafter is called, on the command line, in Python and in files.
+
+    none                                      a name
+    small:models/small                        a name and a checkpoint
+    verified:models/small(lookup)             a drafter inside a drafter, its "inner"
+    lookup | hydra:heads                      one in front of another: a "fallback"
+    mine.yaml                                 a file (JSON or YAML) with a description; what it names may be named as it lies
+                                              beside the file
+    {"drafter": "small", "checkpoint": "models/small", "stopping": {"rule": "confidence", "threshold": 0.5}}
+
+Wherever a description holds another drafter, any of these forms will do.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from forerun.drafting.registry import names, unknown
+from forerun.errors import DrafterError
+
+Description = Mapping[str, Any]
+DEEPEST = 16
+"""Drafters inside drafters."""
+
+
+def describe(spec: str | Description) -> dict[str, Any]:
+    """The description behind a SPEC: a name, `name:CHECKPOINT`, `name:CHECKPOINT(SPEC)`, `SPEC | SPEC`, JSON, or a JSON or YAML
+    file."""
+    if isinstance(spec, Mapping):
+        return dict(spec)
+    if not isinstance(spec, str):
+        raise DrafterError(f'a drafter is a name or a mapping such as {{"drafter": "lookup"}}, not {spec!r}')
+    spec = spec.strip()
+    if spec.startswith("{"):
+        return _parsed(spec, "the drafter description")
+    alternatives = [part.strip() for part in _outside_brackets(spec)]
+    if len(alternatives) > 1:
+        return {"drafter": "fallback", "sources": [describe(part) for part in alternatives]}
+    found = _SPEC.fullmatch(spec)
+    if found and found["name"] in names():
+        checkpoint, inner = (found["checkpoint"] or "").strip(), found["inner"]
+        inside = {"inner": describe(inner)} if inner else {}
+        return {"drafter": found["name"], **({"checkpoint": checkpoint} if checkpoint else {}), **inside}
+    if spec.endswith((".json", ".yaml", ".yml")):
+        try:
+            return dict(_anchored(_parsed(Path(spec).read_text(), spec), Path(spec).parent))
+        except OSError as error:
+            raise DrafterError(f"cannot read the drafter file {spec}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise DrafterError(f"cannot read the drafter file {spec}: it is not text") from None
+    raise DrafterError(unknown(spec.partition(":")[0].partition("(")[0].strip()))
+
+
+_SPEC = re.compile(r"(?P<name>[^:()|]+)(:(?P<checkpoint>[^()|]*))?(\((?P<inner>.*)\))?", re.DOTALL)
+
+
+def _outside_brackets(spec: str) -> list[str]:
+    """Cut at the bars that stand in no brackets."""
+    parts, depth = [""], 0
+    for sign in spec:
+        depth += (sign == "(") - (sign == ")")
+        if not 0 <= depth <= DEEPEST:
+            break
+        if sign == "|" and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    if depth:
+        raise DrafterError(f"the brackets of the drafter {spec!r} do not match")
+    return parts
+
+
+def _parsed(text: str, source: str) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(text) if not text.lstrip().startswith("{") else json.loads(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise DrafterError(f"{source} is neither JSON nor YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise DrafterError(f"{source} nests too deep to be a drafter") from None
+    if not isinstance(value, dict):
+        raise DrafterError(f'{source} must be a mapping such as {{"drafter": "lookup"}}')
+    return value
+
+
+def _anchored(description: Any, folder: Path, key: str = "") -> Any:
+    """Checkpoints, trees and stores that lie beside the file that names them, wherever the command runs."""
+    if isinstance(description, Mapping):
+        return {key: _anchored(value, folder, key) for key, value in description.items()}
+    if isinstance(description, list):
+        return [_anchored(value, folder, key) for value in description]
+    if isinstance(description, str) and key in _SPECS and not description.lstrip().startswith("{"):
+        return _NAMED.sub(lambda found: _beside(found, folder), description)
+    if isinstance(description, str) and key in _PLACES:
+        kind, colon, place = description.rpartition(":")
+        if place and (folder / place).exists():
+            return f"{kind}{colon}{folder / place}"
+    return description
+
+
+def _beside(found: re.Match[str], folder: Path) -> str:
+    """One name within a SPEC, anchored if it is a file's and not a drafter's."""
+    colon, name = found["colon"], found["name"]
+    lies_there = bool(name) and (folder / name).exists() and (bool(colon) or name not in names())
+    return f"{colon}{found['before']}{folder / name if lies_there else name}"
+
+
+_NAMED = re.compile(r"(?P<colon>:?)(?P<before>\s*)(?P<name>[^:()|\s]([^:()|]*[^:()|\s])?)")
+_SPECS = {"drafter", "inner", "sources", "last"}
+"""Settings that hold a SPEC, in which any checkpoint or file may be named."""
+_PLACES = {"checkpoint", "tree", "store", "stores", "models"}
+"""Settings that may name files, alone or behind the name of a kind of store."""

@@ -1,0 +1,1 @@
+"""The engine: requests come and go, and one loop serves them all."""

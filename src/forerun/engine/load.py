@@ -1,0 +1,72 @@
+"""From a model folder and a drafter's name to a running engine."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from forerun.accept.lossy import lossy_of
+from forerun.drafting.drafter import Drafter
+from forerun.drafting.spec import Description
+from forerun.drafting.workshop import Workshop, build
+from forerun.engine.engine import Engine, check_fit
+from forerun.model import Model
+from forerun.nn.dtype import device_of, dtype_of
+from forerun.nn.load import load_network
+from forerun.sources.tokenizer import HuggingFaceTokenizer, end_tokens, fingerprint_of, tokenizer_of
+
+
+def load(
+    path: str | Path,
+    drafter: str | Description = "none",
+    dtype: str = "auto",
+    device: str = "auto",
+    max_rows: int = 16,
+    kernels: str = "auto",
+    weights: str = "auto",
+    acceptance: str = "exact",
+) -> Engine:
+    """An engine for a model and a drafter.
+
+    Args:
+        path: a folder in Hugging Face format, or a hub id.
+        drafter: `none`, `lookup`, `small:PATH`, a JSON or YAML file, or a description (see `forerun.drafters`).
+        dtype: auto (bf16 where the processor multiplies bf16 itself, else fp32), bf16, fp32 or fp16; for every network.
+        device: auto (cuda if there is one), cpu, cuda, cuda:1 ...
+        max_rows: requests that run side by side.
+        kernels: auto (native where this machine and the model allow it), native, or torch; for every network.
+        weights: auto (as dtype) or int8 (needs native kernels); the model with such weights is then the one whose output is
+            kept exactly.
+        acceptance: exact, or a lossy rule, so marked in every statistic: typical[:EPSILON,DELTA], Medusa's for requests that
+            sample (`forerun.accept.Typical`), or lenient[:FACTOR], CS Drafting's (`forerun.accept.Lenient`).
+
+    Raises:
+        CheckpointError: a checkpoint that is missing, broken or of an unsupported kind.
+        DrafterError: an unknown drafter, or one that does not fit the target.
+    """
+    place = device_of(device)
+    kind = dtype_of(dtype, place)
+    lossy = lossy_of(acceptance)
+    target = Model(load_network(str(path), kind, place, kernels, weights), scratch=1)
+    tokenizer = tokenizer_of(path)
+    made = drafter_for(target, drafter, kernels, weights, tokenizer)
+    return Engine(target, made, tokenizer, end_tokens(path), max_rows, lossy)
+
+
+def drafter_for(
+    target: Model,
+    drafter: str | Description,
+    kernels: str = "auto",
+    weights: str = "auto",
+    tokenizer: HuggingFaceTokenizer | None = None,
+) -> Drafter:
+    """A drafter for a target, its networks in the target's dtype; "native" binds the target alone. Raises as `load`.
+
+    tokenizer: the target's; with it, stores that were made with another one are refused.
+    """
+    kind, place, chosen = target.network.dtype, target.device, "torch" if kernels == "torch" else "auto"
+    network = cache(lambda path: load_network(path, kind, place, chosen, weights))  # a model may have several places
+    fingerprint = cache(lambda: fingerprint_of(tokenizer.backend_tokenizer.get_vocab()) if tokenizer else "")
+    made = build(drafter, Workshop(target, network, fingerprint))
+    check_fit(target, made)
+    return made

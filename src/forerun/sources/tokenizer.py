@@ -1,0 +1,53 @@
+"""The tokenizer of a model, and the tokens that end its texts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from tokenizers import Tokenizer
+
+from forerun.errors import CheckpointError
+
+
+class HuggingFaceTokenizer(Protocol):
+    """What forerun uses of a transformers tokenizer."""
+
+    backend_tokenizer: Tokenizer
+
+    def __call__(self, text: str) -> Any: ...
+
+
+def tokenizer_of(path: str | Path) -> HuggingFaceTokenizer | None:
+    """The tokenizer beside the weights, or None where there is none (prompts are token ids then)."""
+    from transformers import AutoTokenizer
+
+    if Path(path).is_dir() and not any(Path(path).glob("tokenizer*")) and not (Path(path) / "vocab.json").exists():
+        return None
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the tokenizer in {path} cannot be read: {' '.join(str(error).split())}") from None
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise CheckpointError(f"the tokenizer in {path} has no tokenizer.json: convert it to a fast tokenizer first")
+    fitting: HuggingFaceTokenizer = tokenizer
+    return fitting
+
+
+def end_tokens(path: str | Path) -> list[int]:
+    """The end-of-sequence ids of a model: from generation_config.json, else from config.json."""
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        ids = GenerationConfig.from_pretrained(str(path)).eos_token_id
+    except (OSError, ValueError):
+        ids = getattr(AutoConfig.from_pretrained(str(path)).get_text_config(), "eos_token_id", None)
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def fingerprint_of(vocabulary: Mapping[str, int]) -> str:
+    """A hash of what a tokenizer calls its tokens (`tokenizer.get_vocab()`)."""
+    return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
