@@ -32,8 +32,10 @@ from forerun.files import put
 from forerun.ranktree import Path as RankPath
 from forerun.ranktree import RankTree, most_followed
 from forerun.sampling import SamplingParams
+from forerun.train.answers import Answers
 from forerun.train.distill import Sample
-from forerun.train.heads import Answers, Ranks, Teacher, projected, ranks_of
+from forerun.train.ranks import Ranks, projected, ranks_of
+from forerun.train.teacher import Teacher
 
 WIDEST = 10
 """Ranks that a path may go through."""
