@@ -1,10 +1,12 @@
-"""Files that are either whole or not there, and that one process at a time may use."""
+"""Files and folders that are either whole or not there, and files that one process at a time may use."""
 
 from __future__ import annotations
 
 import errno
 import gc
 import os
+import shutil
+import uuid
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +14,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 BINARY = getattr(os, "O_BINARY", 0)  # Windows translates the ends of lines without it
+WEIGHTS = ".safetensors"
+"""How the files are named that are read only when all others are there."""
 
 
 def is_special(path: Path) -> bool:
@@ -27,16 +31,71 @@ def whole(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
         with path.open("wb") as file:
             yield file
         return
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | BINARY
+    with beside(path) as partial, os.fdopen(os.open(partial, flags, mode), "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def put(path: Path, content: bytes) -> None:
+    """Make this the content of a file, at once. Raises OSError."""
+    with whole(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """Where somebody may write what becomes a file, or what it is a link to, if all goes well. Raises OSError."""
     place = Path(os.path.realpath(path))
-    beside = place.with_name(f"{place.name}.{os.getpid()}.partial")
+    partial = place.with_name(f"{place.name}.{os.getpid()}.partial")
     try:
-        with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | BINARY, mode), "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(place)
+        yield partial
+        partial.replace(place)
     finally:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder beside, whose content moves into `folder` if all goes well; anyone may read it then. Raises OSError.
+
+    A new folder appears complete. In one that is there, files are replaced one by one, weights last, and folders at once; what
+    else it holds stays.
+    """
+    place = Path(os.path.realpath(folder))
+    partial = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        _open_to_all(partial)
+        if place.exists():
+            for path in sorted(partial.iterdir(), key=lambda path: (path.suffix == WEIGHTS, path.name)):
+                _move(path, place / path.name)
+        else:
+            partial.rename(place)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _open_to_all(folder: Path) -> None:
+    """Safetensors writes for the owner alone."""
+    for path in folder.rglob(f"*{WEIGHTS}"):
+        path.chmod(0o644)
+
+
+def _move(path: Path, place: Path) -> None:
+    """A folder takes the place of an older one as a whole, which goes with what stands beside."""
+    if not (path.is_dir() and place.is_dir()):
+        path.replace(place)
+        return
+    old = path.with_name(f".{path.name}.old")
+    place.rename(old)
+    try:
+        path.rename(place)
+    except BaseException:
+        old.rename(place)
+        raise
 
 
 def append(path: Path, content: bytes) -> None:

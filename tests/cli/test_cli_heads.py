@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from forerun.drafting import checkpoint as checkpoints
 from forerun.engine.load import load
 from forerun.sampling import SamplingParams
-from forerun.train import run as loop
 from forerun.train.distill import read
+from forerun.train.objectives.descent import Descent
 
 FEW = ("--steps", 12, "--rows", 4, "--length", 96, "--validate-every", 6, "--save-every", 4, "--device", "cpu")
 FP32 = ("--dtype", "fp32")
@@ -181,16 +181,16 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_nothing_had_happened(
     trained, forerun, family, answers, tmp_path, monkeypatch
 ):
     whole, *_ = trained("hydra", "whole")
-    update, count = loop._Run._update, 0
+    update, count = Descent.update, 0
 
-    def interrupted(self):
+    def interrupted(self, step):
         nonlocal count
         count += 1
         if count == 10:
             raise KeyboardInterrupt
-        return update(self)
+        return update(self, step)
 
-    monkeypatch.setattr(loop._Run, "_update", interrupted)
+    monkeypatch.setattr(Descent, "update", interrupted)
     base = ("train", "hydra", "--target", family / "target", "--data", answers, "--out", tmp_path / "parts")
     code, _, err = forerun(*base, *FEW, *FP32)
     assert code == 130 and "goes on from the last checkpoint" in err and not (tmp_path / "parts").exists()

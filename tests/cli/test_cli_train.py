@@ -20,6 +20,8 @@ from forerun.errors import TrainingError
 from forerun.train import corpus, recipe
 from forerun.train import run as loop
 from forerun.train.corpus import Source
+from forerun.train.objectives.descent import Descent
+from forerun.train.schedule import Schedule
 
 VOCABULARY = 400
 ROOT = Path(__file__).parents[2]
@@ -108,16 +110,16 @@ def test_a_model_is_trained_and_everyone_can_read_it(trained, said):
 
 def test_an_interrupted_run_goes_on_and_ends_as_if_nothing_had_happened(trained, data, forerun, tmp_path, monkeypatch):
     whole, said_whole = trained("whole", *TINY)
-    update, count = loop._Run._update, 0
+    update, count = Descent.update, 0
 
-    def interrupted(self):
+    def interrupted(self, step):
         nonlocal count
         count += 1
         if count == 4:
             raise KeyboardInterrupt
-        return update(self)
+        return update(self, step)
 
-    monkeypatch.setattr(loop._Run, "_update", interrupted)
+    monkeypatch.setattr(Descent, "update", interrupted)
     parts = ("--run", tmp_path / "parts.run", "--out", tmp_path / "parts", *FEW, *TINY)
     code, _, err = forerun("train", "lm", "--corpus", data, *parts)
     assert code == 130 and "goes on from the last checkpoint" in err and not (tmp_path / "parts").exists()
@@ -148,7 +150,7 @@ def test_a_shallow_model_begins_with_layers_of_its_target_and_learns_its_law(tra
 def test_the_start_of_a_grown_model(data, tmp_path, trained):
     target, _ = trained("target", *TINY)
     made = recipe.start(
-        recipe.Recipe(data, recipe.Shape(layers=4), recipe.Start(str(target)), None, loop.Schedule(steps=1))
+        recipe.ModelRecipe(data, recipe.Sizes(layers=4), recipe.Start(str(target)), None, Schedule(steps=1))
     )
     assert made.config.layers == 4 and made.config.width == 32
     assert torch.equal(made.blocks[2].qkv.weight, made.blocks[0].qkv.weight)
@@ -202,7 +204,7 @@ def test_a_model_that_finds_no_room_leaves_nothing(data, tmp_path, monkeypatch):
         shutil, "copyfile", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     made = recipe.start(
-        recipe.Recipe(data, recipe.Shape(32, 1, 4, 2, 8, 48, 64), recipe.Start(), None, loop.Schedule(steps=1))
+        recipe.ModelRecipe(data, recipe.Sizes(32, 1, 4, 2, 8, 48, 64), recipe.Start(), None, Schedule(steps=1))
     )
     with pytest.raises(TrainingError, match="No space left"):
         recipe.write_model(made, data / "tokenizer", tmp_path / "model")
@@ -222,7 +224,7 @@ def commands_of(name: str, tmp_path: Path) -> list[list[str]]:
 
 
 def test_the_family_script_says_what_this_command_understands(forerun, tmp_path, monkeypatch):
-    made: list[tuple[recipe.Recipe, str]] = []
+    made: list[tuple[recipe.ModelRecipe, str]] = []
 
     def noted(wish, run, out, device):
         made.append((wish, out.name if out else ""))
@@ -234,9 +236,9 @@ def test_the_family_script_says_what_this_command_understands(forerun, tmp_path,
     assert [forerun(*line)[0] for line in lines] == [0] * 4
     assert [out for _, out in made] == ["target", "small", "wide"]
     target, small, wide = (wish for wish, _ in made)
-    assert (target.schedule.steps, target.rows, target.length, target.shape.layers) == (9370, 64, 1024, 8)
-    assert (small.shape.width, small.shape.layers, small.shape.mlp_width) == (256, 2, 768)
-    assert (wide.shape.width, wide.shape.layers, wide.shape.mlp_width) == (512, 1, 2048)
+    assert (target.schedule.steps, target.rows, target.length, target.sizes.layers) == (9370, 64, 1024, 8)
+    assert (small.sizes.width, small.sizes.layers, small.sizes.mlp_width) == (256, 2, 768)
+    assert (wide.sizes.width, wide.sizes.layers, wide.sizes.mlp_width) == (512, 1, 2048)
     assert target.teacher is None and small.teacher == wide.teacher == str(tmp_path / "models" / "target")
 
 

@@ -31,9 +31,13 @@ from forerun.plan import calibrate as module
 from forerun.plan.calibrate import Calibration, answers_of, calibrate, followed_paths, trees_from, write
 from forerun.ranktree import RankTree
 from forerun.sampling import SamplingParams
+from forerun.train.answers import Answers
 from forerun.train.distill import Sample
-from forerun.train.heads import RANKS, Answers, HeadsObjective, Teacher, projected, ranks_of
+from forerun.train.objectives.heads import HeadsObjective
 from forerun.train.presets import Weights
+from forerun.train.ranks import RANKS, projected, ranks_of
+from forerun.train.schedule import Schedule
+from forerun.train.teacher import Teacher
 
 KINDS = ("medusa", "hydra", "hydra++")
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -53,7 +57,8 @@ def trained(kind: str, steps: int = 40) -> HeadsModule:
     torch.manual_seed(0)
     heads, teacher = heads_of(CONFIGS[kind]), Teacher(lively())
     heads.initialise(teacher.head_VD)
-    objective = HeadsObjective(heads, teacher, Answers(samples(), rows=8, length=64), Weights(), DEFAULT_TREE)
+    answers, schedule = Answers(samples(), rows=8, length=64), Schedule(steps)
+    objective = HeadsObjective(heads, teacher, answers, Weights(), DEFAULT_TREE, schedule)
     optimiser = torch.optim.AdamW(heads.parameters(), 1e-2)
     for number in range(steps):
         optimiser.zero_grad()

@@ -51,24 +51,20 @@ from forerun.nn.transformer import Transformer
 from forerun.plan.calibrate import module_of
 from forerun.ranktree import RankTree
 from forerun.sampling import SamplingParams
-from forerun.train import heads as teaching
+from forerun.train import least_squares as squares
+from forerun.train import lesson as teaching
+from forerun.train.answers import Answers, Batch
 from forerun.train.distill import Sample
-from forerun.train.drafters import Recipe, Training, example, prepare, schedule_for
-from forerun.train.heads import (
-    RANKS,
-    Answers,
-    Batch,
-    HeadsObjective,
-    Lesson,
-    Teacher,
-    least_squares,
-    logits_of,
-    projected,
-    ranks_of,
-    steps_of,
-)
+from forerun.train.drafters import HeadsRecipe, HeadsTraining, example, prepare, schedule_for
+from forerun.train.least_squares import least_squares
+from forerun.train.lesson import Lesson, logits_of
+from forerun.train.objectives import heads as objectives
+from forerun.train.objectives.heads import HeadsObjective
 from forerun.train.presets import PRESETS, Weights
-from forerun.train.run import Schedule, fit
+from forerun.train.ranks import RANKS, projected, ranks_of, steps_of
+from forerun.train.run import Run
+from forerun.train.schedule import Schedule
+from forerun.train.teacher import Teacher
 
 TEXT, TEACHER, MIXED = Weights(decay=0.8), Weights(text=0.0, teacher=1.0), Weights(0.3, 0.7, 0.5)
 every_kind = pytest.mark.parametrize("kind", CONFIGS)
@@ -89,12 +85,18 @@ def objective(
     **options: Any,
 ) -> HeadsObjective:
     answers = Answers(samples or some_samples(), **{"rows": 4, "length": 64, "holdout": 1000, **options})
-    return HeadsObjective(module, Teacher(target or lively()), answers, weights, TREES["chain"])
+    return HeadsObjective(module, Teacher(target or lively()), answers, weights, TREES["chain"], adam(1))
 
 
 def adam(steps: int, rate: float = 1e-2, **rest: Any) -> Schedule:
     kind: dict[str, Any] = {"muon_rate": 0.0, "adam_rate": rate, "weight_decay": 0.0, "shape": "cosine", **rest}
     return Schedule(steps, **{"warmup": 2, "validate_every": 10_000, **kind})
+
+
+def fit(one: HeadsObjective, schedule: Schedule, folder: Path, title: str) -> dict[str, float]:
+    """Train by this schedule."""
+    one.schedule = schedule
+    return Run(one, schedule, folder).finish(title)
 
 
 def gradients(module: nn.Module, loss: Tensor) -> dict[str, Tensor]:
@@ -267,10 +269,14 @@ def test_the_target_stays_as_it_is_and_gets_no_gradient(kind: str, tmp_path: Pat
 def test_states_to_learn_from_are_those_of_the_target(kernels: str) -> None:
     tokens = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
     teacher = Teacher(on(lively(), kernels))
-    torch.testing.assert_close(teacher.states(tokens), lively().features(tokens), rtol=1e-4, atol=1e-4)
+
+    def last(tokens: Tensor) -> Tensor:
+        return teacher.states(tokens, [teacher.top])[teacher.top]
+
+    torch.testing.assert_close(last(tokens), lively().features(tokens), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(teacher.head_VD, lively().head.weight)
     torch.testing.assert_close(teacher.embedding_VD, lively().embedding.weight)
-    assert not teacher.states(tokens).is_inference() and not teacher.states(tokens).requires_grad
+    assert not last(tokens).is_inference() and not last(tokens).requires_grad
 
 
 # ---- batches
@@ -437,9 +443,9 @@ def test_hydra_heads_that_are_taught_with_other_embeddings_are_never_right(
     def shifted(module: HeadsModule, teacher: Teacher, lesson: Lesson) -> Tensor:
         return rightly(module, teacher, replace(lesson, tokens_PK=ahead(lesson.tokens_PK, 15, 16)))
 
-    monkeypatch.setattr(teaching, "logits_of", shifted)
+    monkeypatch.setattr(objectives, "logits_of", shifted)
     fit(objective(module, CYCLES, Weights(), cyclic(), rows=16), adam(60, 0.05), tmp_path, "heads")
-    monkeypatch.setattr(teaching, "logits_of", rightly)
+    monkeypatch.setattr(objectives, "logits_of", rightly)
     assert accuracies(objective(module, CYCLES, Weights(), cyclic()).validate()) == [0.0] * HEADS
     (output,) = blind_engine(module).generate([[1, 2]], SamplingParams(max_new_tokens=40))
     assert output.stats.accepted_tokens == 0
@@ -598,7 +604,7 @@ def test_the_fit_is_the_ridge_regression_that_it_says_it_is(kind: str) -> None:
                 there.append(states[0, place + head + 1])
         inputs, targets = torch.stack(seen).double(), torch.stack(there).double()
         square = inputs.T @ inputs
-        damping = teaching.RIDGE * (square.diagonal() + square.diagonal().mean())
+        damping = squares.RIDGE * (square.diagonal() + square.diagonal().mean())
         slow = torch.linalg.solve(square + torch.diag(damping), inputs.T @ targets).T
         torch.testing.assert_close(inputs @ maps[head].double().T, inputs @ slow.T, rtol=1e-2, atol=1e-2)
 
@@ -709,10 +715,10 @@ def own_answers() -> list[Sample]:
     return [Sample(tuple(p), tuple(o.token_ids)) for p, o in zip(prompts, outputs, strict=True)]
 
 
-def recipe(target: Path, data: Path, preset: str = "medusa", steps: int = 4, **changes: Any) -> Recipe:
+def recipe(target: Path, data: Path, preset: str = "medusa", steps: int = 4, **changes: Any) -> HeadsRecipe:
     schedule = schedule_for(PRESETS[preset], steps, 3e-3)
     fields = {"architecture": {}, "weights": None, "rows": 8, "length": 64, "dtype": "fp32"}
-    return Recipe(preset, str(target), data, schedule=schedule, **{**fields, **changes})
+    return HeadsRecipe(preset, str(target), data, schedule=schedule, **{**fields, **changes})
 
 
 @pytest.fixture
@@ -720,7 +726,7 @@ def data(tmp_path: Path) -> Path:
     return written(tmp_path / "answers.jsonl", own_answers())
 
 
-def prepared(*args: Any, **changes: Any) -> Training:
+def prepared(*args: Any, **changes: Any) -> HeadsTraining:
     return prepare(recipe(*args, **changes), torch.device("cpu"))
 
 

@@ -24,11 +24,14 @@ from forerun.nn.transformer import Transformer, TransformerConfig
 from forerun.sampling import SamplingParams
 from forerun.train import drafters, joint
 from forerun.train import run as loop
-from forerun.train.heads import Batch
+from forerun.train.answers import Batch
 from forerun.train.joint import JointRecipe, JointTraining, Ramp
 from forerun.train.lora import Adapters, LowRank
+from forerun.train.objectives import joint as objectives
+from forerun.train.objectives.descent import Descent
 from forerun.train.presets import JOINT, PRESETS, Weights
-from forerun.train.run import Schedule
+from forerun.train.run import Run
+from forerun.train.schedule import Schedule
 
 CPU = torch.device("cpu")
 V, HEADS = 16, 5
@@ -99,7 +102,7 @@ def prepared(target: Path, data: Path):
         preset = JOINT[keep]
         schedule = joint.schedule_for(preset, steps, rate, head_rate, validate_every=steps, save_every=2)
         source = None if init_from is None else str(init_from)
-        heads = drafters.Recipe(
+        heads = drafters.HeadsRecipe(
             "medusa", str(target), data, architecture or {}, None, schedule, 8, 64, 0, source, dtype
         )
         recipe = JointRecipe(heads, keep, preset.head_weight, preset.ramp)
@@ -112,7 +115,7 @@ def medusa1(
     target: Path, data: Path, folder: Path, steps: int, heads: int = HEADS, rate: float = 3e-3
 ) -> dict[str, float]:
     schedule = drafters.schedule_for(PRESETS["medusa"], steps, rate, validate_every=steps)
-    recipe = drafters.Recipe(
+    recipe = drafters.HeadsRecipe(
         "medusa", str(target), data, {"heads": heads}, None, schedule, 8, 64, dtype="fp32", start_batches=0
     )
     return drafters.prepare(recipe, CPU).fit(folder.with_suffix(".run"), folder)
@@ -196,7 +199,7 @@ def test_chunks_change_nothing(prepared, monkeypatch):
     stirred(training)
     batch, found = batch_of(training), []
     for numbers in (1 << 25, 13 * V * (HEADS + 2)):
-        monkeypatch.setattr(joint, "CHUNK_NUMBERS", numbers)
+        monkeypatch.setattr(objectives, "CHUNK_NUMBERS", numbers)
         terms = training.objective.terms(batch, compare=True)
         (terms.divergence + terms.heads).backward()
         gradients = [p.grad.clone() for p in training.objective.module.parameters()]
@@ -210,8 +213,7 @@ def test_chunks_change_nothing(prepared, monkeypatch):
 def test_the_ramp_follows_the_steps_and_their_parts(prepared):
     training = prepared(steps=4, ramp="linear", head_weight=1.0)
     objective = training.objective
-    schedule = replace(objective.recipe.heads.schedule, parts=2)
-    objective.recipe = replace(objective.recipe, heads=replace(objective.recipe.heads, schedule=schedule))
+    objective.schedule = replace(objective.schedule, parts=2)
     for number in (0, 1, 2, 7):  # nothing has moved: the divergence is 0
         heads = objective.terms(objective.heads.answers.batch(number), compare=False).heads.item()
         assert objective.loss(number).item() == pytest.approx(number // 2 / 4 * heads)
@@ -273,7 +275,7 @@ def test_every_published_matrix_has_an_adapter_of_its_own():
 
 def test_the_backbone_moves_through_its_adapters_alone(prepared, target, tmp_path):
     training = prepared(steps=3, ramp="constant")
-    loop.fit(training.objective, training.recipe.heads.schedule, tmp_path, "three steps")
+    fit(training.objective, training.recipe.heads.schedule, tmp_path)
     untouched = dict(load_network(target, torch.float32, CPU).named_parameters())
     untouched["head.weight"] = untouched["embedding.weight"]
     held = dict(training.objective.network.named_parameters())
@@ -289,13 +291,21 @@ def test_the_backbone_moves_through_its_adapters_alone(prepared, target, tmp_pat
 # ---- the loop
 
 
-class Pair:
+def fit(objective: Descent, schedule: Schedule, folder: Path) -> dict[str, float]:
+    """Train by this schedule."""
+    objective.schedule = schedule
+    return Run(objective, schedule, folder).finish("fit")
+
+
+class Pair(Descent):
     """An objective over two parameters."""
 
     def __init__(self) -> None:
+        self.batches = 0
         self.module = nn.ParameterDict({"slow": nn.Parameter(torch.ones(3)), "fast_bias": nn.Parameter(torch.ones(3))})
 
     def loss(self, number: int) -> Tensor:
+        self.batches += 1
         return sum(((number + 2.0) * p).square().sum() for p in self.module.values())
 
     def validate(self) -> dict[str, float]:
@@ -307,7 +317,7 @@ SCALED = Schedule(1, warmup=0, decay=0, muon_rate=0, adam_rate=0.01, clip=1e9, s
 
 def test_a_prefix_learns_at_its_own_rate_biases_included(tmp_path):
     pair, plain = Pair(), Pair()
-    loop.fit(pair, SCALED, tmp_path, "pair")
+    fit(pair, SCALED, tmp_path)
     for name, rate in (("slow", 0.01), ("fast_bias", 0.04)):
         optimiser = torch.optim.AdamW([plain.module[name]], lr=rate, weight_decay=SCALED.weight_decay)
         plain.module.zero_grad()
@@ -319,7 +329,7 @@ def test_a_prefix_learns_at_its_own_rate_biases_included(tmp_path):
 def test_scaled_rates_survive_a_checkpoint_and_older_ones_still_resume(tmp_path):
     two = replace(SCALED, steps=2, save_every=1)
     whole = Pair()
-    loop.fit(whole, two, tmp_path / "whole", "whole")
+    fit(whole, two, tmp_path / "whole")
 
     class Interrupted(Pair):
         def loss(self, number: int) -> Tensor:
@@ -328,33 +338,34 @@ def test_scaled_rates_survive_a_checkpoint_and_older_ones_still_resume(tmp_path)
             return super().loss(number)
 
     with pytest.raises(KeyboardInterrupt):
-        loop.fit(Interrupted(), two, tmp_path / "parts", "parts")
+        fit(Interrupted(), two, tmp_path / "parts")
     parts = Pair()
-    loop.fit(parts, two, tmp_path / "parts", "parts")
+    fit(parts, two, tmp_path / "parts")
     assert all(torch.equal(parts.module[name], whole.module[name]) for name in whole.module)
     with pytest.raises(TrainingError, match="another schedule"):
-        loop.fit(Pair(), replace(two, scales=(("fast", 2.0),)), tmp_path / "parts", "other")
+        fit(Pair(), replace(two, scales=(("fast", 2.0),)), tmp_path / "parts")
 
     old = replace(two, scales=())
-    loop.fit(Pair(), old, tmp_path / "old", "old")
+    fit(Pair(), old, tmp_path / "old")
     note, state = loop.read_run(tmp_path / "old" / loop.STATE)
     del note["schedule"]["scales"]
     loop.save_file(state, tmp_path / "old" / loop.STATE, {"run": json.dumps(note)})
-    assert loop.fit(Pair(), old, tmp_path / "old", "old") == {}
+    again = Pair()
+    assert fit(again, old, tmp_path / "old") == {"loss": 0.0} and again.batches == 0
 
 
 def test_an_interrupted_run_ends_as_one_that_was_not(prepared, tmp_path, monkeypatch, capsys):
     prepared().fit(tmp_path / "whole.run", tmp_path / "whole")
-    update, count = loop._Run._update, 0
+    update, count = Descent.update, 0
 
-    def interrupted(self):
+    def interrupted(self, step):
         nonlocal count
         count += 1
         if count == 4:
             raise KeyboardInterrupt
-        return update(self)
+        return update(self, step)
 
-    monkeypatch.setattr(loop._Run, "_update", interrupted)
+    monkeypatch.setattr(Descent, "update", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepared().fit(tmp_path / "parts.run", tmp_path / "parts")
     assert "goes on from the last checkpoint" in capsys.readouterr().err and not (tmp_path / "parts").exists()

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from forerun.errors import RequestError, TrainingError
+from forerun.files import put
 
 CATEGORIES = ("stdlib", "library", "docs", "repetitive")
 PROMPTS_PER_CATEGORY = 12
@@ -149,9 +150,7 @@ def build_suite(heldout_jsonl: Path, ids_of: IdsOf, out: Path) -> list[Prompt]:
     windows = [window for document in usable for window in windows_of(document, ids_of)]
     prompts = list(_named(choose(windows)))
     rows = "".join(json.dumps(asdict(prompt), ensure_ascii=False) + "\n" for prompt in prompts)
-    beside = out.with_name(out.name + ".partial")
-    beside.write_text(rows, encoding="utf-8")
-    beside.replace(out)
+    put(out, rows.encode())
     return prompts
 
 

@@ -124,8 +124,8 @@ def _samples(engine: Engine, data: Path | None, count: int, params: SamplingPara
 def _of_file(data: Path, count: int, temperature: float) -> tuple[list[Sample], str]:
     """Greedy answers, or those that were drawn. First those that training holds out, for heads know the others too well."""
     from forerun.errors import TrainingError
+    from forerun.train.answers import Answers as Parted
     from forerun.train.distill import read
-    from forerun.train.heads import Answers as Parted
 
     parted = Parted(read(data).samples)
     fitting = [

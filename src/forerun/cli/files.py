@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from forerun.errors import ForerunError, RequestError
-from forerun.files import whole
+from forerun.files import put
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write beside and rename, so that nobody ever finds half a file. Raises ForerunError if it cannot be done."""
     try:
-        with whole(path) as file:
-            file.write(content)
+        put(path, content)
     except OSError as error:
         raise ForerunError(f"cannot write {path} ({error.strerror}): make room, or name another place") from None
 

@@ -11,7 +11,7 @@ import typer
 from forerun.cli import options
 
 if TYPE_CHECKING:
-    from forerun.train.drafters import Training
+    from forerun.train.drafters import HeadsTraining
 
 SHAPE, LOSS, SCHEDULE = "Shape", "Loss", "Schedule"
 PAPER = "the paper's"
@@ -153,7 +153,7 @@ def command(preset: str) -> Callable[..., None]:
         shape: dict[str, object] = {"heads": heads, "layers": layers, "tied_layers": tied_layers}
         shape |= {"vocabulary": vocabulary, "dropout": dropout}
         rest = {"parts": parts, "validate_every": validate_every, "save_every": save_every}
-        recipe = drafters.Recipe(
+        recipe = drafters.HeadsRecipe(
             preset=preset,
             target=target,
             data=data,
@@ -219,7 +219,7 @@ def _weights(preset: Any, text: float | None, teacher: float | None, decay: floa
     return replace(preset, **{name: value for name, value in given.items() if value is not None})
 
 
-def introduce(training: Training) -> None:
+def introduce(training: HeadsTraining) -> None:
     """One sample with what is trained on marked, and the size of everything."""
     from rich.console import Console
     from rich.text import Text
@@ -249,7 +249,7 @@ def introduce(training: Training) -> None:
     )
 
 
-def report(training: Training, figures: dict[str, float], out: Path) -> None:
+def report(training: HeadsTraining, figures: dict[str, float], out: Path) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 

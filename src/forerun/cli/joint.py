@@ -129,7 +129,7 @@ def medusa2(
     preset = joint.preset_of(keep)
     shape = {"heads": count, "layers": layers, "tied_layers": tied_layers, "vocabulary": vocabulary}
     rest = {"parts": parts, "validate_every": validate_every, "save_every": save_every}
-    own = drafters.Recipe(
+    own = drafters.HeadsRecipe(
         preset="medusa",
         target=target,
         data=data,

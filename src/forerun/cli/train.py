@@ -100,15 +100,15 @@ def lm(
 
     from forerun.nn.dtype import device_of
     from forerun.train import recipe
-    from forerun.train.run import Schedule
+    from forerun.train.schedule import Schedule
 
     if build_corpus:
         print(recipe.build_corpus(corpus, vocabulary))
     if run is None:
         return
-    wish = recipe.Recipe(
+    wish = recipe.ModelRecipe(
         corpus=corpus,
-        shape=recipe.Shape(width, layers, heads, kv_heads, head_dim, mlp_width, max_length),
+        sizes=recipe.Sizes(width, layers, heads, kv_heads, head_dim, mlp_width, max_length),
         start=recipe.Start(init_from or grow_from, _numbers(init_layers)),
         teacher=teacher,
         schedule=Schedule(

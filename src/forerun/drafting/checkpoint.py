@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import filecmp
 import json
-import shutil
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -24,6 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from forerun.errors import CheckpointError, DrafterError
+from forerun.files import whole_folder
 from forerun.nn.native import Packed
 from forerun.nn.network import Network
 from forerun.ranktree import PUBLISHED, RankTree
@@ -167,30 +166,20 @@ def write(
         "training": dict(checkpoint.training),
     }
     tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in module.named_parameters()}
-    beside = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
     try:
-        beside.mkdir(parents=True)
-        save_file(tensors, beside / WEIGHTS, metadata={"format": "pt"})
-        (beside / WEIGHTS).chmod(0o644)  # safetensors writes for the owner alone
-        (beside / CONFIG).write_text(json.dumps(about, indent=1) + "\n")
-        _replace(beside, folder)
+        with whole_folder(folder) as beside:
+            save_file(tensors, beside / WEIGHTS, metadata={"format": "pt"})
+            (beside / CONFIG).write_text(json.dumps(about, indent=1) + "\n")
+            if not _same(beside / WEIGHTS, folder / WEIGHTS):
+                (folder / TREE).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder} cannot be written ({brief(error)}): make room there or choose another folder"
         ) from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
-def _replace(beside: Path, folder: Path) -> None:
-    if not folder.exists():
-        beside.rename(folder)
-        return
-    same = (folder / WEIGHTS).is_file() and filecmp.cmp(beside / WEIGHTS, folder / WEIGHTS, shallow=False)
-    if not same:
-        (folder / TREE).unlink(missing_ok=True)
-    for name in (WEIGHTS, CONFIG):
-        (beside / name).replace(folder / name)
+def _same(new: Path, old: Path) -> bool:
+    return old.is_file() and filecmp.cmp(new, old, shallow=False)
 
 
 def demand_fit(checkpoint: Checkpoint, width: int, vocab_size: int, network: Network) -> None:

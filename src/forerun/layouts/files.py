@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import shutil
-import uuid
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from forerun.errors import CheckpointError
+from forerun.files import whole_folder
 from forerun.layouts.table import Parcel, Tensors
 from forerun.sources.folder import CONFIG, INDEX, WEIGHTS, brief, checkpoint_folder, opened, weight_files
 
@@ -83,7 +82,6 @@ def whole_model(folder: Path) -> list[Path]:
 
 
 def write_parcel(parcel: Parcel, folder: Path) -> list[Path]:
-    folder.mkdir(parents=True)
     (folder / CONFIG).write_text(json.dumps(parcel.config, indent=2) + "\n")
     for name in parcel.files:
         if name.endswith(".pt"):
@@ -91,7 +89,6 @@ def write_parcel(parcel: Parcel, folder: Path) -> list[Path]:
         else:
             apart = {key: tensor.clone().contiguous() for key, tensor in parcel.tensors.items()}
             save_file(apart, folder / name, metadata={"format": "pt"})
-            (folder / name).chmod(0o644)  # safetensors writes for the owner alone
     return [folder / name for name in parcel.files]
 
 
@@ -105,14 +102,10 @@ def _save_pickle(tensors: Tensors, path: Path) -> None:
 @contextmanager
 def staged_beside(out: Path) -> Iterator[Path]:
     """A folder beside `out` that becomes `out` if nothing goes wrong, and goes if something does."""
-    beside = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}"
     try:
-        beside.mkdir(parents=True)
-        yield beside / out.name
-        (beside / out.name).rename(out)
+        with whole_folder(out) as beside:
+            yield beside
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{out} cannot be written ({brief(error)}): make room there or choose another folder"
         ) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import uuid
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from forerun.errors import CheckpointError
+from forerun.files import whole_folder
 from forerun.nn.transformer import Transformer, TransformerConfig
 from forerun.nn.translate import ARCHITECTURES, places, published_config, translate
 from forerun.sources.folder import CONFIG, WEIGHTS, brief
@@ -39,26 +38,14 @@ def save_pretrained(
         name: place.within(model).to(device="cpu", dtype=dtype).contiguous()
         for name, place in places(model.config).items()
     }
-    beside = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
     try:
-        beside.mkdir(parents=True)
-        save_file(tensors, beside / WEIGHTS, metadata={"format": "pt"})
-        (beside / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
-        _move_in(beside, folder)
+        with whole_folder(folder) as beside:
+            save_file(tensors, beside / WEIGHTS, metadata={"format": "pt"})
+            (beside / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder} cannot be written ({brief(error)}): make room there or choose another folder"
         ) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def _move_in(beside: Path, folder: Path) -> None:
-    if not folder.exists():
-        beside.rename(folder)
-        return
-    for name in (WEIGHTS, CONFIG):
-        (beside / name).replace(folder / name)
 
 
 def _demand_faithful(fields: Mapping[str, Any], config: TransformerConfig, folder: Path) -> None:

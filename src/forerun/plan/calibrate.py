@@ -28,11 +28,14 @@ from forerun.drafting import checkpoint as checkpoints
 from forerun.drafting.heads import HeadDrafter, HeadsModule
 from forerun.engine.engine import Engine
 from forerun.errors import DrafterError, TrainingError
+from forerun.files import put
 from forerun.ranktree import Path as RankPath
 from forerun.ranktree import RankTree, most_followed
 from forerun.sampling import SamplingParams
+from forerun.train.answers import Answers
 from forerun.train.distill import Sample
-from forerun.train.heads import Answers, Ranks, Teacher, projected, ranks_of
+from forerun.train.ranks import Ranks, projected, ranks_of
+from forerun.train.teacher import Teacher
 
 WIDEST = 10
 """Ranks that a path may go through."""
@@ -253,11 +256,8 @@ def machine_of(engine: Engine) -> dict[str, Any]:
 
 def write(calibration: Calibration, about: dict[str, Any], path: Path) -> None:
     """Write the tree for drafters to find; all at once. TrainingError if it cannot be written."""
-    beside = path.with_name(path.name + ".partial")
     try:
-        beside.write_text(json.dumps(calibration.as_dict(about)) + "\n")
-        beside.replace(path)
+        put(path, f"{json.dumps(calibration.as_dict(about))}\n".encode())
     except OSError as error:
-        beside.unlink(missing_ok=True)
         reason = error.strerror or type(error).__name__
         raise TrainingError(f"{path} cannot be written ({reason}): make room, or choose another --out") from None

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forerun.errors import TrainingError
+from forerun.files import put
 
 BOS = 1
 """Id put in front of every document; the reference tokenizer's begin-of-sequence token."""
@@ -282,10 +283,10 @@ def write(parts: Split, ids_of: Callable[[str], Sequence[int]], folder: Path) ->
     train, held_out = encode(parts.train, ids_of), encode(parts.held_out, ids_of)
     summary = summarise(parts) | {"train_tokens": int(train.size), "heldout_tokens": int(held_out.size)}
     rows = "".join(json.dumps(asdict(document), ensure_ascii=False) + "\n" for document in parts.held_out)
-    _replace(folder / "train.bin", train.tobytes())
-    _replace(folder / "heldout.bin", held_out.tobytes())
-    _replace(folder / "heldout.jsonl", rows.encode())
-    _replace(folder / "sources.json", (json.dumps(summary, indent=1) + "\n").encode())
+    put(folder / "train.bin", train.tobytes())
+    put(folder / "heldout.bin", held_out.tobytes())
+    put(folder / "heldout.jsonl", rows.encode())
+    put(folder / "sources.json", (json.dumps(summary, indent=1) + "\n").encode())
     return summary
 
 
@@ -320,9 +321,3 @@ def summarise(parts: Split) -> dict[str, object]:
         "train_bytes": sum(document.size_bytes for document in parts.train),
         "heldout_bytes": sum(document.size_bytes for document in parts.held_out),
     }
-
-
-def _replace(path: Path, content: bytes) -> None:
-    beside = path.with_name(path.name + ".partial")
-    beside.write_bytes(content)
-    beside.replace(path)

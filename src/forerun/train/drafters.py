@@ -1,9 +1,8 @@
-"""Everything that `forerun train medusa|hydra|hydra++` decides before the loop begins, and what it leaves when the
-loop has ended."""
+"""Everything that `forerun train medusa|hydra|hydra++` decides before the run begins, and what it leaves when the
+run has ended."""
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -25,12 +24,15 @@ from forerun.nn.packed import PackedTransformer
 from forerun.nn.transformer import Transformer
 from forerun.sources.fingerprint import digest, fingerprint_of_model
 from forerun.sources.folder import checkpoint_folder
+from forerun.train.answers import Answers
 from forerun.train.distill import Distilled, Sample, read
-from forerun.train.heads import Answers, HeadsObjective, Teacher, least_squares
+from forerun.train.least_squares import least_squares
+from forerun.train.objectives.heads import HeadsObjective
 from forerun.train.presets import PRESETS, Preset, Weights
-from forerun.train.run import STATE, Schedule, fit
+from forerun.train.run import Record, Run, Watch
+from forerun.train.schedule import Schedule
+from forerun.train.teacher import Teacher
 
-RECIPE = "recipe.json"
 WIDEST_START = 12288
 """Inputs of a head above which no least squares are solved: their matrix takes 4 bytes times the square of that."""
 FEWEST_TOKENS = 2000
@@ -40,7 +42,7 @@ SMALLEST_SHARE = 0.02
 
 
 @dataclass(frozen=True)
-class Recipe:
+class HeadsRecipe:
     """A training of heads. architecture: what differs from the preset's. weights: None: the preset's. init_from: trained heads
     of the same shape to go on from. start_batches: without them, batches over which heads are first fitted by least
     squares (0: they start as copies of the target's output projection, as the papers' do)."""
@@ -78,10 +80,10 @@ def schedule_for(
 
 
 @dataclass(frozen=True)
-class Training:
+class HeadsTraining:
     """A training that is ready to begin: every input has been read and fits."""
 
-    recipe: Recipe
+    recipe: HeadsRecipe
     objective: HeadsObjective
     config: MedusaConfig | HydraConfig
     answers: Answers
@@ -89,18 +91,12 @@ class Training:
 
     def fit(self, run: Path, out: Path) -> dict[str, float]:
         """Train to the schedule's end, resuming what was interrupted in `run`, and write the heads to `out`."""
-        demand_same_recipe(run, self.record())
-        if not (run / STATE).exists():
-            self._start()
-        try:
-            figures = fit(self.objective, self.recipe.schedule, run, out.name) or self.objective.validate()
-        except KeyboardInterrupt:
-            print(f"the same command goes on from the last checkpoint in {run}", file=sys.stderr)
-            raise
+        record = Record(self.record())
+        figures = Run(self.objective, self.recipe.schedule, run, record).finish(out.name, self._start)
         checkpoints.write(self.objective.module, self.config, self._about(out, figures))
         return figures
 
-    def _start(self) -> None:
+    def _start(self, watch: Watch) -> None:
         """Fit untrained heads by least squares, if that is wanted and not too large."""
         recipe, module, teacher = self.recipe, self.objective.module, self.objective.teacher
         if recipe.init_from is not None or not recipe.start_batches:
@@ -111,7 +107,7 @@ class Training:
                 f"heads with {widest} inputs start as copies: a least-squares fit would be too large", file=sys.stderr
             )
             return
-        maps = least_squares(module, teacher, self.answers, recipe.start_batches)
+        maps = least_squares(module, teacher, self.answers, recipe.start_batches, watch)
         module.start_from(maps, teacher.head_VD.float())
 
     def record(self) -> dict[str, Any]:
@@ -147,25 +143,7 @@ class Training:
         return Checkpoint(out, PRESETS[recipe.preset].drafter, {}, Path(recipe.target).name, training)
 
 
-def demand_same_recipe(run: Path, ours: dict[str, Any]) -> None:
-    """A run's folder remembers what it was made of (recipe.json); TrainingError where that was something else."""
-    path = run / RECIPE
-    if path.is_file():
-        try:
-            theirs = dict(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise TrainingError(f"{path} cannot be read ({error}): remove the run, or repair the file") from None
-        other = next((name for name in ours if theirs.get(name) != ours[name]), None)
-        if other:
-            raise TrainingError(f"{run} belongs to a run with another {other}: remove it, or name another --run")
-        return
-    run.mkdir(parents=True, exist_ok=True)
-    beside = run / f"{RECIPE}.partial"
-    beside.write_text(json.dumps(ours) + "\n")
-    beside.replace(path)
-
-
-def prepare(recipe: Recipe, device: torch.device) -> Training:
+def prepare(recipe: HeadsRecipe, device: torch.device) -> HeadsTraining:
     """Read everything that a training needs. Raises TrainingError, CheckpointError or DrafterError for what does not
     fit, before anything is written."""
     preset = PRESETS[recipe.preset]
@@ -183,11 +161,11 @@ def prepare(recipe: Recipe, device: torch.device) -> Training:
     weights = recipe.weights or preset.weights
     _demand_a_law(network, weights, recipe)
     tree = DEFAULT_TREE.within(module.count, DEFAULT_TREE.size) or DEFAULT_TREE
-    objective = HeadsObjective(module.to(device), teacher, answers, weights, tree)
-    return Training(recipe, objective, config, answers, distilled)
+    objective = HeadsObjective(module.to(device), teacher, answers, weights, tree, recipe.schedule)
+    return HeadsTraining(recipe, objective, config, answers, distilled)
 
 
-def _heads(preset: Preset, recipe: Recipe, network: Network) -> tuple[Any, MedusaConfig | HydraConfig]:
+def _heads(preset: Preset, recipe: HeadsRecipe, network: Network) -> tuple[Any, MedusaConfig | HydraConfig]:
     vocab_size, width = network.input_embedding.shape
     start = checkpoints.load(recipe.init_from, preset.drafter).architecture if recipe.init_from else {}
     fields: dict[str, Any] = {**preset.architecture, **start, **recipe.architecture}
@@ -220,7 +198,7 @@ def prefix_like(network: Network) -> PrefixConfig:
     return PrefixConfig(heads, kv_heads, shape.head_dim, mlp_width, max_length, eps, theta)
 
 
-def _demand_data(answers: Answers, network: Network, recipe: Recipe) -> None:
+def _demand_data(answers: Answers, network: Network, recipe: HeadsRecipe) -> None:
     """Refuse data that cannot teach this target."""
     largest = max(max((*s.prompt, *s.answer)) for s in answers.samples)
     if largest >= network.vocab_size:
@@ -239,7 +217,7 @@ def _demand_data(answers: Answers, network: Network, recipe: Recipe) -> None:
         )
 
 
-def _demand_a_law(network: Network, weights: Weights, recipe: Recipe) -> None:
+def _demand_a_law(network: Network, weights: Weights, recipe: HeadsRecipe) -> None:
     """The target's law is taken from its states and its output matrix; some models do more than that to their logits."""
     if not weights.teacher or not isinstance(network, Foreign):
         return
@@ -256,7 +234,7 @@ def _demand_a_law(network: Network, weights: Weights, recipe: Recipe) -> None:
         )
 
 
-def _warn_of_another_target(distilled: Distilled, recipe: Recipe) -> None:
+def _warn_of_another_target(distilled: Distilled, recipe: HeadsRecipe) -> None:
     """Heads learn what the answers' author would say."""
     author = (distilled.header.get("target") or {}).get("fingerprint")
     if author and author != fingerprint_of_model(checkpoint_folder(recipe.target)):
@@ -266,6 +244,6 @@ def _warn_of_another_target(distilled: Distilled, recipe: Recipe) -> None:
         )
 
 
-def example(training: Training) -> Sample:
+def example(training: HeadsTraining) -> Sample:
     """The first sample that is trained on, as it will be read."""
     return training.answers.training[0]

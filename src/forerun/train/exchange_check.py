@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from forerun.drafting.checkpoint import DEFAULT_TREE
 from forerun.layouts.exchange import Heads
 from forerun.nn.network import Network
+from forerun.train.answers import Answers
 from forerun.train.distill import Sample
-from forerun.train.heads import Answers, Teacher, projected, ranks_of
+from forerun.train.ranks import projected, ranks_of
+from forerun.train.teacher import Teacher
 
 
 def tokens_per_step(heads: Heads, network: Network, samples: Sequence[Sample]) -> float:

@@ -1,4 +1,4 @@
-"""Everything that `forerun train lm` decides before the loop begins, and what it leaves when the loop has ended.
+"""Everything that `forerun train lm` decides before the run begins, and what it leaves when the run has ended.
 
 A model starts from random weights, from a shallower model whose layers are stacked (growth), or from some layers of a
 deeper one (a drafter for it). Sources are model folders or the folders of finished runs.
@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-import uuid
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +16,29 @@ import torch
 from torch import Tensor
 
 from forerun.errors import ForerunError, TrainingError
+from forerun.files import whole_folder
 from forerun.nn.dtype import dtype_of
 from forerun.nn.load import load_network
 from forerun.nn.save import save_pretrained
 from forerun.nn.transformer import Transformer, TransformerConfig, stack
 from forerun.train import corpus as corpora
 from forerun.train import tokenizer
-from forerun.train.lm import NextToken, Text
-from forerun.train.run import STATE, Schedule, fit, read_run
+from forerun.train.objectives.descent import OPTIMISER
+from forerun.train.objectives.next_token import NextToken, TokenWindows
+from forerun.train.run import STATE, Record, Run, read_run
+from forerun.train.schedule import Schedule
 
 REFERENCE = TransformerConfig(
     vocab_size=4096, width=512, layers=8, heads=8, kv_heads=4, head_dim=64, mlp_width=1536, max_length=2048, tied=True
 )
 """The reference target: what is not said otherwise is as here."""
 SHAPE = "shape.json"
-OPTIMISER = "optimiser."
 END = {"bos_token_id": 1, "eos_token_id": [2, 1]}
 """Documents follow one another behind a begin token, so a model that has finished its text says that token."""
 
 
 @dataclass(frozen=True)
-class Shape:
+class Sizes:
     """Sizes asked for; None: as in the model to start from, else as in the reference target."""
 
     width: int | None = None
@@ -70,12 +69,12 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ModelRecipe:
     """A whole training. rows x length tokens per step; first: batches that an earlier run has seen (the text comes in one
     order for all runs, so that this means something); seed: of the first weights."""
 
     corpus: Path
-    shape: Shape
+    sizes: Sizes
     start: Start
     teacher: str | None
     schedule: Schedule
@@ -98,31 +97,26 @@ def build_corpus(folder: Path, vocabulary: int) -> str:
     )
 
 
-def train(recipe: Recipe, run: Path, out: Path | None, device: torch.device) -> str:
+def train(recipe: ModelRecipe, run: Path, out: Path | None, device: torch.device) -> str:
     """Train to the schedule's end and write the model to `out`; says what came of it.
 
     Raises TrainingError for a recipe that cannot be followed, before anything is written.
     """
     module = start(recipe).to(device)
-    objective = NextToken(module, _text(recipe, module.config), _teacher(recipe, module, device), recipe.compile)
-    _demand_same_shape(run, module.config)
-    try:
-        figures = fit(objective, recipe.schedule, run, out.name if out else run.name)
-    except KeyboardInterrupt:
-        print(f"the same command goes on from the last checkpoint in {run}", file=sys.stderr)
-        raise
-    loss = (figures or objective.validate())["loss"]
+    text, teacher = _text(recipe, module.config), _teacher(recipe, module, device)
+    objective = NextToken(module, text, recipe.schedule, teacher, recipe.compile)
+    figures = Run(objective, recipe.schedule, run, _record(module.config)).finish((out or run).name)
     if out is not None:
         write_model(module, recipe.corpus / "tokenizer", out)
-    return f"{out or run}: validation loss {loss:.4f} nats per token after {recipe.schedule.steps} steps"
+    return f"{out or run}: validation loss {figures['loss']:.4f} nats per token after {recipe.schedule.steps} steps"
 
 
-def start(recipe: Recipe) -> Transformer:
+def start(recipe: ModelRecipe) -> Transformer:
     """The module before its first step."""
     vocabulary = vocabulary_of(recipe.corpus)
     if recipe.start.source is None:
-        layers = REFERENCE.layers if recipe.shape.layers is None else recipe.shape.layers
-        return Transformer(recipe.shape.over(REFERENCE, vocabulary, layers)).initialise(recipe.seed)
+        layers = REFERENCE.layers if recipe.sizes.layers is None else recipe.sizes.layers
+        return Transformer(recipe.sizes.over(REFERENCE, vocabulary, layers)).initialise(recipe.seed)
     config, weights = read_source(recipe.start.source)
     if len(weights["embedding.weight"]) != vocabulary:
         raise TrainingError(
@@ -130,7 +124,7 @@ def start(recipe: Recipe) -> Transformer:
             f" {vocabulary}: start from a model of the same tokenizer"
         )
     picks = _picks(recipe, 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")))
-    module = Transformer(recipe.shape.over(config, vocabulary, len(picks)))
+    module = Transformer(recipe.sizes.over(config, vocabulary, len(picks)))
     stacked = stack(weights, picks)
     own = {name: parameter.shape for name, parameter in module.named_parameters()}
     wrong = [name for name, shape in own.items() if name not in stacked or stacked[name].shape != shape]
@@ -146,9 +140,9 @@ def start(recipe: Recipe) -> Transformer:
     return module
 
 
-def _picks(recipe: Recipe, available: int) -> list[int]:
+def _picks(recipe: ModelRecipe, available: int) -> list[int]:
     """Which block of the source becomes which of ours."""
-    source, wanted = recipe.start.source, recipe.shape.layers
+    source, wanted = recipe.start.source, recipe.sizes.layers
     if recipe.start.layers:
         outside = [layer for layer in recipe.start.layers if not 0 <= layer < available]
         if outside:
@@ -192,7 +186,7 @@ def vocabulary_of(corpus: Path) -> int:
         raise TrainingError(f"{path} cannot be read ({error}): make the corpus again with --build-corpus") from None
 
 
-def _text(recipe: Recipe, config: TransformerConfig) -> Text:
+def _text(recipe: ModelRecipe, config: TransformerConfig) -> TokenWindows:
     train_path, heldout_path = recipe.corpus / "train.bin", recipe.corpus / "heldout.bin"
     for path in (train_path, heldout_path):
         if not path.is_file() or path.stat().st_size < 2 * (recipe.length + 1):
@@ -201,10 +195,10 @@ def _text(recipe: Recipe, config: TransformerConfig) -> Text:
         raise TrainingError(
             f"batches of {recipe.rows} x {recipe.length} tokens do not fit a context of {config.max_length}"
         )
-    return Text(train_path, heldout_path, recipe.rows, recipe.length, first=recipe.first)
+    return TokenWindows(train_path, heldout_path, recipe.rows, recipe.length, first=recipe.first)
 
 
-def _teacher(recipe: Recipe, module: Transformer, device: torch.device) -> Transformer | None:
+def _teacher(recipe: ModelRecipe, module: Transformer, device: torch.device) -> Transformer | None:
     if recipe.teacher is None:
         return None
     network = load_network(recipe.teacher, dtype_of("auto", device), device)
@@ -229,17 +223,11 @@ def _demand_sizes(config: TransformerConfig) -> None:
         )
 
 
-def _demand_same_shape(run: Path, config: TransformerConfig) -> None:
+def _record(config: TransformerConfig) -> Record:
     """A run's folder remembers its shape; another one must not go on there."""
-    recorded = _recorded_shape(run)
-    if recorded not in (None, config):
-        raise TrainingError(f"{run} belongs to a run of another shape: remove it, or train into another folder")
-    run.mkdir(parents=True, exist_ok=True)
-    if recorded is None:
-        shape = {name: value for name, value in asdict(config).items() if name != "source"}
-        beside = run / f"{SHAPE}.partial"
-        beside.write_text(json.dumps(shape, indent=1) + "\n")
-        beside.replace(run / SHAPE)
+    shape = {name: value for name, value in asdict(config).items() if name != "source"}
+    known = {field.name: field.default for field in fields(config) if field.default is not MISSING}
+    return Record(shape, SHAPE, "shape", {name: known[name] for name in shape.keys() & known.keys()})
 
 
 def _recorded_shape(run: Path) -> TransformerConfig | None:
@@ -255,32 +243,15 @@ def _recorded_shape(run: Path) -> TransformerConfig | None:
 
 def write_model(module: Transformer, tokenizer_folder: Path, out: Path) -> None:
     """Weights, config and tokenizer as one folder that appears complete; files of an older model are replaced."""
-    beside = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}"
     try:
-        save_pretrained(module, beside)
-        (beside / "generation_config.json").write_text(json.dumps(END, indent=2) + "\n")
-        for path in sorted(tokenizer_folder.iterdir()):
-            shutil.copyfile(path, beside / path.name)
-        for path in beside.iterdir():
-            path.chmod(0o644)  # safetensors writes for the owner alone
-        _move_in(beside, out)
+        with whole_folder(out) as beside:
+            save_pretrained(module, beside)
+            (beside / "generation_config.json").write_text(json.dumps(END, indent=2) + "\n")
+            for path in sorted(tokenizer_folder.iterdir()):
+                shutil.copyfile(path, beside / path.name)
     except OSError as error:
         raise TrainingError(
             f"{out} cannot be written ({error.strerror}): make room, or choose another folder"
         ) from None
     except ForerunError as error:
         raise TrainingError(str(error).replace(str(beside), str(out))) from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def _move_in(beside: Path, out: Path) -> None:
-    if not out.exists():
-        beside.rename(out)
-        return
-    for path in _weights_last(sorted(beside.iterdir())):
-        path.replace(out / path.name)
-
-
-def _weights_last(paths: Sequence[Path]) -> list[Path]:
-    return sorted(paths, key=lambda path: path.suffix == ".safetensors")

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from forerun.errors import TrainingError
+from forerun.files import put
 
 UNKNOWN, BOS, EOS = "<|unk|>", "<|bos|>", "<|eos|>"  # not "<s>": source code writes that, in regular expressions
 SPACE_MARK = "\u2581"
@@ -95,16 +96,10 @@ def passages(texts: Iterable[str], characters: int) -> Iterator[str]:
 def write(model: bytes, folder: Path) -> None:
     """Writes the SentencePiece model and its Hugging Face twin into a model folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "tokenizer.model", model)
-    _replace(folder / "tokenizer.json", fast(model).to_str(pretty=True).encode() + b"\n")
-    _replace(folder / "tokenizer_config.json", json.dumps(config(), indent=2).encode() + b"\n")
-    _replace(folder / "special_tokens_map.json", json.dumps(_special_tokens(), indent=2).encode() + b"\n")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    beside = path.with_name(path.name + ".partial")
-    beside.write_bytes(content)
-    beside.replace(path)
+    put(folder / "tokenizer.model", model)
+    put(folder / "tokenizer.json", fast(model).to_str(pretty=True).encode() + b"\n")
+    put(folder / "tokenizer_config.json", json.dumps(config(), indent=2).encode() + b"\n")
+    put(folder / "special_tokens_map.json", json.dumps(_special_tokens(), indent=2).encode() + b"\n")
 
 
 def config() -> dict[str, Any]:

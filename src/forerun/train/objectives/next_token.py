@@ -1,4 +1,4 @@
-"""Language-model training: the recipe of the reference family.
+"""Language models.
 
 A model is trained from scratch, grown from a shallow one by stacking, or taught by a larger model of the same tokenizer
 (the loss is then the cross-entropy with the teacher's law, which is what acceptance needs).
@@ -18,13 +18,16 @@ from torch.nn import functional as F
 
 from forerun.errors import TrainingError
 from forerun.nn.transformer import Transformer
-from forerun.train.run import compiled
+from forerun.train.objectives.descent import Descent, Group, by_scale, moved
+from forerun.train.schedule import Schedule
 
 VALIDATION_TOKENS = 65536
+OUTSIDE = ("embedding.", "head.")
+"""Parameters that are in no block."""
 
 
 @dataclass(frozen=True)
-class Text:
+class TokenWindows:
     """Token streams on disk (uint16, documents separated by BOS) and how they are cut into batches.
 
     Every step takes `rows` windows of `length` + 1 tokens; windows are visited once per pass in an order that depends on
@@ -66,12 +69,36 @@ def _order(seed: int, windows: int, epoch: int) -> NDArray[np.int64]:
     return np.random.default_rng((seed, epoch)).permutation(windows)
 
 
-class NextToken:
+class NextToken(Descent):
     """Cross-entropy with the next token or, given a teacher, with the teacher's law for it."""
 
-    def __init__(self, module: Transformer, text: Text, teacher: Transformer | None = None, compile: bool = False):
-        self.module, self.text, self.teacher = module, text, teacher
-        self._features = compiled(module.features, compile)
+    module: Transformer
+
+    def __init__(
+        self,
+        module: Transformer,
+        text: TokenWindows,
+        schedule: Schedule,
+        teacher: Transformer | None = None,
+        compile: bool = False,
+    ):
+        """compile: `torch.compile`; on CPUs it needs a C++ compiler and a minute, and trains faster afterwards."""
+        self.module, self.text, self.schedule, self.teacher = module, text, schedule, teacher
+        self._features = torch.compile(module.features) if compile else module.features
+
+    def groups(self) -> list[Group]:
+        """Muon for the matrices inside the blocks, AdamW for embeddings, heads and vectors; or AdamW for all."""
+        schedule = self.schedule
+        if not schedule.muon_rate:
+            return super().groups()
+        matrices = [(n, p) for n, p in moved(self.module) if p.dim() == 2 and not n.startswith(OUTSIDE)]
+        known = {id(p) for _, p in matrices}
+        others = [(n, p) for n, p in moved(self.module) if id(p) not in known]
+        decay = schedule.weight_decay
+        return [
+            *by_scale(matrices, schedule, rate=schedule.muon_rate, optimiser="muon", weight_decay=decay),
+            *by_scale(others, schedule, rate=schedule.adam_rate, betas=(0.9, 0.95)),
+        ]
 
     def loss(self, number: int) -> Tensor:
         return self._loss(self.text.batch(number), self.teacher)

@@ -1,0 +1,67 @@
+"""What a target says about a batch: its states, its output projection and its input embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from forerun.nn.cache import Cache
+from forerun.nn.feed import Feed
+from forerun.nn.network import Network
+from forerun.nn.transformer import Transformer
+
+
+class Teacher:
+    """The frozen target. Layers are numbered as `Network.forward` numbers hidden states; `top` is what its output projection
+    sees."""
+
+    def __init__(self, network: Network):
+        self.network = network
+        head = network.output_head
+        unpacked = head if isinstance(head, Tensor) else head.unpacked().to(network.dtype)
+        self.head_VD, self.embedding_VD = unpacked.detach(), network.input_embedding.detach()
+        self.top = network.cache_shape.layers
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    def precision(self) -> torch.autocast:
+        """Products in bf16 where the target's own are; a target in fp32 is taught from in fp32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.head_VD.dtype != torch.float32)
+
+    @torch.no_grad()
+    def states(self, tokens_BN: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+        """By layer, its states [B, N, D] over whole sequences from position 0."""
+        if isinstance(self.network, Transformer) and set(layers) == {self.top}:
+            return {self.top: self.network.features(tokens_BN)}
+        return self._read(tokens_BN, layers)
+
+    def _read(self, tokens_BN: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+        rows, count = tokens_BN.shape
+        cache = Cache(self.network.cache_shape, self.network.dtype, self.device)
+        cache.reserve(rows, count)
+        feed = Feed(
+            tokens_BN=tokens_BN,
+            lengths_B=np.zeros(rows, np.int64),
+            where_BN=np.tile(np.arange(count), (rows, 1)),
+            last_B=np.full(rows, count - 1),
+            dtype=self.network.dtype,
+        )
+        with torch.inference_mode():
+            hidden = self.network.forward(feed, cache, layers).hidden
+        # What inference mode made cannot take part in training.
+        return {layer: hidden[layer].clone() for layer in layers}
+
+
+class Pupil(Teacher):
+    """The target as it stands: its last states and its output projection carry gradients to what moves it."""
+
+    def states(self, tokens_BN: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+        assert isinstance(self.network, Transformer) and isinstance(self.network.output_head, Tensor)
+        assert set(layers) == {self.top}, "nobody has asked a pupil for more yet"
+        self.head_VD = self.network.output_head
+        return {self.top: self.network.features(tokens_BN)}
