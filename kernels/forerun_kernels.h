@@ -1,4 +1,4 @@
-// The C ABI of forerun's CPU kernels: what Python sees through ctypes (src/forerun/nn/native.py mirrors these records).
+// The C ABI of forerun's CPU kernels: what Python sees through ctypes (src/forerun/native/records.py mirrors these records).
 //
 // One promise holds for everything here: the bits of a token's result do not depend on how many tokens or rows are computed
 // beside it, on which cache entries its tree occupies, or on the number of threads. Every output element is accumulated by one
@@ -156,7 +156,7 @@ FR_API int32_t fr_draft(const fr_heads* heads, const fr_tree* tree, const uint8_
 
 // ---- text that is looked up (automaton.cc)
 
-// A suffix automaton over the tokens 0 .. 2^31 - 1 (src/forerun/automaton.py explains it) and a place in it. One thread at a time may use
+// A suffix automaton over the tokens 0 .. 2^31 - 1 (src/forerun/stores/automaton.py explains it) and a place in it. One thread at a time may use
 // an automaton and its views. Whatever returns int32_t gives FR_FINE or an fr_error unless it says otherwise; an automaton that found no
 // memory to grow (FR_NO_MEMORY) is empty.
 struct fr_automaton;
@@ -197,7 +197,7 @@ FR_API int32_t fr_view_read(fr_view* view, const int32_t* tokens, int64_t count)
 FR_API int32_t fr_view_draft(fr_view* view, const int32_t* tokens, int64_t firm, int64_t tentative, int32_t root);
 FR_API int32_t fr_view_next(fr_view* view, int32_t token);
 
-// A corpus of text (src/forerun/drafters/lookup/index.py tells its layout): tokens [size] (uint16, or int32 if `wide`), order [entries],
+// A corpus of text (src/forerun/stores/index.py tells its layout): tokens [size] (uint16, or int32 if `wide`), order [entries],
 // starts [vocabulary + 1].
 struct fr_corpus {
     const void* tokens;

@@ -17,11 +17,12 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 
-from forerun.nn import native
-from forerun.nn.native import Packed
+from forerun.native import library, operations
+from forerun.native.matrix import Packed
+from forerun.native.records import FORMATS
 
 CPU = torch.device("cpu")
-REASON = native.why_not(CPU, torch.bfloat16)
+REASON = library.why_not(CPU, torch.bfloat16)
 BF16, FP32, INT8 = torch.bfloat16, torch.float32, torch.int8
 UNIT = {BF16: 2.0**-8, FP32: 2.0**-24}  # half the distance between neighbouring numbers, relative
 GROUP = 128  # inputs of an int8 product that share a scale
@@ -48,11 +49,11 @@ def threads(count: int) -> Iterator[None]:
 @contextmanager
 def instructions(name: str) -> Iterator[bool]:
     """With this instruction set; False where the processor does not have it."""
-    before = native.active_isa()
+    before = library.active_isa()
     try:
-        yield native.use_isa(name)
+        yield library.use_isa(name)
     finally:
-        native.use_isa(before)
+        library.use_isa(before)
 
 
 @contextmanager
@@ -142,7 +143,7 @@ def _quantised(x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Packed, residual: Tensor | None = None) -> Expected:
-    dtype = {number: dtype for dtype, number in native.FORMATS.items()}[weight.record.format]
+    dtype = {number: dtype for dtype, number in FORMATS.items()}[weight.record.format]
     inputs = quantised(x) if dtype == INT8 else x.to(dtype).double()
     parts = [_product(inputs, weight, part, dtype) for part in range(1 + bool(weight.record.gated))]
     if weight.record.gated:
@@ -196,7 +197,7 @@ def silu_gate(gate_up: Tensor) -> Expected:
 
 @dataclass
 class Attending:
-    """A call of `native.attention`: queries of B rows with N tokens over slots that hold their keys and values."""
+    """A call of `operations.attention`: queries of B rows with N tokens over slots that hold their keys and values."""
 
     q: Tensor
     store: Tensor
@@ -210,7 +211,7 @@ class Attending:
 
     def run(self, store: Tensor | None = None) -> Tensor:
         store = self.store if store is None else store
-        return native.attention(
+        return operations.attention(
             self.q, store, self.layer, self.lengths, self.held, self.sees, self.counts, self.start, self.window
         )
 

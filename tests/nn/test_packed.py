@@ -19,7 +19,7 @@ from torch import Tensor
 
 import forerun
 from forerun.bench.suites import load as load_suite
-from forerun.nn import native
+from forerun.native import library
 from forerun.nn.cache import Cache
 from forerun.nn.feed import Feed, Read
 from forerun.nn.load import load_network
@@ -208,7 +208,7 @@ def test_threads_that_come_late_change_nothing(kind: tuple[torch.dtype, torch.dt
                 assert all(same(read.hidden[layer], expected.hidden[layer]) for layer in read.hidden)
 
 
-@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize("isa", library.ISAS)
 @pytest.mark.parametrize("kind", KINDS, ids=id_of)
 def test_every_instruction_set_keeps_the_promise(kind: tuple[torch.dtype, torch.dtype], isa: str) -> None:
     network, tree = pack(some_transformer(CONFIGS["everything"], kind[0]), kind[1]), some_tree(20, seed=1)
@@ -483,7 +483,7 @@ def with_best(read: Read) -> Read:
     return replace(read, best_BN=read.logits_BNV.argmax(-1)) if read.best_BN is None else read
 
 
-@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize("isa", library.ISAS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_fp32_is_what_torch_says(name: str, isa: str) -> None:
     model = some_transformer(CONFIGS[name])
