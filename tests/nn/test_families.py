@@ -147,7 +147,7 @@ def test_a_single_row_and_a_single_token_need_no_mask(family: Family) -> None:
     reader = Reader(family.ours)
     reader.read([ROWS[0]])
     feed = reader._feed([Tree([8], [-1])], None)
-    feed.sees_BNM = None
+    feed.paths_BNJ = None
     with torch.inference_mode():
         family.agrees(family.ours.forward(feed, reader.cache).logits_BNV[0, 0], [*ROWS[0], 8])
 

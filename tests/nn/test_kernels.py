@@ -30,7 +30,7 @@ from nn.kernel_oracles import (
     same,
     some,
     some_examples,
-    some_sees,
+    some_paths,
     strided,
     threads,
 )
@@ -282,9 +282,9 @@ def attending(
     capacity = max(lengths) + held + tokens
     store = some(2, 2, start + rows + 1, capacity, kv_heads, head_dim, seed=seed, dtype=dtype)
     q = strided(some(rows, tokens, kv_heads * group, head_dim, seed=seed + 1, dtype=dtype) * 2)
-    sees = some_sees(rows, tokens, held, seed) if tree else None
+    paths = some_paths(rows, tokens, held, seed) if tree else None
     counts = chance.integers(1, tokens + 1, rows) if ragged else None
-    return Attending(q, store, np.asarray(lengths), held, sees, counts, start, window, 1)
+    return Attending(q, store, np.asarray(lengths), held, paths, counts, start, window, 1)
 
 
 @some_examples
@@ -364,13 +364,14 @@ def test_a_long_context_shared_out_among_threads_is_the_same(
 
 def reordered(case: Attending, order: list[int]) -> Attending:
     """The same trees with their tokens at other scratch entries; a parent must stay before its children."""
-    assert case.sees is not None
+    assert case.paths is not None
     store, moved = case.store.clone(), [*range(case.held), *(case.held + node for node in order)]
     for row, length in enumerate(case.lengths.tolist()):
         scratch = case.store[:, :, case.start + row, length : length + len(moved)]
         store[:, :, case.start + row, length : length + len(moved)] = scratch[:, :, moved]
-    sees = case.sees[:, order][:, :, moved]
-    return Attending(case.q[:, order], store, case.lengths, case.held, sees, None, case.start, case.window, case.layer)
+    numbers = np.array([*np.argsort(moved), -1], np.int32)  # of the entries that were; -1 stays what it is
+    paths = numbers[case.paths[:, order]]
+    return Attending(case.q[:, order], store, case.lengths, case.held, paths, None, case.start, case.window, case.layer)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -378,9 +379,9 @@ def reordered(case: Attending, order: list[int]) -> Attending:
 def test_a_token_attends_alike_wherever_its_tree_keeps_it(dtype: torch.dtype, window: int | None) -> None:
     """Layer by layer instead of branch by branch."""
     case = attending([3, 14, 250, 300], 20, held=3, tree=True, dtype=dtype, window=window, seed=5)
-    assert case.sees is not None
-    case.sees[:] = case.sees[:1]
-    depths = case.sees[0].sum(1)
+    assert case.paths is not None
+    case.paths[:] = case.paths[:1]
+    depths = (case.paths[0] >= 0).sum(1)
     order = sorted(range(20), key=lambda node: (depths[node], -node))
     assert order != list(range(20))
     assert same(reordered(case, order).run(), case.run()[:, order])

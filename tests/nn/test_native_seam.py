@@ -73,7 +73,26 @@ def test_what_does_not_fit_is_an_error_and_not_a_crash(network: PackedTransforme
     with pytest.raises(ValueError, match="int64"):
         network.forward(replace(chain([3]), tokens_BN=torch.tensor([[3]], dtype=torch.int32)), fresh_cache(network))
     with pytest.raises(ValueError, match="entries"):
-        network.forward(replace(chain([3, 4]), sees_BNM=np.ones((1, 2, 1), np.bool_)), fresh_cache(network))
+        network.forward(replace(chain([3, 4]), paths_BNJ=np.zeros((1, 1, 1), np.int32)), fresh_cache(network))
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "path", [[0], [-1, -1], [0, 2], [0, 10**9], [1, 0], [0, 0], [1, 1], [-5, 1], [1, -1, 0], []], ids=str
+)
+def test_a_path_that_leads_nowhere_is_an_error(network: PackedTransformer, path: list[int]) -> None:
+    """Token 1 of two, both uncommitted: its path is [1] or [0, 1]."""
+    own, reach = [0, *[-1] * 2], 3
+    feed = replace(chain([3, 4]), paths_BNJ=np.asarray([[own, path + [-1] * (reach - len(path))]], np.int32))
+    if path == [1, -1, 0]:  # whatever is behind the first -1 is padding
+        network.forward(feed, fresh_cache(network))
+        return
+    with pytest.raises(IndexError, match="path"):
+        network.forward(feed, fresh_cache(network))
+    store = torch.zeros(1, 2, 1, 4, 1, 8)
+    assert feed.paths_BNJ is not None
+    with pytest.raises(IndexError, match="path"):
+        operations.attention(torch.zeros(1, 2, 1, 8), store, 0, np.asarray([0]), paths=feed.paths_BNJ)
 
 
 @needs_kernels

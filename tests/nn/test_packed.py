@@ -106,17 +106,17 @@ class Reader:
         rows, counts = len(parts), np.asarray([len(part) for part in parts])
         count = int(counts.max())
         lengths = np.asarray(self.cache.lengths[start : start + rows])
-        sees, depths = None, np.broadcast_to(held + np.arange(count), (rows, count))
+        paths, depths = None, np.broadcast_to(held + np.arange(count), (rows, count))
         if parents is not None:
-            sees = np.asarray([sees_of(row, held, held + count) for row in parents])
-            depths = sees.sum(2) - 1
+            paths = np.asarray([paths_of(row, held, held + count) for row in parents], np.int32)
+            depths = (paths >= 0).sum(2) - 1
         feed = Feed(
             tokens_BN=torch.tensor([[*part, *[0] * (count - len(part))] for part in parts]),
             lengths_B=lengths,
             where_BN=lengths[:, None] + depths,
             start=start,
             held=held,
-            sees_BNM=sees,
+            paths_BNJ=paths,
             counts_B=counts,
             last_B=counts - 1 if last else None,
             dtype=self.network.dtype,
@@ -128,14 +128,12 @@ class Reader:
         return self.cache.entries(slot).permute(2, 0, 1, 3, 4)
 
 
-def sees_of(parents: Sequence[int], held: int, scratch: int) -> np.ndarray:
-    """Which of the scratch entries the tokens behind the held ones see. The held entries are a chain."""
-    sees = np.zeros((scratch, scratch), bool)
+def paths_of(parents: Sequence[int], held: int, scratch: int) -> list[list[int]]:
+    """Which of the scratch entries the tokens behind the held ones see, padded. The held entries are a chain."""
+    paths: list[list[int]] = []
     for entry, parent in enumerate([*range(-1, held - 1), *parents, *[-1] * (scratch - held - len(parents))]):
-        if parent >= 0:
-            sees[entry] = sees[parent]
-        sees[entry, entry] = True
-    return sees[held:]
+        paths.append([*(paths[parent] if parent >= 0 else ()), entry])
+    return [path + [-1] * (scratch - len(path)) for path in paths[held:]]
 
 
 @dataclass(frozen=True)

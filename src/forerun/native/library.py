@@ -17,6 +17,14 @@ import torch
 from forerun.errors import ForerunError
 from forerun.native.records import RECORDS, SIGNATURES
 
+ERRORS: dict[int, tuple[type[Exception], str]] = {
+    1: (IndexError, "a token is outside the vocabulary"),
+    2: (IndexError, "the cache has no room for these tokens: reserve more"),
+    3: (IndexError, "a position is beyond the longest text"),
+    4: (MemoryError, "no memory for the scratch space of a forward"),
+    5: (IndexError, "a path does not ascend through scratch entries to its own token"),
+}
+"""`fr_error`, as networks and heads mean it."""
 ISAS = ("portable", "avx2", "avx512", "avx512-bf16")
 
 
@@ -60,6 +68,13 @@ def kernels() -> ctypes.CDLL:
     if found is None:
         raise ForerunError(f"there are no native kernels here: {reason}")
     return found
+
+
+def demand_fine(error: int) -> None:
+    """Raise what an `fr_error` of a network's forward means."""
+    if error:
+        kind, said = ERRORS[error]
+        raise kind(said)
 
 
 def is_there() -> bool:

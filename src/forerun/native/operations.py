@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forerun.native.library import kernels
+from forerun.native.library import demand_fine, kernels
 from forerun.native.matrix import Packed
 from forerun.native.records import FORMATS, WIDEST_HEAD, FeedRecord, cache_record
 
@@ -97,25 +97,26 @@ def attention(
     layer: int,
     lengths: np.ndarray,
     held: int = 0,
-    sees: np.ndarray | None = None,
+    paths: np.ndarray | None = None,
     counts: np.ndarray | None = None,
     start: int = 0,
     window: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """Attention [B, N, heads * head_dim] of queries [B, N, heads, head_dim] over a cache `store` that holds their keys and
-    values already (see `Cache.store`); the other arguments are those of `Feed`. Padding gives zeros."""
+    values already (see `Cache.store`); the other arguments are those of `Feed`. Padding gives zeros. Raises IndexError for
+    paths that lead nowhere."""
     rows, count, heads, width = q.shape
     if width > WIDEST_HEAD or q.dtype != store.dtype:
         raise ValueError(f"heads of at most {WIDEST_HEAD}, queries and cache of one dtype")
     q, y = q.contiguous(), torch.empty((rows, count, heads * width), dtype=q.dtype)
     small = [np.ascontiguousarray(a, np.int32) for a in (np.full(rows, count) if counts is None else counts, lengths)]
     positions = np.zeros(rows * count, np.int32)
-    seen = None if sees is None else np.ascontiguousarray(sees, np.bool_)
+    ways = None if paths is None else np.ascontiguousarray(paths, np.int32)
     feed = FeedRecord(rows, count, start, held, small[0].ctypes.data, small[1].ctypes.data, None, positions.ctypes.data)
-    if seen is not None:
-        feed.sees = seen.ctypes.data
-    kernels().fr_attention(
+    if ways is not None:
+        feed.paths, feed.reach = ways.ctypes.data, ways.shape[2]
+    error = kernels().fr_attention(
         q.data_ptr(),
         ctypes.byref(feed),
         ctypes.byref(cache_record(store)),
@@ -126,4 +127,5 @@ def attention(
         y.data_ptr(),
         torch.get_num_threads(),
     )
+    demand_fine(error)
     return y

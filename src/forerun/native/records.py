@@ -40,9 +40,10 @@ class FeedRecord(ctypes.Structure):
         ("lengths", c_void_p),
         ("tokens", c_void_p),
         ("positions", c_void_p),
-        ("sees", c_void_p),
+        ("paths", c_void_p),
         ("states", c_void_p),
         ("states_format", c_int32),
+        ("reach", c_int32),
     )
 
 
@@ -255,7 +256,7 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "fr_linear": (None, (c_void_p, c_void_p, c_void_p, c_void_p, c_int32, c_int64, c_int32)),
     "fr_norm": (None, (*(c_void_p,) * 4, c_int32, c_int64, c_int64, c_float, c_int32, c_int32)),
     "fr_silu_gate": (None, (c_void_p, c_void_p, c_int32, c_int64, c_int64, c_int32)),
-    "fr_attention": (None, (*(c_void_p,) * 3, c_int32, c_int32, c_int32, c_float, c_void_p, c_int32)),
+    "fr_attention": (c_int32, (*(c_void_p,) * 3, c_int32, c_int32, c_int32, c_float, c_void_p, c_int32)),
     "fr_top": (None, (c_void_p, c_int64, c_int64, c_int32, *(c_void_p,) * 3, c_int32)),
     "fr_forward": (c_int32, (*(c_void_p,) * 4, c_int32)),
     "fr_draft": (c_int32, (*(c_void_p,) * 5, c_int64, c_int32)),

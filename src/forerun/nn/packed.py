@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forerun.native.library import kernels
+from forerun.native.library import demand_fine, kernels
 from forerun.native.matrix import Packed, padded
 from forerun.native.records import (
     FORMATS,
@@ -36,12 +36,6 @@ from forerun.nn.feed import Feed, Read
 from forerun.nn.transformer import NO_VOCABULARY, TransformerConfig, rope_tables
 
 HUGE_PAGE = 2 << 20
-ERRORS: dict[int, tuple[type[Exception], str]] = {
-    1: (IndexError, "a token is outside the vocabulary"),
-    2: (IndexError, "the cache has no room for these tokens: reserve more"),
-    3: (IndexError, "a position is beyond the longest text"),
-    4: (MemoryError, "no memory for the scratch space of a forward"),
-}
 CPU = torch.device("cpu")
 
 
@@ -229,7 +223,7 @@ class PackedTransformer:
             wanted.hidden_layers = ctypes.cast(layers, ctypes.c_void_p)
             wanted.hidden = ctypes.cast(places, ctypes.c_void_p)
         self._turn_up_to(cache.capacity)
-        tokens, sees = feed.tokens_BN.contiguous(), feed.sees_BNM
+        tokens, paths = feed.tokens_BN.contiguous(), feed.paths_BNJ
         if tokens.dtype != torch.int64 or tokens.shape != feed.where_BN.shape:
             raise ValueError(f"tokens are int64 and have positions: {tokens.dtype} {list(tokens.shape)}")
         ints = _integers(feed)
@@ -241,11 +235,11 @@ class PackedTransformer:
             record.states, record.states_format = states.data_ptr(), FORMATS[states.dtype]
         if feed.last_B is not None:
             wanted.last = begin + 8 * rows
-        if sees is not None:
-            if sees.shape != (rows, count, feed.held + count):
-                raise ValueError(f"{sees.shape} says what {rows} x {count} tokens see of {feed.held + count} entries")
-            sees = np.ascontiguousarray(sees, np.bool_)
-            record.sees = sees.ctypes.data
+        if paths is not None:
+            if paths.shape[:2] != (rows, count):
+                raise ValueError(f"paths {list(paths.shape)} for the entries of {rows} x {count} tokens")
+            paths = np.ascontiguousarray(paths, np.int32)
+            record.paths, record.reach = paths.ctypes.data, paths.shape[2]
         error = kernels().fr_forward(
             ctypes.byref(self._record),
             ctypes.byref(record),
@@ -253,9 +247,7 @@ class PackedTransformer:
             ctypes.byref(wanted),
             torch.get_num_threads(),
         )
-        if error:
-            kind, said = ERRORS[error]
-            raise kind(said)
+        demand_fine(error)
         return Read(logits, hidden, best)
 
     def _states(self, feed: Feed) -> Tensor | None:

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forerun.native.library import kernels
+from forerun.native.library import demand_fine, kernels
 from forerun.native.matrix import Packed, padded
 from forerun.native.records import FORMATS, HeadRecord, HeadsRecord, LevelRecord, Matrix, TreeRecord
-from forerun.nn.packed import ERRORS, Arena
+from forerun.nn.packed import Arena
 from forerun.ranktree import RankTree
 
 KEPT = 256  # trees whose tables are remembered
@@ -102,9 +102,7 @@ class PackedHeads:
             rows,
             torch.get_num_threads(),
         )
-        if error:
-            kind, said = ERRORS[error]
-            raise kind(said)
+        demand_fine(error)
         found: list[list[int]] = tokens.tolist()
         return found
 
