@@ -45,7 +45,7 @@ def kernels() -> list[Extension]:
     extra = SANITIZERS if os.environ.get("FORERUN_SANITIZE") == "1" else []
     return [
         Extension(
-            "forerun.nn._kernels",
+            "forerun.native._kernels",
             SOURCES,
             depends=sorted(str(path) for path in Path("kernels").glob("*.h")),
             extra_compile_args=FLAGS + extra,

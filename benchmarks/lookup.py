@@ -40,7 +40,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits as cross_entrop
 
 from forerun.drafters.lookup import Lookup
 from forerun.drafting.drafter import Context
-from forerun.nn import native
+from forerun.native import library
 from forerun.row import Row
 from forerun.sampling import SamplingParams
 from forerun.stores.automaton import ROOT, SEPARATOR, SuffixAutomaton
@@ -355,7 +355,7 @@ def main() -> None:
         for rank, values in enumerate(weights):
             console.print(f"rank {rank}: {values}")
         return
-    makes: dict[str, Make] = ({"native": automaton_of} if native.is_there() else {}) | {"python": SuffixAutomaton}
+    makes: dict[str, Make] = ({"native": automaton_of} if library.is_there() else {}) | {"python": SuffixAutomaton}
     console.print(f"in use: {next(iter(makes))}")
     figures: Sequence[Figures | StoreFigures]
     if options.answers:

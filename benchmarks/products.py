@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn import functional as F
 
-from forerun.nn import native
-from forerun.nn.native import Packed
+from forerun.native import operations
+from forerun.native.matrix import Packed
 
 STREAM = 256 << 20
 ROUNDS_OF_PEAK = 2_000_000
@@ -86,7 +86,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
             found["bounds"][name].append(value)
         for tokens in map(int, arguments.tokens.split(",")):
             x = torch.randn(tokens, arguments.in_, dtype=torch.bfloat16)
-            taken = {name: seconds(lambda p=p, x=x: [native.linear(x, m) for m in p]) for name, p in ways.items()}
+            taken = {name: seconds(lambda p=p, x=x: [operations.linear(x, m) for m in p]) for name, p in ways.items()}
             taken["torch bf16"] = seconds(lambda x=x: [F.linear(x, weight) for weight in weights])
             for name, spent in taken.items():
                 size = arguments.matrices * arguments.out * arguments.in_

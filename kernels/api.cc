@@ -111,8 +111,9 @@ FR_API void fr_silu_gate(const uint8_t* gate_up, uint8_t* y, int32_t format, int
              [&](const float* in, float* out) { kernels().silu_gate(in, out, width); });
 }
 
-FR_API void fr_attention(const uint8_t* q, const fr_feed* feed, const fr_cache* cache, int32_t layer, int32_t heads, int32_t window,
-                         float scale, uint8_t* y, int32_t threads) {
+FR_API int32_t fr_attention(const uint8_t* q, const fr_feed* feed, const fr_cache* cache, int32_t layer, int32_t heads, int32_t window,
+                            float scale, uint8_t* y, int32_t threads) {
+    if (!paths_hold(*feed)) return FR_BAD_PATH;
     Workspace& work = workspace();
     Step* steps = work.begin(threads, 5);
     work.tokens.read(*feed);
@@ -138,6 +139,7 @@ FR_API void fr_attention(const uint8_t* q, const fr_feed* feed, const fr_cache* 
                 write_row(y + work.tokens.list[size_t(t)].place * bytes, cache->format, width, mixed + t * width);
         });
     });
+    return FR_FINE;
 }
 
 FR_API void fr_top(const float* logits, int64_t tokens, int64_t vocabulary, int32_t k, float* values, int64_t* indices,

@@ -1,4 +1,4 @@
-// The C ABI of forerun's CPU kernels: what Python sees through ctypes (src/forerun/nn/native.py mirrors these records).
+// The C ABI of forerun's CPU kernels: what Python sees through ctypes (src/forerun/native/records.py mirrors these records).
 //
 // One promise holds for everything here: the bits of a token's result do not depend on how many tokens or rows are computed
 // beside it, on which cache entries its tree occupies, or on the number of threads. Every output element is accumulated by one
@@ -11,6 +11,9 @@
 #else
 #define FR_API extern "C" __attribute__((visibility("default")))
 #endif
+
+// What was wrong.
+enum fr_error : int32_t { FR_FINE = 0, FR_BAD_TOKEN = 1, FR_BAD_PLACE = 2, FR_BAD_POSITION = 3, FR_NO_MEMORY = 4, FR_BAD_PATH = 5 };
 
 // Number formats of weights, caches and outputs.
 enum fr_format : int32_t { FR_BF16 = 0, FR_F32 = 1, FR_INT8 = 2 };
@@ -29,8 +32,8 @@ struct fr_matrix {
 
 // What the tokens of a forward are and where they stand: `rows` rows of `count` tokens, of which row r has counts[r].
 // Row r lives in cache slot `start + r`, holds lengths[r] committed entries and `held` earlier scratch entries behind them.
-// sees: [rows, count, held + count] bytes, which scratch entries a token sees (itself among them), in order of depth; null:
-// all before itself. positions: for the rotary embedding. states: [rows, count, width] in `states_format` (bf16 or fp32), the inputs
+// paths: [rows, count, reach], the scratch entries (numbers below held + count) that a token sees, in order of depth, which ascends, with
+// itself as the last, and -1 behind that; null: all up to itself. positions: for the rotary embedding. states: [rows, count, width] in `states_format` (bf16 or fp32), the inputs
 // themselves instead of embedded tokens, which are not looked at then; null: none.
 struct fr_feed {
     int32_t rows, count, start, held;
@@ -38,9 +41,9 @@ struct fr_feed {
     const int32_t* lengths;
     const int64_t* tokens;
     const int32_t* positions;
-    const uint8_t* sees;
+    const int32_t* paths;
     const uint8_t* states;
-    int32_t states_format;
+    int32_t states_format, reach;
 };
 
 // Keys and values: [layers, 2, slots, capacity, kv_heads, head_dim] in `format` (bf16 or fp32).
@@ -138,15 +141,14 @@ FR_API void fr_linear(const fr_matrix* matrix, const uint8_t* x, const uint8_t* 
 FR_API void fr_norm(const uint8_t* x, const float* weight, const float* bias, uint8_t* y, int32_t format, int64_t tokens,
                     int64_t width, float eps, int32_t centred, int32_t threads);
 FR_API void fr_silu_gate(const uint8_t* gate_up, uint8_t* y, int32_t format, int64_t tokens, int64_t width, int32_t threads);
-// q: [tokens, heads, head_dim] in the cache's format, y likewise; tokens as in `feed`, padded ones included.
-FR_API void fr_attention(const uint8_t* q, const fr_feed* feed, const fr_cache* cache, int32_t layer, int32_t heads, int32_t window,
-                         float scale, uint8_t* y, int32_t threads);
+// q: [tokens, heads, head_dim] in the cache's format, y likewise; tokens as in `feed`, padded ones included. FR_FINE or FR_BAD_PATH.
+FR_API int32_t fr_attention(const uint8_t* q, const fr_feed* feed, const fr_cache* cache, int32_t layer, int32_t heads, int32_t window,
+                            float scale, uint8_t* y, int32_t threads);
 // Per row of logits [tokens, vocabulary]: the k largest (equal ones by index) with their indices, and log(sum(exp)).
 FR_API void fr_top(const float* logits, int64_t tokens, int64_t vocabulary, int32_t k, float* values, int64_t* indices,
                    float* logsumexp, int32_t threads);
 
 // A whole forward in one call. Says what was wrong, and has done nothing then.
-enum fr_error : int32_t { FR_FINE = 0, FR_BAD_TOKEN = 1, FR_BAD_PLACE = 2, FR_BAD_POSITION = 3, FR_NO_MEMORY = 4 };
 FR_API int32_t fr_forward(const fr_transformer* model, const fr_feed* feed, const fr_cache* cache, const fr_wanted* wanted,
                        int32_t threads);
 
@@ -156,7 +158,7 @@ FR_API int32_t fr_draft(const fr_heads* heads, const fr_tree* tree, const uint8_
 
 // ---- text that is looked up (automaton.cc)
 
-// A suffix automaton over the tokens 0 .. 2^31 - 1 (src/forerun/automaton.py explains it) and a place in it. One thread at a time may use
+// A suffix automaton over the tokens 0 .. 2^31 - 1 (src/forerun/stores/automaton.py explains it) and a place in it. One thread at a time may use
 // an automaton and its views. Whatever returns int32_t gives FR_FINE or an fr_error unless it says otherwise; an automaton that found no
 // memory to grow (FR_NO_MEMORY) is empty.
 struct fr_automaton;
@@ -197,7 +199,7 @@ FR_API int32_t fr_view_read(fr_view* view, const int32_t* tokens, int64_t count)
 FR_API int32_t fr_view_draft(fr_view* view, const int32_t* tokens, int64_t firm, int64_t tentative, int32_t root);
 FR_API int32_t fr_view_next(fr_view* view, int32_t token);
 
-// A corpus of text (src/forerun/drafters/lookup/index.py tells its layout): tokens [size] (uint16, or int32 if `wide`), order [entries],
+// A corpus of text (src/forerun/stores/index.py tells its layout): tokens [size] (uint16, or int32 if `wide`), order [entries],
 // starts [vocabulary + 1].
 struct fr_corpus {
     const void* tokens;

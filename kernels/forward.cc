@@ -255,7 +255,7 @@ int32_t checked(const fr_transformer& model, const fr_feed& feed, const fr_cache
             if (feed.positions[place] < 0 || feed.positions[place] >= model.table_length) return FR_BAD_POSITION;
         }
     }
-    return FR_FINE;
+    return paths_hold(feed) ? FR_FINE : FR_BAD_PATH;
 }
 
 }  // namespace

@@ -23,24 +23,42 @@ Step* Workspace::begin(int32_t threads, int64_t steps) {
     return first;
 }
 
+namespace {
+
+const int32_t* path_of(const fr_feed& feed, int32_t place) { return feed.paths + int64_t(place) * feed.reach; }
+
+int32_t length_of(const int32_t* path, int32_t reach) {
+    int32_t length = 0;
+    while (length < reach && path[length] >= 0) ++length;
+    return length;
+}
+
+}  // namespace
+
+bool paths_hold(const fr_feed& feed) {
+    for (int32_t row = 0; feed.paths && row < feed.rows; ++row) {
+        for (int32_t i = 0; i < feed.counts[row]; ++i) {
+            const int32_t* path = path_of(feed, row * feed.count + i);
+            const int32_t length = length_of(path, feed.reach);
+            if (length == 0 || path[length - 1] != feed.held + i) return false;
+            for (int32_t j = 1; j < length; ++j)
+                if (path[j] <= path[j - 1]) return false;
+        }
+    }
+    return true;
+}
+
 void Tokens::read(const fr_feed& feed) {
     list.clear();
     row_begin.assign(1, 0);
-    const int64_t scratch = feed.held + feed.count;
-    paths.resize(feed.sees ? size_t(int64_t(feed.rows) * feed.count * scratch) : 0);
     for (int32_t row = 0; row < feed.rows; ++row) {
         for (int32_t i = 0; i < feed.counts[row]; ++i) {
             const int32_t place = row * feed.count + i, length = feed.lengths[row];
             Token token{row, feed.start + row, place, length + feed.held + i, length, length + feed.held + i,
                         feed.positions[place], nullptr, feed.tokens ? feed.tokens[place] : 0};
-            if (feed.sees) {
-                int32_t* path = paths.data() + place * scratch;
-                const uint8_t* sees = feed.sees + place * scratch;
-                int32_t depth = 0;
-                for (int32_t s = 0; s < scratch; ++s)
-                    if (sees[s]) path[depth++] = length + s;
-                token.path = path;
-                token.logical = length + depth - 1;
+            if (feed.paths) {
+                token.path = path_of(feed, place);
+                token.logical = length + length_of(token.path, feed.reach) - 1;
             }
             list.push_back(token);
         }

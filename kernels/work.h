@@ -35,24 +35,26 @@ class Scratch {
 };
 
 // One token of a feed. `place`: its number in [rows, count]; `entry`: where its key goes; `logical`: how many keys precede it;
-// `path`: the scratch entries it sees, by depth (null: entry and logical position are the same thing).
+// `path`: the scratch entries it sees, by depth, counted from `length` (null: entry and logical position are the same thing).
 struct Token {
     int32_t row, slot, place, entry, length, logical, position;
     const int32_t* path;
     int64_t id;
 
-    int32_t entry_of(int32_t key) const { return key < length || !path ? key : path[key - length]; }
+    int32_t entry_of(int32_t key) const { return key < length || !path ? key : length + path[key - length]; }
 };
 
 // The real tokens of a feed, row after row (padding is left out).
 struct Tokens {
     std::vector<Token> list;
     std::vector<int32_t> row_begin;
-    std::vector<int32_t> paths;
 
     int64_t count() const { return int64_t(list.size()); }
     void read(const fr_feed& feed);
 };
+
+// Whether every path of a feed ascends from an entry that is there to its own token's.
+bool paths_hold(const fr_feed& feed);
 
 // Inputs of a product: rows of bf16 or fp32, or of unsigned bytes with a scale per group of 128.
 struct Inputs {

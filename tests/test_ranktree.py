@@ -52,7 +52,8 @@ def test_a_published_tree_is_the_published_one(name: str, depths: list[int], lea
     """The figures are those of Medusa's own buffers for its medusa_choices.py."""
     tree = RankTree.named(name)
     topology = tree.topology(1)
-    ancestors = topology.ancestors_BNN[0]
+    paths = topology.paths_BNJ[0].tolist()
+    ancestors = np.array([[node in path for node in range(64)] for path in paths])
     assert tree.size + 1 == topology.nodes == 64
     assert [len(level.ranks) for level in tree.levels] == depths and tree.depth == len(depths)
     assert tree.size + 1 - len(set(tree.parents[1:])) == leaves

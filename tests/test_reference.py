@@ -12,7 +12,7 @@ import forerun
 from forerun.bench.suites import load as load_suite
 from forerun.drafting.spec import describe
 from forerun.engine.engine import Engine
-from forerun.nn import native
+from forerun.native import library
 
 MODELS = Path(__file__).parents[1] / "models"
 SMALL, WIDE = str(MODELS / "small"), str(MODELS / "wide")
@@ -33,7 +33,7 @@ DRAFTERS = {
         "tree": "mc_sim_7b_63",
     },
 }
-REASON = native.why_not(torch.device("cpu"), torch.bfloat16)
+REASON = library.why_not(torch.device("cpu"), torch.bfloat16)
 ROWS, TOKENS = 8, 128
 GREEDY = forerun.SamplingParams(max_new_tokens=TOKENS, ignore_eos=True)
 

@@ -18,7 +18,7 @@ from forerun.nn.cache import Cache
 from forerun.nn.feed import Feed, Read
 from forerun.nn.network import Network
 from forerun.row import Row
-from forerun.tree import TokenTree, Topology
+from forerun.tree import Paths, TokenTree, Topology
 
 CHUNK = 512
 """Tokens of one row read at a time while catching up."""
@@ -129,8 +129,8 @@ class Model:
     def _read_tree(
         self, tokens_BN: Tensor, topology: Topology, layers: Collection[int]
     ) -> tuple[Tensor, dict[int, Tensor], Tensor | None]:
-        sees = None if topology.is_chain else topology.ancestors_BNN
-        read = self._grow(tokens_BN, topology.depths_BN, sees, layers, np.asarray(topology.sizes))
+        paths = None if topology.is_chain else topology.paths_BNJ
+        read = self._grow(tokens_BN, topology.depths_BN, paths, layers, np.asarray(topology.sizes))
         return read.logits_BNV, read.hidden, read.best_BN
 
     def next_scores(self, rows: Sequence[Row]) -> Scores:
@@ -141,13 +141,13 @@ class Model:
         read = self._commit(parts)
         return Scores(read.logits_BNV, best_BN=read.best_BN)
 
-    def grow(self, tokens_BN: Tensor, depths_BN: Ints, visible_BNM: np.ndarray | None = None) -> Scores:
+    def grow(self, tokens_BN: Tensor, depths_BN: Ints, paths_BNJ: Paths | None = None) -> Scores:
         """Read uncommitted tokens that follow those already in scratch, and score them.
 
-        depths: 1 for children of the newest committed token, and so on. visible_BNM: which of the M scratch entries (these
-        N included) each of them sees; None: all before itself (a chain).
+        depths: 1 for children of the newest committed token, and so on. paths_BNJ: the scratch entries (these N included) that
+        each of them sees, as in `Feed`; None: all up to itself (a chain).
         """
-        read = self._grow(tokens_BN, depths_BN - 1, visible_BNM, ())
+        read = self._grow(tokens_BN, depths_BN - 1, paths_BNJ, ())
         return Scores(read.logits_BNV, best_BN=read.best_BN)
 
     def keep(self, paths: Sequence[Sequence[int]]) -> None:
@@ -215,11 +215,11 @@ class Model:
         self,
         tokens_BN: Tensor,
         offsets_BN: Ints,
-        visible_BNM: np.ndarray | None,
+        paths_BNJ: Paths | None,
         layers: Collection[int],
         counts_B: Ints | None = None,
     ) -> Read:
-        feed = self._feed(tokens_BN, offsets_BN, visible_BNM, counts_B)
+        feed = self._feed(tokens_BN, offsets_BN, paths_BNJ, counts_B)
         if self.network.windows:
             self._offsets = [*self._offsets, offsets_BN] if self._held else [offsets_BN]
             feed.scratch_BM = feed.lengths_B[:, None] + np.concatenate(self._offsets, 1)
@@ -232,7 +232,7 @@ class Model:
         self,
         tokens_BN: Tensor,
         offsets_BN: Ints,
-        visible_BNM: np.ndarray | None,
+        paths_BNJ: Paths | None,
         counts_B: Ints | None,
         start: int = 0,
     ) -> Feed:
@@ -244,7 +244,7 @@ class Model:
             where_BN=np.minimum(lengths[:, None] + offsets_BN, self.max_length - 1),
             start=start,
             held=self._held,
-            sees_BNM=visible_BNM,
+            paths_BNJ=paths_BNJ,
             counts_B=counts_B,
             dtype=self.network.dtype,
         )

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Ints = NDArray[np.int64]
+Paths = NDArray[np.int32]
 
 
 class Drawn(IntEnum):
@@ -84,14 +85,16 @@ class Topology:
         return all(parent == node - 1 for row in self.parents for node, parent in enumerate(row))
 
     @cached_property
-    def ancestors_BNN(self) -> NDArray[np.bool_]:
-        """[b, n, m]: m is n or an ancestor of n. Padding sees itself alone."""
-        seen = np.zeros((len(self.parents), self.nodes, self.nodes), dtype=np.bool_)
-        seen[:] = np.eye(self.nodes, dtype=np.bool_)
-        for table, parents in zip(seen, self.parents, strict=True):
+    def paths_BNJ(self) -> Paths:
+        """The nodes from 0 to every node, itself the last, and -1 behind that. Padding is a path of its own."""
+        depths = self.depths_BN
+        paths = np.full((*depths.shape, int(depths.max()) + 1), -1, dtype=np.int32)
+        paths[..., 0] = np.arange(self.nodes)
+        for table, steps, parents in zip(paths, depths.tolist(), self.parents, strict=True):
             for node, parent in enumerate(parents[1:], 1):
-                table[node] |= table[parent]
-        return seen
+                table[node] = table[parent]
+                table[node, steps[node]] = node
+        return paths
 
     @cached_property
     def depths_BN(self) -> Ints:

@@ -9,7 +9,7 @@ import torch
 
 from forerun.check.greedy import BIT_FOR_BIT
 from forerun.drafting import registry
-from forerun.nn import native
+from forerun.native import library
 
 QUICK = ("--tokens", 60, "--rows", "1,3", "--max-new-tokens", 20, "--samples", 60, "--dtype", "fp32")
 
@@ -28,7 +28,7 @@ def liar(monkeypatch):
 
 @pytest.mark.parametrize("kernels", ["torch", "native"])
 def test_an_exact_drafter_passes(family, said, prompts, kernels):
-    if kernels == "native" and (reason := native.why_not(torch.device("cpu"), torch.float32)):
+    if kernels == "native" and (reason := library.why_not(torch.device("cpu"), torch.float32)):
         pytest.skip(reason)
     drafter = f"small:{family / 'small'}"
     how = ("--drafter", drafter, "--prompt-file", prompts, "--kernels", kernels)

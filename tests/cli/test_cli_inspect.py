@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from forerun.nn import native
+from forerun.native import library
 
 
 def test_the_machine(said):
@@ -28,11 +28,11 @@ def test_a_model(family, said):
 
 
 def test_a_model_on_native_kernels(family, said):
-    if reason := native.why_not(torch.device("cpu"), torch.float32):
+    if reason := library.why_not(torch.device("cpu"), torch.float32):
         pytest.skip(reason)
     found = said("inspect", family / "target", "--dtype", "fp32", "--kernels", "native")
     plain = said("inspect", family / "target", "--dtype", "fp32", "--kernels", "torch")["model"]
-    assert found["machine"]["native_kernels"] in native.ISAS
+    assert found["machine"]["native_kernels"] in library.ISAS
     assert found["model"]["runs_on"] == "forerun's own transformer, native kernels (float32 weights)"
     assert found["model"]["parameters"] == plain["parameters"]
     rounded = said("inspect", family / "target", "--weights", "int8")["model"]
@@ -40,7 +40,7 @@ def test_a_model_on_native_kernels(family, said):
 
 
 def test_without_native_kernels_the_reason_is_told(family, said, forerun, monkeypatch):
-    monkeypatch.setattr(native, "_opened", lambda: (None, "they were not built"))
+    monkeypatch.setattr(library, "_opened", lambda: (None, "they were not built"))
     machine = said("inspect")["machine"]
     assert machine["native_kernels"] == "none" and machine["native_kernels_reason"] == "they were not built"
     assert said("inspect", family / "target")["model"]["runs_on"] == "forerun's own transformer, torch"

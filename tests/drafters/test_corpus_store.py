@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from forerun.errors import DrafterError, ForerunError
-from forerun.nn import native
+from forerun.native import library
 from forerun.row import Row
 from forerun.sampling import SamplingParams
 from forerun.sources.tokenizer import fingerprint_of
@@ -261,9 +261,9 @@ def test_a_search_serves_rows_with_other_limits_and_another_trust(tmp_path: Path
 
 def test_the_kernel_is_used_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = stored([[0, 1, 2]], tmp_path)
-    if native._opened()[0] is not None:
+    if library._opened()[0] is not None:
         assert type(corpora._search_in(corpus)) is corpora._NativeSearch
-    monkeypatch.setattr(native, "_opened", lambda: (None, "no"))
+    monkeypatch.setattr(library, "_opened", lambda: (None, "no"))
     assert type(corpora._search_in(corpus)) is corpora._Search
 
 

@@ -112,7 +112,7 @@ class Reader:
             tokens_BN=torch.tensor([tree.tokens for tree in padded]),
             lengths_B=np.asarray(lengths),
             where_BN=np.asarray(lengths)[:, None] + depths,
-            sees_BNM=np.asarray([[_sees(tree, n, count) for n in range(count)] for tree in padded]),
+            paths_BNJ=np.asarray([[_padded_path(tree, n, count) for n in range(count)] for tree in padded], np.int32),
             counts_B=np.asarray([len(tree.tokens) for tree in trees]),
             dtype=self.network.dtype,
             last_B=last_B,
@@ -124,9 +124,9 @@ class Reader:
         return Tree(tree.tokens + [0] * missing, tree.parents + [-1] * missing)
 
 
-def _sees(tree: Tree, node: int, count: int) -> list[bool]:
+def _padded_path(tree: Tree, node: int, count: int) -> list[int]:
     path = tree.path(node)
-    return [entry in path for entry in range(count)]
+    return path + [-1] * (count - len(path))
 
 
 def saved(model: Any, folder: Path, **options: Any) -> Path:

@@ -17,11 +17,12 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 
-from forerun.nn import native
-from forerun.nn.native import Packed
+from forerun.native import library, operations
+from forerun.native.matrix import Packed
+from forerun.native.records import FORMATS
 
 CPU = torch.device("cpu")
-REASON = native.why_not(CPU, torch.bfloat16)
+REASON = library.why_not(CPU, torch.bfloat16)
 BF16, FP32, INT8 = torch.bfloat16, torch.float32, torch.int8
 UNIT = {BF16: 2.0**-8, FP32: 2.0**-24}  # half the distance between neighbouring numbers, relative
 GROUP = 128  # inputs of an int8 product that share a scale
@@ -48,11 +49,11 @@ def threads(count: int) -> Iterator[None]:
 @contextmanager
 def instructions(name: str) -> Iterator[bool]:
     """With this instruction set; False where the processor does not have it."""
-    before = native.active_isa()
+    before = library.active_isa()
     try:
-        yield native.use_isa(name)
+        yield library.use_isa(name)
     finally:
-        native.use_isa(before)
+        library.use_isa(before)
 
 
 @contextmanager
@@ -142,7 +143,7 @@ def _quantised(x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Packed, residual: Tensor | None = None) -> Expected:
-    dtype = {number: dtype for dtype, number in native.FORMATS.items()}[weight.record.format]
+    dtype = {number: dtype for dtype, number in FORMATS.items()}[weight.record.format]
     inputs = quantised(x) if dtype == INT8 else x.to(dtype).double()
     parts = [_product(inputs, weight, part, dtype) for part in range(1 + bool(weight.record.gated))]
     if weight.record.gated:
@@ -196,13 +197,13 @@ def silu_gate(gate_up: Tensor) -> Expected:
 
 @dataclass
 class Attending:
-    """A call of `native.attention`: queries of B rows with N tokens over slots that hold their keys and values."""
+    """A call of `operations.attention`: queries of B rows with N tokens over slots that hold their keys and values."""
 
     q: Tensor
     store: Tensor
     lengths: np.ndarray
     held: int = 0
-    sees: np.ndarray | None = None
+    paths: np.ndarray | None = None
     counts: np.ndarray | None = None
     start: int = 0
     window: int | None = None
@@ -210,8 +211,8 @@ class Attending:
 
     def run(self, store: Tensor | None = None) -> Tensor:
         store = self.store if store is None else store
-        return native.attention(
-            self.q, store, self.layer, self.lengths, self.held, self.sees, self.counts, self.start, self.window
+        return operations.attention(
+            self.q, store, self.layer, self.lengths, self.held, self.paths, self.counts, self.start, self.window
         )
 
     def real(self) -> list[tuple[int, int]]:
@@ -221,8 +222,8 @@ class Attending:
 
     def seen(self, row: int, token: int) -> list[int]:
         """The entries of its slot that a token sees, in the order of the text."""
-        length, scratch = int(self.lengths[row]), self.held + self.q.shape[1]
-        own = [s for s in range(scratch) if (s <= self.held + token if self.sees is None else self.sees[row, token, s])]
+        length, chain = int(self.lengths[row]), range(self.held + token + 1)
+        own = chain if self.paths is None else [s for s in self.paths[row, token].tolist() if s >= 0]
         entries = [*range(length), *(length + s for s in own)]
         return entries if self.window is None else entries[-self.window :]
 
@@ -251,13 +252,13 @@ class Attending:
     def only(self, row: int, token: int) -> Attending:
         """The call for one of its tokens alone, which then stands behind more held ones."""
         held = self.held + token
-        sees = None if self.sees is None else self.sees[row : row + 1, token : token + 1, : held + 1]
+        paths = None if self.paths is None else self.paths[row : row + 1, token : token + 1]
         q, lengths = self.q[row : row + 1, token : token + 1], self.lengths[row : row + 1]
-        return Attending(q, self.store, lengths, held, sees, None, self.start + row, self.window, self.layer)
+        return Attending(q, self.store, lengths, held, paths, None, self.start + row, self.window, self.layer)
 
     def as_text(self, row: int, token: int) -> Attending:
         """The call for one of its tokens whose path has become committed text, in a cache of its own."""
-        whole = Attending(self.q, self.store, self.lengths, self.held, self.sees, self.counts, self.start)
+        whole = Attending(self.q, self.store, self.lengths, self.held, self.paths, self.counts, self.start)
         entries = whole.seen(row, token)
         store = self.store[self.layer, :, self.start + row, entries][None, :, None].contiguous()
         q = self.q[row : row + 1, token : token + 1]
@@ -272,16 +273,14 @@ class Attending:
         return store
 
 
-def some_sees(rows: int, count: int, held: int, seed: int) -> np.ndarray:
+def some_paths(rows: int, count: int, held: int, seed: int) -> np.ndarray:
     """Random trees [rows, count, held + count]; the held entries are a chain that any token may continue from anywhere."""
     chance = np.random.default_rng(seed)
-    sees = np.zeros((rows, count, held + count), bool)
+    paths = np.full((rows, count, held + count), -1, np.int32)
     for row in range(rows):
         for token in range(count):
             parent = int(chance.integers(-1, held + token))
-            if parent >= held:
-                sees[row, token] = sees[row, parent - held]
-            else:
-                sees[row, token, : parent + 1] = True
-            sees[row, token, held + token] = True
-    return sees
+            above = paths[row, parent - held] if parent >= held else np.arange(parent + 1)
+            path = [*(entry for entry in above if entry >= 0), held + token]
+            paths[row, token, : len(path)] = path
+    return paths

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from forerun.nn import native
+from forerun.native import library
 from forerun.nn.foreign import Foreign
 from forerun.nn.load import load_network
 from forerun.nn.network import Network
@@ -77,7 +77,7 @@ WAYS = [(name, kernels) for name in OURS for kernels in ("torch", "native")] + [
 @pytest.fixture(scope="module", params=WAYS, ids=" on ".join)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
     name, kernels = request.param
-    if kernels == "native" and (reason := native.why_not(CPU, torch.float32)):
+    if kernels == "native" and (reason := library.why_not(CPU, torch.float32)):
         pytest.skip(reason)
     choices = dict((OURS | FOREIGN)[name])
     theirs = small_model(choices.pop("kind"), **choices)
@@ -147,7 +147,7 @@ def test_a_single_row_and_a_single_token_need_no_mask(family: Family) -> None:
     reader = Reader(family.ours)
     reader.read([ROWS[0]])
     feed = reader._feed([Tree([8], [-1])], None)
-    feed.sees_BNM = None
+    feed.paths_BNJ = None
     with torch.inference_mode():
         family.agrees(family.ours.forward(feed, reader.cache).logits_BNV[0, 0], [*ROWS[0], 8])
 

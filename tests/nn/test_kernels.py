@@ -16,8 +16,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from forerun.nn import native
-from forerun.nn.native import Packed
+from forerun.native import library, operations
+from forerun.native.matrix import Packed, padded
 from nn import kernel_oracles as oracle
 from nn.kernel_oracles import (
     BF16,
@@ -30,7 +30,7 @@ from nn.kernel_oracles import (
     same,
     some,
     some_examples,
-    some_sees,
+    some_paths,
     strided,
     threads,
 )
@@ -43,7 +43,7 @@ NAN, INFINITY = float("nan"), float("inf")
 seeds = st.integers(0, 2**31)
 
 
-@pytest.fixture(scope="module", params=native.ISAS, autouse=True)
+@pytest.fixture(scope="module", params=library.ISAS, autouse=True)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     with instructions(request.param) as there:
         if not there:
@@ -75,12 +75,12 @@ def test_packing_loses_nothing(dtype: torch.dtype, gated: bool) -> None:
 def test_a_matrix_filled_in_pieces_by_many_threads_is_the_same_matrix(dtype: torch.dtype) -> None:
     weight = some(75, 130, seed=0)
     whole, memory = Packed.of(weight, dtype), torch.zeros(Packed.bytes_for(dtype, 75, 130) + 64, dtype=torch.uint8)
-    pieces = Packed.at(native.padded(memory.data_ptr(), 64), memory, dtype, 75, 130)
+    pieces = Packed.at(padded(memory.data_ptr(), 64), memory, dtype, 75, 130)
     with threads(3):
         for begin in (40, 0, 20):
             pieces.fill(weight[begin : min(begin + 35, 75)], begin)
     assert torch.equal(pieces.unpacked(), whole.unpacked())
-    assert same(native.linear(some(3, 130, seed=1), pieces), native.linear(some(3, 130, seed=1), whole))
+    assert same(operations.linear(some(3, 130, seed=1), pieces), operations.linear(some(3, 130, seed=1), whole))
 
 
 def test_int8_weights_are_bytes_with_a_scale_per_128_inputs() -> None:
@@ -124,46 +124,46 @@ def test_products(
     matrix = packed(out, in_, weights, form == "gated", biased, seed)
     x = strided(some(tokens, in_, seed=seed + 2, dtype=dtype))
     residual = strided(some(tokens, out, seed=seed + 3, dtype=dtype)) if form == "residual" else None
-    oracle.linear(x, matrix, residual).check(native.linear(x, matrix, residual))
+    oracle.linear(x, matrix, residual).check(operations.linear(x, matrix, residual))
 
 
 def test_leading_dimensions_stay_and_nothing_gives_nothing() -> None:
     matrix = packed(40, 24, BF16)
-    assert native.linear(some(2, 3, 24, seed=0), matrix).shape == (2, 3, 40)
-    assert native.linear(some(0, 24, seed=0), matrix).shape == (0, 40)
+    assert operations.linear(some(2, 3, 24, seed=0), matrix).shape == (2, 3, 40)
+    assert operations.linear(some(0, 24, seed=0), matrix).shape == (0, 40)
 
 
 def test_int8_inputs_are_rounded_half_to_even() -> None:
     """Inputs that are halves exactly: 127 sets the scale to one. The weights pick out single inputs."""
     x = torch.cat([torch.tensor([127.0]), torch.arange(-63, 64) / 2.0])[None]
-    y = native.linear(x, Packed.of(torch.eye(128) * 127, INT8))
+    y = operations.linear(x, Packed.of(torch.eye(128) * 127, INT8))
     assert torch.equal(y, x.round() * 127)
 
 
 def test_int8_products_are_close_to_what_they_round() -> None:
     weight, x = some(200, 512, seed=0), some(40, 512, seed=1)
-    error = native.linear(x, Packed.of(weight, INT8)).double() - x.double() @ weight.double().T
+    error = operations.linear(x, Packed.of(weight, INT8)).double() - x.double() @ weight.double().T
     assert 0.001 < error.std() / 512**0.5 < 0.02
 
 
 @pytest.mark.parametrize(("weights", "gated"), KINDS)
 def test_a_product_is_the_same_alone_and_in_any_company(weights: torch.dtype, gated: bool) -> None:
     matrix, x = packed(70, 200, weights, gated, True), some(64, 200, seed=2)
-    alone = torch.cat([native.linear(x[token : token + 1], matrix) for token in range(64)])
+    alone = torch.cat([operations.linear(x[token : token + 1], matrix) for token in range(64)])
     for width in range(1, 65):
-        assert same(native.linear(x[:width], matrix), alone[:width])
-        assert same(native.linear(x[-width:], matrix), alone[-width:])
+        assert same(operations.linear(x[:width], matrix), alone[:width])
+        assert same(operations.linear(x[-width:], matrix), alone[-width:])
     shuffled = torch.randperm(64, generator=torch.Generator().manual_seed(0))
-    assert same(native.linear(x[shuffled], matrix), alone[shuffled])
+    assert same(operations.linear(x[shuffled], matrix), alone[shuffled])
 
 
 @pytest.mark.parametrize(("weights", "gated"), KINDS)
 def test_a_product_is_the_same_on_any_number_of_threads(weights: torch.dtype, gated: bool) -> None:
     matrix, x = packed(130, 75, weights, gated, True), some(17, 75, seed=2, dtype=BF16)
-    alone = native.linear(x, matrix)
+    alone = operations.linear(x, matrix)
     for count in (2, 3):
         with threads(count):
-            assert same(native.linear(x, matrix), alone)
+            assert same(operations.linear(x, matrix), alone)
 
 
 # ---- norms, gates, the largest
@@ -176,22 +176,22 @@ def test_a_product_is_the_same_on_any_number_of_threads(weights: torch.dtype, ga
 def test_norms(width: int, tokens: int, dtype: torch.dtype, seed: int) -> None:
     x = strided((some(tokens, width, seed=seed) * 3 + 1).to(dtype))
     weight, bias = some(width, seed=seed + 1), some(width, seed=seed + 2)
-    oracle.norm(x, weight, 1e-5).check(native.norm(x, weight, 1e-5))
-    oracle.norm(x, weight, 1e-3, bias, True).check(native.norm(x, weight, 1e-3, bias, True))
-    oracle.norm(x, weight, 1e-3, None, True).check(native.norm(x, weight, 1e-3, centred=True))
+    oracle.norm(x, weight, 1e-5).check(operations.norm(x, weight, 1e-5))
+    oracle.norm(x, weight, 1e-3, bias, True).check(operations.norm(x, weight, 1e-3, bias, True))
+    oracle.norm(x, weight, 1e-3, None, True).check(operations.norm(x, weight, 1e-3, centred=True))
 
 
 @some_examples
 @given(width=st.integers(1, 100), tokens=st.integers(1, 9), dtype=st.sampled_from(FLOATS), seed=seeds)
 def test_gates(width: int, tokens: int, dtype: torch.dtype, seed: int) -> None:
     gate_up = strided((some(tokens, 2 * width, seed=seed) * 10).to(dtype))
-    oracle.silu_gate(gate_up).check(native.silu_gate(gate_up))
+    oracle.silu_gate(gate_up).check(operations.silu_gate(gate_up))
 
 
 def test_gates_of_any_size() -> None:
     gates = torch.cat([torch.linspace(-200, 200, 4001), torch.tensor([0.0, -0.0, 1e-38, -1e-38, 1e30, -1e30])])
     gate_up = torch.cat([gates, torch.ones_like(gates)])
-    oracle.silu_gate(gate_up).check(native.silu_gate(gate_up))
+    oracle.silu_gate(gate_up).check(operations.silu_gate(gate_up))
 
 
 @some_examples
@@ -209,7 +209,7 @@ def test_the_largest(vocabulary: int, tokens: int, k: int, levels: int, seed: in
     """Few levels: many equal logits, of which the first count."""
     k = min(k, vocabulary)
     logits = (some(tokens, vocabulary, seed=seed) * levels).round() / levels * 9
-    values, indices, total = native.top(strided(logits), k)
+    values, indices, total = operations.top(strided(logits), k)
     ordered = logits.sort(dim=-1, descending=True, stable=True)
     assert torch.equal(values, ordered.values[:, :k])
     assert torch.equal(indices, ordered.indices[:, :k])
@@ -219,7 +219,7 @@ def test_the_largest(vocabulary: int, tokens: int, k: int, levels: int, seed: in
 def test_the_largest_of_logits_that_were_ruled_out() -> None:
     logits = torch.full((2, 50), -INFINITY)
     logits[0, 20], logits[1, 3], logits[1, 49] = 1.5, 2.0, 2.0
-    values, indices, total = native.top(logits, 3)
+    values, indices, total = operations.top(logits, 3)
     assert indices.tolist() == [[20, 0, 1], [3, 49, 0]]
     assert values.tolist() == [[1.5, -INFINITY, -INFINITY], [2.0, 2.0, -INFINITY]]
     torch.testing.assert_close(total, logits.logsumexp(-1))
@@ -228,10 +228,10 @@ def test_the_largest_of_logits_that_were_ruled_out() -> None:
 def test_rows_are_the_same_alone_in_company_and_on_any_number_of_threads() -> None:
     x, weight = some(9, 150, seed=0), some(150, seed=1)
     for run in (
-        lambda x: native.norm(x, weight, 1e-5),
-        lambda x: native.norm(x, weight, 1e-5, weight, True),
-        native.silu_gate,
-        lambda x: torch.cat([part.view(len(x), -1).float() for part in native.top(x, 5)], 1),
+        lambda x: operations.norm(x, weight, 1e-5),
+        lambda x: operations.norm(x, weight, 1e-5, weight, True),
+        operations.silu_gate,
+        lambda x: torch.cat([part.view(len(x), -1).float() for part in operations.top(x, 5)], 1),
     ):
         alone = torch.cat([run(x[row : row + 1]) for row in range(9)])
         for count in (1, 2, 3):
@@ -282,9 +282,9 @@ def attending(
     capacity = max(lengths) + held + tokens
     store = some(2, 2, start + rows + 1, capacity, kv_heads, head_dim, seed=seed, dtype=dtype)
     q = strided(some(rows, tokens, kv_heads * group, head_dim, seed=seed + 1, dtype=dtype) * 2)
-    sees = some_sees(rows, tokens, held, seed) if tree else None
+    paths = some_paths(rows, tokens, held, seed) if tree else None
     counts = chance.integers(1, tokens + 1, rows) if ragged else None
-    return Attending(q, store, np.asarray(lengths), held, sees, counts, start, window, 1)
+    return Attending(q, store, np.asarray(lengths), held, paths, counts, start, window, 1)
 
 
 @some_examples
@@ -364,13 +364,14 @@ def test_a_long_context_shared_out_among_threads_is_the_same(
 
 def reordered(case: Attending, order: list[int]) -> Attending:
     """The same trees with their tokens at other scratch entries; a parent must stay before its children."""
-    assert case.sees is not None
+    assert case.paths is not None
     store, moved = case.store.clone(), [*range(case.held), *(case.held + node for node in order)]
     for row, length in enumerate(case.lengths.tolist()):
         scratch = case.store[:, :, case.start + row, length : length + len(moved)]
         store[:, :, case.start + row, length : length + len(moved)] = scratch[:, :, moved]
-    sees = case.sees[:, order][:, :, moved]
-    return Attending(case.q[:, order], store, case.lengths, case.held, sees, None, case.start, case.window, case.layer)
+    numbers = np.array([*np.argsort(moved), -1], np.int32)  # of the entries that were; -1 stays what it is
+    paths = numbers[case.paths[:, order]]
+    return Attending(case.q[:, order], store, case.lengths, case.held, paths, None, case.start, case.window, case.layer)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -378,9 +379,9 @@ def reordered(case: Attending, order: list[int]) -> Attending:
 def test_a_token_attends_alike_wherever_its_tree_keeps_it(dtype: torch.dtype, window: int | None) -> None:
     """Layer by layer instead of branch by branch."""
     case = attending([3, 14, 250, 300], 20, held=3, tree=True, dtype=dtype, window=window, seed=5)
-    assert case.sees is not None
-    case.sees[:] = case.sees[:1]
-    depths = case.sees[0].sum(1)
+    assert case.paths is not None
+    case.paths[:] = case.paths[:1]
+    depths = (case.paths[0] >= 0).sum(1)
     order = sorted(range(20), key=lambda node: (depths[node], -node))
     assert order != list(range(20))
     assert same(reordered(case, order).run(), case.run()[:, order])
@@ -398,11 +399,11 @@ def pattern(y: Tensor) -> Tensor:
 @pytest.mark.parametrize(("weights", "gated"), KINDS)
 def test_a_bad_input_spoils_its_own_token_only(weights: torch.dtype, gated: bool, bad: float) -> None:
     matrix, x = packed(40, 200, weights, gated), some(9, 200, seed=2)
-    clean = native.linear(x, matrix)
+    clean = operations.linear(x, matrix)
     for at in (0, 17, 199):
         spoilt = x.clone()
         spoilt[3, at] = bad
-        y = native.linear(spoilt, matrix)
+        y = operations.linear(spoilt, matrix)
         others = [token for token in range(9) if token != 3]
         assert same(y[others], clean[others])
         if weights == INT8:
@@ -417,9 +418,9 @@ def test_a_bad_input_spoils_its_own_token_only(weights: torch.dtype, gated: bool
 @pytest.mark.parametrize(("weights", "gated"), KINDS)
 def test_a_bad_weight_spoils_its_own_output_only(weights: torch.dtype, gated: bool, bad: float) -> None:
     weight, x = some(40 * (1 + gated), 200, seed=0), some(20, 200, seed=2)
-    clean = native.linear(x, Packed.of(weight, weights, gated=gated))
+    clean = operations.linear(x, Packed.of(weight, weights, gated=gated))
     weight[33, 150] = bad
-    y = native.linear(x, Packed.of(weight, weights, gated=gated))
+    y = operations.linear(x, Packed.of(weight, weights, gated=gated))
     others = [output for output in range(40) if output != 33]
     assert same(y[:, others], clean[:, others])
     assert not (y[:, 33].isfinite() & (y[:, 33] != 0)).any()
@@ -429,11 +430,11 @@ def test_bad_numbers_in_norms_and_gates_stay_where_they_are() -> None:
     x, weight = some(6, 75, seed=0), torch.ones(75)
     x[2, 40], x[4, 74] = NAN, INFINITY
     for centred in (False, True):
-        y = native.norm(x, weight, 1e-5, None, centred)
+        y = operations.norm(x, weight, 1e-5, None, centred)
         assert y[2].isnan().all() and y[4, 74].isnan() and y[[0, 1, 3, 5]].isfinite().all()
     gate_up = torch.tensor([NAN, 1.0, INFINITY, -INFINITY, INFINITY, 2.0, 1.0, NAN, 1.0, 1.0, 0.0, 3.0])
     gate, up = gate_up.chunk(2)
-    assert torch.equal(pattern(native.silu_gate(gate_up)), pattern(torch.nn.functional.silu(gate) * up))
+    assert torch.equal(pattern(operations.silu_gate(gate_up)), pattern(torch.nn.functional.silu(gate) * up))
 
 
 @pytest.mark.parametrize("tree", [False, True])
@@ -470,13 +471,13 @@ def test_a_bad_query_spoils_its_own_head_only() -> None:
 def test_results_fill_their_memory_and_nothing_beside_it(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     matrices = [packed(45, 75, weights, gated, True) for weights, gated in KINDS]
     case, weight = attending([0, 30, 300], 5, 1, 3, 10, BF16, tree=True, ragged=True), some(75, seed=0)
-    runs: list[Any] = [case.run, lambda: native.top(some(3, 61, seed=0), 5)]
+    runs: list[Any] = [case.run, lambda: operations.top(some(3, 61, seed=0), 5)]
     for dtype in FLOATS:
         x = some(5, 75, seed=1, dtype=dtype)
         residual = some(5, 45, seed=2, dtype=dtype)
-        runs += [lambda m=m, x=x: native.linear(x, m) for m in matrices]
-        runs += [lambda m=m, x=x, r=residual: native.linear(x, m, r) for m in matrices[::2]]
-        runs += [lambda x=x: native.norm(x, weight, 1e-5), lambda x=x: native.silu_gate(x[:, :74])]
+        runs += [lambda m=m, x=x: operations.linear(x, m) for m in matrices]
+        runs += [lambda m=m, x=x, r=residual: operations.linear(x, m, r) for m in matrices[::2]]
+        runs += [lambda x=x: operations.norm(x, weight, 1e-5), lambda x=x: operations.silu_gate(x[:, :74])]
     with threads(count), guarded(monkeypatch) as made:
         for run in runs:
             run()
@@ -498,9 +499,9 @@ def test_padding_attends_to_nothing_and_is_zero() -> None:
 def test_what_was_computed_before_leaves_no_trace(weights: torch.dtype, gated: bool) -> None:
     """The kernels keep their scratch memory: here it is full of NaN when the next product or attention begins."""
     matrix, x, case = packed(45, 75, weights, gated, True), some(3, 75, seed=1), attending([20], 3, 1, 2, 10, BF16)
-    clean = native.linear(x, matrix), case.run()
-    native.linear(torch.full((40, 300), NAN), packed(200, 300, weights, gated))
+    clean = operations.linear(x, matrix), case.run()
+    operations.linear(torch.full((40, 300), NAN), packed(200, 300, weights, gated))
     large = attending([300], 20, 2, 4, 64)
     large.run(torch.full_like(large.store, NAN))
-    assert same(native.linear(x, matrix), clean[0])
+    assert same(operations.linear(x, matrix), clean[0])
     assert same(case.run(), clean[1])

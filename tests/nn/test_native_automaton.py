@@ -14,14 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forerun.nn import native
+from forerun.native import library
 from forerun.stores.automaton import ROOT, SEPARATOR, Cursor, SuffixAutomaton
 from forerun.stores.growth import OWN_TEXT, STUDIED
 from forerun.stores.reader import PlainReader
 from forerun.stores.store import Limits
 from nn.kernel_oracles import some_examples
 
-if not native.is_there():
+if not library.is_there():
     pytest.skip("there are no native kernels here", allow_module_level=True)
 from forerun.stores.native import FEW, NativeAutomaton, NativeReader
 

@@ -13,18 +13,19 @@ import pytest
 import torch
 
 from forerun.errors import ForerunError
-from forerun.nn import native
+from forerun.native import library, operations
+from forerun.native.matrix import Packed
+from forerun.native.records import Matrix
 from forerun.nn.cache import Cache
 from forerun.nn.feed import Feed
 from forerun.nn.load import why_torch
-from forerun.nn.native import Packed
 from forerun.nn.packed import PackedTransformer, pack
 from forerun.nn.transformer import Transformer, TransformerConfig
 
 CPU = torch.device("cpu")
 CONFIG = TransformerConfig(61, 48, 2, 4, 2, 12, 50, 64)
 needs_kernels = pytest.mark.skipif(
-    native.why_not(CPU, torch.float32) is not None, reason=str(native.why_not(CPU, torch.float32))
+    library.why_not(CPU, torch.float32) is not None, reason=str(library.why_not(CPU, torch.float32))
 )
 
 
@@ -72,20 +73,39 @@ def test_what_does_not_fit_is_an_error_and_not_a_crash(network: PackedTransforme
     with pytest.raises(ValueError, match="int64"):
         network.forward(replace(chain([3]), tokens_BN=torch.tensor([[3]], dtype=torch.int32)), fresh_cache(network))
     with pytest.raises(ValueError, match="entries"):
-        network.forward(replace(chain([3, 4]), sees_BNM=np.ones((1, 2, 1), np.bool_)), fresh_cache(network))
+        network.forward(replace(chain([3, 4]), paths_BNJ=np.zeros((1, 1, 1), np.int32)), fresh_cache(network))
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "path", [[0], [-1, -1], [0, 2], [0, 10**9], [1, 0], [0, 0], [1, 1], [-5, 1], [1, -1, 0], []], ids=str
+)
+def test_a_path_that_leads_nowhere_is_an_error(network: PackedTransformer, path: list[int]) -> None:
+    """Token 1 of two, both uncommitted: its path is [1] or [0, 1]."""
+    own, reach = [0, *[-1] * 2], 3
+    feed = replace(chain([3, 4]), paths_BNJ=np.asarray([[own, path + [-1] * (reach - len(path))]], np.int32))
+    if path == [1, -1, 0]:  # whatever is behind the first -1 is padding
+        network.forward(feed, fresh_cache(network))
+        return
+    with pytest.raises(IndexError, match="path"):
+        network.forward(feed, fresh_cache(network))
+    store = torch.zeros(1, 2, 1, 4, 1, 8)
+    assert feed.paths_BNJ is not None
+    with pytest.raises(IndexError, match="path"):
+        operations.attention(torch.zeros(1, 2, 1, 8), store, 0, np.asarray([0]), paths=feed.paths_BNJ)
 
 
 @needs_kernels
 def test_single_operations_refuse_what_they_cannot_read() -> None:
     packed = Packed.of(torch.randn(8, 6))
     with pytest.raises(ValueError, match="width 5"):
-        native.linear(torch.randn(2, 5), packed)
+        operations.linear(torch.randn(2, 5), packed)
     with pytest.raises(ValueError, match="residual"):
-        native.linear(torch.randn(2, 6), packed, torch.randn(2, 8, dtype=torch.bfloat16))
+        operations.linear(torch.randn(2, 6), packed, torch.randn(2, 8, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="norm"):
-        native.norm(torch.randn(2, 6), torch.ones(6, dtype=torch.bfloat16), 1e-5)
+        operations.norm(torch.randn(2, 6), torch.ones(6, dtype=torch.bfloat16), 1e-5)
     with pytest.raises(ValueError, match="largest"):
-        native.top(torch.randn(2, 6), 7)
+        operations.top(torch.randn(2, 6), 7)
 
 
 @needs_kernels
@@ -130,7 +150,7 @@ def test_reasons_name_what_is_in_the_way(dtype: torch.dtype, device: str, said: 
 
 
 def test_a_library_that_cannot_be_used_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    opened = native._opened.__wrapped__
+    opened = library._opened.__wrapped__
     monkeypatch.setenv("FORERUN_KERNELS", "0")
     assert opened()[1] == "FORERUN_KERNELS is 0"
     monkeypatch.setenv("FORERUN_KERNELS", str(tmp_path / "nowhere.so"))
@@ -139,26 +159,26 @@ def test_a_library_that_cannot_be_used_says_why(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("FORERUN_KERNELS", str(tmp_path / "broken.so"))
     assert "cannot be loaded" in opened()[1]
     (tmp_path / "_kernels.txt").write_text("no compiler\n")
-    assert "(no compiler)" in native._why_not_built(tmp_path / "_kernels.so")
+    assert "(no compiler)" in library._why_not_built(tmp_path / "_kernels.so")
 
 
 @needs_kernels
 def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Longer(native.Matrix):
+    class Longer(Matrix):
         _fields_ = (("more", ctypes.c_int64),)
 
-    monkeypatch.setattr(native, "RECORDS", (Longer, *native.RECORDS[1:]))
-    assert "another version" in native._opened.__wrapped__()[1]
+    monkeypatch.setattr(library, "RECORDS", (Longer, *library.RECORDS[1:]))
+    assert "another version" in library._opened.__wrapped__()[1]
 
 
 @needs_kernels
 def test_infinite_numbers_are_not_nan_too_early() -> None:
     inf = float("inf")
     logits = torch.tensor([[1.0, inf, 2.0], [-inf, -inf, -inf], [0.0, -inf, 0.0]])
-    assert torch.equal(native.top(logits, 2)[2], logits.logsumexp(-1))
+    assert torch.equal(operations.top(logits, 2)[2], logits.logsumexp(-1))
     store = torch.zeros(1, 2, 1, 301, 1, 8)
     store[0, 0, 0, :256, 0, 0] = -inf
     store[0, 1, 0, 256:] = 3.0
     q = torch.zeros(1, 1, 1, 8)
     q[..., 0] = 1
-    assert torch.equal(native.attention(q, store, 0, np.asarray([300])), torch.full((1, 1, 8), 3.0))
+    assert torch.equal(operations.attention(q, store, 0, np.asarray([300])), torch.full((1, 1, 8), 3.0))

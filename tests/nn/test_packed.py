@@ -19,7 +19,7 @@ from torch import Tensor
 
 import forerun
 from forerun.bench.suites import load as load_suite
-from forerun.nn import native
+from forerun.native import library
 from forerun.nn.cache import Cache
 from forerun.nn.feed import Feed, Read
 from forerun.nn.load import load_network
@@ -106,17 +106,17 @@ class Reader:
         rows, counts = len(parts), np.asarray([len(part) for part in parts])
         count = int(counts.max())
         lengths = np.asarray(self.cache.lengths[start : start + rows])
-        sees, depths = None, np.broadcast_to(held + np.arange(count), (rows, count))
+        paths, depths = None, np.broadcast_to(held + np.arange(count), (rows, count))
         if parents is not None:
-            sees = np.asarray([sees_of(row, held, held + count) for row in parents])
-            depths = sees.sum(2) - 1
+            paths = np.asarray([paths_of(row, held, held + count) for row in parents], np.int32)
+            depths = (paths >= 0).sum(2) - 1
         feed = Feed(
             tokens_BN=torch.tensor([[*part, *[0] * (count - len(part))] for part in parts]),
             lengths_B=lengths,
             where_BN=lengths[:, None] + depths,
             start=start,
             held=held,
-            sees_BNM=sees,
+            paths_BNJ=paths,
             counts_B=counts,
             last_B=counts - 1 if last else None,
             dtype=self.network.dtype,
@@ -128,14 +128,12 @@ class Reader:
         return self.cache.entries(slot).permute(2, 0, 1, 3, 4)
 
 
-def sees_of(parents: Sequence[int], held: int, scratch: int) -> np.ndarray:
-    """Which of the scratch entries the tokens behind the held ones see. The held entries are a chain."""
-    sees = np.zeros((scratch, scratch), bool)
+def paths_of(parents: Sequence[int], held: int, scratch: int) -> list[list[int]]:
+    """Which of the scratch entries the tokens behind the held ones see, padded. The held entries are a chain."""
+    paths: list[list[int]] = []
     for entry, parent in enumerate([*range(-1, held - 1), *parents, *[-1] * (scratch - held - len(parents))]):
-        if parent >= 0:
-            sees[entry] = sees[parent]
-        sees[entry, entry] = True
-    return sees[held:]
+        paths.append([*(paths[parent] if parent >= 0 else ()), entry])
+    return [path + [-1] * (scratch - len(path)) for path in paths[held:]]
 
 
 @dataclass(frozen=True)
@@ -208,7 +206,7 @@ def test_threads_that_come_late_change_nothing(kind: tuple[torch.dtype, torch.dt
                 assert all(same(read.hidden[layer], expected.hidden[layer]) for layer in read.hidden)
 
 
-@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize("isa", library.ISAS)
 @pytest.mark.parametrize("kind", KINDS, ids=id_of)
 def test_every_instruction_set_keeps_the_promise(kind: tuple[torch.dtype, torch.dtype], isa: str) -> None:
     network, tree = pack(some_transformer(CONFIGS["everything"], kind[0]), kind[1]), some_tree(20, seed=1)
@@ -483,7 +481,7 @@ def with_best(read: Read) -> Read:
     return replace(read, best_BN=read.logits_BNV.argmax(-1)) if read.best_BN is None else read
 
 
-@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize("isa", library.ISAS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_fp32_is_what_torch_says(name: str, isa: str) -> None:
     model = some_transformer(CONFIGS[name])

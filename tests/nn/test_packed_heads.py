@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from forerun.nn import native
-from forerun.nn.native import Packed
+from forerun.native import library
+from forerun.native.matrix import Packed
 from forerun.nn.packed_heads import HeadWeights, PackedHeads
 from forerun.ranktree import PUBLISHED, RankTree
 from nn.kernel_oracles import (
@@ -53,7 +53,7 @@ FORMS = ("medusa", "medusa through", "hydra")
 NAN = float("nan")
 
 
-@pytest.fixture(scope="module", params=native.ISAS, autouse=True)
+@pytest.fixture(scope="module", params=library.ISAS, autouse=True)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     with instructions(request.param) as there:
         if not there:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from forerun.nn import native
+from forerun.native import library
 from nn.kernel_oracles import REASON
 
 ROOT = Path(__file__).parents[2]
@@ -82,15 +82,15 @@ def sanitized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     for old in folder.parent.glob("kernels-*"):
         if old != folder:
             shutil.rmtree(old, ignore_errors=True)
-    library = folder / "_kernels.so"
-    return library if library.exists() else compiled([path for path in files if path.suffix == ".cc"], folder)
+    made = folder / "_kernels.so"
+    return made if made.exists() else compiled([path for path in files if path.suffix == ".cc"], folder)
 
 
 def test_kernels_that_were_built_can_be_loaded() -> None:
     """Or all other tests of theirs would be skipped: the library that lies here may be older than the sources."""
-    if not Path(native.__file__).with_name("_kernels.so").exists() or os.environ.get("FORERUN_KERNELS"):
+    if not Path(library.__file__).with_name("_kernels.so").exists() or os.environ.get("FORERUN_KERNELS"):
         pytest.skip("they were not built, or others were chosen")
-    native.library()
+    library.kernels()
 
 
 @pytest.mark.parametrize("name", TESTS)

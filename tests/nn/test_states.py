@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from forerun.nn import native
+from forerun.native import library
 from forerun.nn.cache import Cache
 from forerun.nn.feed import Feed, Read
 from forerun.nn.foreign import Foreign
@@ -147,7 +147,7 @@ def test_a_foreign_model_refuses_states_and_shows_its_matrices() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize("isa", library.ISAS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_packed_fp32_is_what_torch_encodes(name: str, isa: str) -> None:
     model, texts = some_stack(CONFIGS[name]), [some(17, 40, seed=1), some(6, 40, seed=2)]

@@ -50,9 +50,9 @@ def machine(device: torch.device, dtype: torch.dtype, asked: str) -> dict[str, A
 
     import forerun
     from forerun.drafting.registry import names
-    from forerun.nn import native
+    from forerun.native.library import active_isa, why_not
 
-    missing = native.why_not(device, dtype)
+    missing = why_not(device, dtype)
     return {
         "forerun": forerun.__version__,
         "python": platform.python_version(),
@@ -65,7 +65,7 @@ def machine(device: torch.device, dtype: torch.dtype, asked: str) -> dict[str, A
         "processor": _abilities(),
         "dtype": str(dtype).removeprefix("torch."),
         "dtype_reason": _reason(device, asked),
-        "native_kernels": "none" if missing else native.active_isa(),
+        "native_kernels": "none" if missing else active_isa(),
         **({"native_kernels_reason": missing} if missing else {}),
         "drafters": names(),
     }

@@ -165,14 +165,14 @@ class _Growing(DraftModel):
         width = max(1, max(map(len, frontiers)))
         tokens = np.zeros((len(grown), width), dtype=np.int64)
         depths = np.ones((len(grown), width), dtype=np.int64)
-        visible = np.zeros((len(grown), width, held + width), dtype=np.bool_)
-        visible[:, np.arange(width), held + np.arange(width)] = True
+        paths = np.full((len(grown), width, max(1, *(row.depths[-1] for row in grown))), -1, dtype=np.int32)
+        paths[:, :, 0] = held + np.arange(width)  # padding sees itself alone
         for index, (row, frontier) in enumerate(zip(grown, frontiers, strict=True)):
             for offset, node in enumerate(frontier):
                 tokens[index, offset], depths[index, offset] = row.tokens[node], row.depths[node]
-                visible[index, offset, [row.places[n] for n in row.path(row.parents[node])]] = True
                 row.places[node] = held + offset
-        return self.model.grow(torch.from_numpy(tokens).to(device), depths, visible).logits_BNV
+                paths[index, offset, : row.depths[node]] = [row.places[n] for n in row.path(node)]
+        return self.model.grow(torch.from_numpy(tokens).to(device), depths, paths).logits_BNV
 
 
 class TopTree(_Growing):

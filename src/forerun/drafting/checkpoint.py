@@ -23,7 +23,7 @@ from torch import nn
 
 from forerun.errors import CheckpointError, DrafterError
 from forerun.files import whole_folder
-from forerun.nn.native import Packed
+from forerun.native.matrix import Packed
 from forerun.nn.network import Network
 from forerun.ranktree import PUBLISHED, RankTree
 from forerun.sources.folder import CONFIG, WEIGHTS, brief, difference, opened

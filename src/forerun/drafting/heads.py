@@ -22,9 +22,9 @@ from forerun.accept.exact import Verdict
 from forerun.drafting.drafter import Context, Drafter
 from forerun.errors import DrafterError
 from forerun.model import CHUNK, Scores
+from forerun.native.matrix import Packed
 from forerun.nn.cache import Cache
 from forerun.nn.feed import Feed
-from forerun.nn.native import Packed
 from forerun.nn.network import Network
 from forerun.nn.packed_heads import HeadWeights, PackedHeads
 from forerun.ranktree import RankTree

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from forerun.chance import Ints
+from forerun.tree import Paths
 
 
 @dataclass
@@ -18,9 +19,9 @@ class Feed:
 
     tokens_BN: int64. states_BND: the inputs themselves instead of the tokens' embeddings; of `tokens_BN` only the shape counts
     then. lengths_B: committed entries of each slot; held: scratch entries behind them that earlier feeds wrote,
-    the same number in every row. where_BN: the positions of the tokens in their texts. sees_BNM: which scratch entries (the
-    M = held + N that there are now) a token sees, itself among them, a parent before its children (bool); None: all up to
-    itself.
+    the same number in every row. where_BN: the positions of the tokens in their texts. paths_BNJ: the scratch entries
+    (numbers among the M = held + N that there are now) that a token sees, in order of depth, itself the last, and -1 behind
+    that (int32; a parent has the smaller number); None: all up to itself.
     counts_B: the tokens of each row that are not padding (None: all N). last_B: if given, only the token at this index of
     each row is scored ([B, 1, V] logits). scratch_BM: the positions of all uncommitted tokens, for sliding windows (None: these
     tokens are all there are).
@@ -33,7 +34,7 @@ class Feed:
     where_BN: Ints
     start: int = 0
     held: int = 0
-    sees_BNM: np.ndarray | None = None
+    paths_BNJ: Paths | None = None
     counts_B: Ints | None = None
     last_B: Ints | None = None
     dtype: torch.dtype = torch.float32
@@ -73,8 +74,8 @@ class Feed:
     @cached_property
     def visible_BNS(self) -> Tensor | None:
         """Which entries of [0, span) a token sees, or None when every token sees all of them."""
-        if self.sees_BNM is not None:
-            return self._tensor(self._tree_mask(self.sees_BNM))
+        if self.paths_BNJ is not None:
+            return self._tensor(self._tree_mask(self.paths_BNJ))
         if self.begin is not None and self.tokens_BN.shape[1] == 1:
             return None
         return self._tensor(np.arange(self.span) <= self._entries()[:, :, None])
@@ -116,12 +117,15 @@ class Feed:
     def _entries(self) -> Ints:
         return self.lengths_B[:, None] + self.held + np.arange(self.tokens_BN.shape[1])
 
-    def _tree_mask(self, sees_BNM: np.ndarray) -> np.ndarray:
-        """[B, N, span]: a token sees its row's committed entries, and of the scratch behind them what it is allowed to."""
-        rows, count, scratch = sees_BNM.shape
+    def _tree_mask(self, paths_BNJ: Paths) -> np.ndarray:
+        """[B, N, span]: a token sees its row's committed entries, and of the scratch behind them what its path names."""
+        rows, count, _ = paths_BNJ.shape
+        scratch = self.held + count
+        sees_BNM = np.zeros((rows, count, scratch + 1), np.bool_)  # the last column takes the padding
+        np.put_along_axis(sees_BNM, np.where(paths_BNJ < 0, scratch, paths_BNJ), True, 2)
         mask = np.arange(self.span) < np.broadcast_to(self.lengths_B[:, None, None], (rows, count, 1))
         for row, length in enumerate(self.lengths_B.tolist()):
-            mask[row, :, length : length + scratch] = sees_BNM[row]
+            mask[row, :, length : length + scratch] = sees_BNM[row, :, :scratch]
         return mask
 
     def _tensor(self, array: np.ndarray) -> Tensor:

@@ -331,12 +331,14 @@ def _read_tree(foreign: Foreign, ids: Sequence[int]) -> dict[int, Tensor]:
 
 
 def _feed(foreign: Foreign, ids: Sequence[int], ancestors: dict[int, list[int]]) -> Feed:
-    nodes, span = list(ancestors), max(ancestors) + 1
+    nodes, deepest = list(ancestors), max(map(len, ancestors.values()))
     return Feed(
         tokens_BN=torch.tensor([[ids[node] for node in nodes]], device=foreign.device),
         lengths_B=np.zeros(1, np.int64),
         where_BN=np.asarray([[len(ancestors[node]) for node in nodes]]),
         held=nodes[0],
-        sees_BNM=np.asarray([[[s == node or s in ancestors[node] for s in range(span)] for node in nodes]]),
+        paths_BNJ=np.asarray(
+            [[[*above, node, *[-1] * (deepest - len(above))] for node, above in ancestors.items()]], np.int32
+        ),
         dtype=foreign.dtype,
     )

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from forerun.errors import CheckpointError, ForerunError
-from forerun.nn import native
+from forerun.native.library import why_not
+from forerun.native.records import WIDEST_HEAD
 from forerun.nn.foreign import load_foreign
 from forerun.nn.network import Network
 from forerun.nn.packed import PackedTransformer
@@ -78,10 +79,10 @@ def why_torch(
         reason: str | None = "torch was asked for"
     elif config is None:
         reason = "they know the Llama family, and this model is another"
-    elif config.head_dim > native.WIDEST_HEAD:
-        reason = f"they know heads of up to {native.WIDEST_HEAD}, and this model has {config.head_dim}"
+    elif config.head_dim > WIDEST_HEAD:
+        reason = f"they know heads of up to {WIDEST_HEAD}, and this model has {config.head_dim}"
     else:
-        reason = native.why_not(device, dtype, at_any_speed=kernels == "native")
+        reason = why_not(device, dtype, at_any_speed=kernels == "native")
     if reason and kernels == "native":
         raise ForerunError(f"native kernels cannot run this: {reason}; use --kernels auto")
     if reason and weights == "int8":

@@ -8,9 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from forerun.native.matrix import Packed
 from forerun.nn.cache import Cache, CacheShape
 from forerun.nn.feed import Feed, Read
-from forerun.nn.native import Packed
 
 
 class Network(Protocol):

@@ -20,19 +20,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forerun.nn import native
+from forerun.native.library import demand_fine, kernels
+from forerun.native.matrix import Packed, padded
+from forerun.native.records import (
+    FORMATS,
+    WIDEST_HEAD,
+    FeedRecord,
+    LayerRecord,
+    TransformerRecord,
+    WantedRecord,
+    cache_record,
+)
 from forerun.nn.cache import Cache, CacheShape
 from forerun.nn.feed import Feed, Read
-from forerun.nn.native import FeedRecord, LayerRecord, Packed, TransformerRecord, WantedRecord, padded
 from forerun.nn.transformer import NO_VOCABULARY, TransformerConfig, rope_tables
 
 HUGE_PAGE = 2 << 20
-ERRORS: dict[int, tuple[type[Exception], str]] = {
-    1: (IndexError, "a token is outside the vocabulary"),
-    2: (IndexError, "the cache has no room for these tokens: reserve more"),
-    3: (IndexError, "a position is beyond the longest text"),
-    4: (MemoryError, "no memory for the scratch space of a forward"),
-}
 CPU = torch.device("cpu")
 
 
@@ -85,10 +88,8 @@ class PackedTransformer:
     kernels = "native"
 
     def __init__(self, config: TransformerConfig, dtype: torch.dtype, weights: torch.dtype | None = None):
-        if config.head_dim > native.WIDEST_HEAD or dtype not in native.FORMATS:
-            raise ValueError(
-                f"heads of {config.head_dim} in {dtype}: the kernels know {native.WIDEST_HEAD} in bf16 or fp32"
-            )
+        if config.head_dim > WIDEST_HEAD or dtype not in FORMATS:
+            raise ValueError(f"heads of {config.head_dim} in {dtype}: the kernels know {WIDEST_HEAD} in bf16 or fp32")
         self.config, self.dtype = config, dtype
         self.weights = weights or dtype
         table = shapes(config)
@@ -202,7 +203,7 @@ class PackedTransformer:
         record.head, record.vocabulary = self.head.record, config.vocab_size
         if self.embedding is not None:
             record.embedding = self.embedding.data_ptr()
-            record.embedding_format = native.FORMATS[self.embedding.dtype]
+            record.embedding_format = FORMATS[self.embedding.dtype]
         return self
 
     # ---- reading
@@ -218,11 +219,11 @@ class PackedTransformer:
         if hidden:
             layers = (ctypes.c_int32 * len(hidden))(*hidden)
             places = (ctypes.c_void_p * len(hidden))(*(tensor.data_ptr() for tensor in hidden.values()))
-            wanted.hidden_count, wanted.hidden_format = len(hidden), native.FORMATS[self.dtype]
+            wanted.hidden_count, wanted.hidden_format = len(hidden), FORMATS[self.dtype]
             wanted.hidden_layers = ctypes.cast(layers, ctypes.c_void_p)
             wanted.hidden = ctypes.cast(places, ctypes.c_void_p)
         self._turn_up_to(cache.capacity)
-        tokens, sees = feed.tokens_BN.contiguous(), feed.sees_BNM
+        tokens, paths = feed.tokens_BN.contiguous(), feed.paths_BNJ
         if tokens.dtype != torch.int64 or tokens.shape != feed.where_BN.shape:
             raise ValueError(f"tokens are int64 and have positions: {tokens.dtype} {list(tokens.shape)}")
         ints = _integers(feed)
@@ -231,24 +232,22 @@ class PackedTransformer:
         record.positions = begin + 12 * rows
         states = self._states(feed)
         if states is not None:
-            record.states, record.states_format = states.data_ptr(), native.FORMATS[states.dtype]
+            record.states, record.states_format = states.data_ptr(), FORMATS[states.dtype]
         if feed.last_B is not None:
             wanted.last = begin + 8 * rows
-        if sees is not None:
-            if sees.shape != (rows, count, feed.held + count):
-                raise ValueError(f"{sees.shape} says what {rows} x {count} tokens see of {feed.held + count} entries")
-            sees = np.ascontiguousarray(sees, np.bool_)
-            record.sees = sees.ctypes.data
-        error = native.library().fr_forward(
+        if paths is not None:
+            if paths.shape[:2] != (rows, count):
+                raise ValueError(f"paths {list(paths.shape)} for the entries of {rows} x {count} tokens")
+            paths = np.ascontiguousarray(paths, np.int32)
+            record.paths, record.reach = paths.ctypes.data, paths.shape[2]
+        error = kernels().fr_forward(
             ctypes.byref(self._record),
             ctypes.byref(record),
-            ctypes.byref(native.cache_record(cache.store)),
+            ctypes.byref(cache_record(cache.store)),
             ctypes.byref(wanted),
             torch.get_num_threads(),
         )
-        if error:
-            kind, said = ERRORS[error]
-            raise kind(said)
+        demand_fine(error)
         return Read(logits, hidden, best)
 
     def _states(self, feed: Feed) -> Tensor | None:

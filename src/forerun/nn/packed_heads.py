@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forerun.nn import native
-from forerun.nn.native import HeadRecord, HeadsRecord, LevelRecord, Matrix, Packed, TreeRecord, padded
-from forerun.nn.packed import ERRORS, Arena
+from forerun.native.library import demand_fine, kernels
+from forerun.native.matrix import Packed, padded
+from forerun.native.records import FORMATS, HeadRecord, HeadsRecord, LevelRecord, Matrix, TreeRecord
+from forerun.nn.packed import Arena
 from forerun.ranktree import RankTree
 
 KEPT = 256  # trees whose tables are remembered
@@ -61,7 +62,7 @@ class PackedHeads:
         weights: torch.dtype | None = None,
     ):
         self.dtype, self.weights = dtype, weights or dtype
-        if dtype not in (torch.bfloat16, torch.float32) or self.weights not in native.FORMATS:
+        if dtype not in (torch.bfloat16, torch.float32) or self.weights not in FORMATS:
             raise ValueError(
                 f"weights in {self.weights} for contexts in {dtype}: the kernels know bf16 and fp32, and int8 weights"
             )
@@ -72,7 +73,7 @@ class PackedHeads:
         self._heads = (HeadRecord * len(heads))(*map(self._head, heads))
         self._given = [head.vocabulary for head in heads if isinstance(head.vocabulary, Packed)]  # kept alive
         place = None if self.embedding is None else self.embedding.data_ptr()
-        self._record = HeadsRecord(len(heads), self.width, self.vocab_size, native.FORMATS[dtype], self._heads, place)
+        self._record = HeadsRecord(len(heads), self.width, self.vocab_size, FORMATS[dtype], self._heads, place)
         self._plans: dict[int, _Plan] = {}
 
     @property
@@ -92,7 +93,7 @@ class PackedHeads:
         contexts = context_BD.detach().to(self.dtype).contiguous()
         from_ = np.asarray(roots, np.int64)
         tokens = torch.empty((rows, tree.size + 1), dtype=torch.int64)
-        error = native.library().fr_draft(
+        error = kernels().fr_draft(
             ctypes.byref(self._record),
             ctypes.byref(plan.record),
             contexts.data_ptr(),
@@ -101,9 +102,7 @@ class PackedHeads:
             rows,
             torch.get_num_threads(),
         )
-        if error:
-            kind, said = ERRORS[error]
-            raise kind(said)
+        demand_fine(error)
         found: list[list[int]] = tokens.tolist()
         return found
 

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forerun.errors import DrafterError
-from forerun.nn import native
+from forerun.native.library import is_there, quick
+from forerun.native.records import CorpusDraftRecord, CorpusRecord, CorpusWishRecord
 from forerun.row import Row
 from forerun.stores.index import DTYPES, FORMAT, VERSION
 from forerun.stores.places import ENOUGH, PLACES, WEIGHTS, Found, Numbers, Trust, grow
@@ -217,11 +218,11 @@ class _NativeSearch(_Search):
         super().__init__(corpus)
         size, entries, wide = len(corpus.tokens), len(corpus.order), corpus.tokens.dtype.itemsize == 4
         at = [part.ctypes.data for part in (corpus.tokens, corpus.order, corpus.starts)]
-        self._kept, self._record = corpus, native.CorpusRecord(*at, size, entries, corpus.vocabulary, wide)
-        self._wish, self._grown = native.CorpusWishRecord(places=PLACES, enough=ENOUGH), native.CorpusDraftRecord()
+        self._kept, self._record = corpus, CorpusRecord(*at, size, entries, corpus.vocabulary, wide)
+        self._wish, self._grown = CorpusWishRecord(places=PLACES, enough=ENOUGH), CorpusDraftRecord()
         self._wish.weights = ctypes.addressof(_WEIGHTS)
         self._end = (c_int32 * corpus.depth)()
-        self._grow = native.quick().fr_corpus_grow
+        self._grow = quick().fr_corpus_grow
         self._records = [ctypes.byref(record) for record in (self._record, self._wish, self._grown)]
         self._limits: Limits | None = None
         self._trust: Trust | None = None
@@ -256,4 +257,4 @@ _WEIGHTS = (c_double * 8)(*(number for row in WEIGHTS for number in row))
 
 
 def _search_in(corpus: Corpus) -> _Search:
-    return _NativeSearch(corpus) if native.is_there() else _Search(corpus)
+    return _NativeSearch(corpus) if is_there() else _Search(corpus)

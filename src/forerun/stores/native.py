@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from ctypes import c_double, c_int32, c_int64
 from typing import NoReturn
 
-from forerun.nn import native
-from forerun.nn.native import CursorRecord, ViewRecord
+from forerun.native.library import kernels, quick
+from forerun.native.records import CursorRecord, ViewRecord
 from forerun.stores.automaton import REACH, Cursor, Outlook
 from forerun.stores.growth import STUDIED, Weights, priors
 from forerun.stores.store import Draft, Limits
@@ -37,10 +37,10 @@ class NativeAutomaton:
     """
 
     def __init__(self, tokens: Iterable[int] = (), reach: int = REACH):
-        self.handle = native.library().fr_automaton_new(min(reach, ALWAYS))
+        self.handle = kernels().fr_automaton_new(min(reach, ALWAYS))
         if not self.handle:
             fail(NO_MEMORY)
-        weakref.finalize(self, native.library().fr_automaton_free, self.handle).atexit = False
+        weakref.finalize(self, kernels().fr_automaton_free, self.handle).atexit = False
         self.extend(tokens)
 
     def __len__(self) -> int:
@@ -57,7 +57,7 @@ class NativeAutomaton:
 
     def _sizes(self) -> list[int]:
         sizes = (c_int64 * 3)()
-        native.quick().fr_automaton_size(self.handle, sizes)
+        quick().fr_automaton_size(self.handle, sizes)
         return list(sizes)
 
     def append(self, token: int) -> None:
@@ -67,14 +67,14 @@ class NativeAutomaton:
         """OverflowError, ValueError: these are not tokens."""
         new = tokens if isinstance(tokens, array) and tokens.typecode == "i" else array("i", tokens)
         address, count = new.buffer_info()
-        library = native.quick() if count <= FEW else native.library()
+        library = quick() if count <= FEW else kernels()
         if error := library.fr_automaton_extend(self.handle, address, count):
             fail(error)
 
     @property
     def match(self) -> Cursor:
         found = CursorRecord()
-        native.quick().fr_automaton_match(self.handle, ctypes.byref(found))
+        quick().fr_automaton_match(self.handle, ctypes.byref(found))
         return Cursor(found.state, found.length)
 
     def advance(self, cursor: Cursor, token: int) -> Cursor:
@@ -83,7 +83,7 @@ class NativeAutomaton:
     def walk(self, cursor: Cursor, tokens: Sequence[int]) -> Cursor:
         """`advance` by several tokens."""
         place, read = CursorRecord(*cursor), array("i", tokens)
-        if error := native.quick().fr_automaton_advance(self.handle, ctypes.byref(place), *read.buffer_info()):
+        if error := quick().fr_automaton_advance(self.handle, ctypes.byref(place), *read.buffer_info()):
             fail(error)
         return Cursor(place.state, place.length)
 
@@ -96,13 +96,13 @@ class NativeAutomaton:
 
     def _about(self, cursor: Cursor) -> list[int]:
         found = (c_int32 * 4)()
-        if error := native.quick().fr_automaton_outlook(self.handle, ctypes.byref(CursorRecord(*cursor)), found):
+        if error := quick().fr_automaton_outlook(self.handle, ctypes.byref(CursorRecord(*cursor)), found):
             fail(error)
         return list(found)
 
     def continuations(self, cursor: Cursor, count: int, shortest: int = 1) -> list[int]:
         found, place = (c_int32 * count)(), CursorRecord(*cursor)
-        continuations = native.quick().fr_automaton_continuations
+        continuations = quick().fr_automaton_continuations
         many = continuations(self.handle, ctypes.byref(place), count, shortest, found)
         if many < 0:
             fail(-many)
@@ -122,7 +122,7 @@ class NativeReader:
             studied=STUDIED if own else ALWAYS,
         )
         self._view, self._new = ctypes.byref(self._record), (c_int32 * FEW)()
-        self._draft, self._next = native.quick().fr_view_draft, native.quick().fr_view_next
+        self._draft, self._next = quick().fr_view_draft, quick().fr_view_next
         self._limits: Limits | None = None
 
     def _keep_to(self, limits: Limits) -> None:
@@ -154,7 +154,7 @@ class NativeReader:
 
     def read(self, tokens: Sequence[int]) -> None:
         new = array("i", tokens)
-        library = native.quick() if len(new) <= FEW else native.library()
+        library = quick() if len(new) <= FEW else kernels()
         if error := library.fr_view_read(self._view, new.buffer_info()[0], len(new)):
             fail(error)
 
@@ -169,7 +169,7 @@ class NativeReader:
             grown = self._draft(self._view, self._new, firm, count - firm, root)
         else:
             many = array("i", tokens)
-            grown = native.library().fr_view_draft(self._view, many.buffer_info()[0], firm, count - firm, root)
+            grown = kernels().fr_view_draft(self._view, many.buffer_info()[0], firm, count - firm, root)
         if grown == 1:
             return Draft([root], [-1], [1.0])
         if grown < 0:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Protocol
 
-from forerun.nn import native
+from forerun.native.library import is_there
 from forerun.stores.automaton import REACH, ROOT, Cursor, Outlook, SuffixAutomaton
 from forerun.stores.growth import OWN_TEXT, STUDIED, Odds, Weights, grow
 from forerun.stores.store import Draft, Limits
@@ -52,7 +52,7 @@ class Reader(Protocol):
 
 def automaton_of(reach: int = REACH) -> Automaton:
     """An empty automaton."""
-    if native.is_there():
+    if is_there():
         from forerun.stores.native import NativeAutomaton
 
         return NativeAutomaton(reach=reach)
