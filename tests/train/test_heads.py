@@ -279,6 +279,25 @@ def test_states_to_learn_from_are_those_of_the_target(kernels: str) -> None:
     assert not last(tokens).is_inference() and not last(tokens).requires_grad
 
 
+@every_kernel
+def test_a_teacher_hands_out_any_layers(kernels: str) -> None:
+    """Numbered from what enters the first layer to what the output projection sees, of every place."""
+    network, tokens = lively(), torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+    teacher = Teacher(on(network, kernels))
+    assert teacher.top == network.config.layers >= 2
+    states = teacher.states(tokens, range(teacher.top + 1))
+    assert list(states) == [*range(teacher.top + 1)] and {s.shape for s in states.values()} == {(2, 5, WIDTH)}
+    torch.testing.assert_close(states[0], network.embedding(tokens))
+    torch.testing.assert_close(states[teacher.top], network.features(tokens), rtol=1e-4, atol=1e-4)
+    shallow = Transformer(replace(network.config, layers=1))
+    own = shallow.state_dict()
+    shallow.load_state_dict({name: value for name, value in network.state_dict().items() if name in own})
+    shallow.final_norm.data.fill_(1)
+    middle = states[1] * torch.rsqrt(states[1].square().mean(-1, keepdim=True) + network.config.norm_eps)
+    torch.testing.assert_close(middle, shallow.features(tokens), rtol=1e-4, atol=1e-4)
+    assert not any(state.is_inference() or state.requires_grad for state in states.values())
+
+
 # ---- batches
 
 
