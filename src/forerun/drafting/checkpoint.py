@@ -24,7 +24,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from forerun.errors import CheckpointError, DrafterError
-from forerun.native.matrix import Packed
 from forerun.nn.network import Network
 from forerun.ranktree import PUBLISHED, RankTree
 from forerun.sources.folder import CONFIG, WEIGHTS, brief, difference, opened
@@ -195,8 +194,7 @@ def _replace(beside: Path, folder: Path) -> None:
 
 def demand_fit(checkpoint: Checkpoint, width: int, vocab_size: int, network: Network) -> None:
     """DrafterError unless heads of this shape belong on this target."""
-    head = network.output_head
-    has = (head.out, head.record.in_) if isinstance(head, Packed) else tuple(head.shape)
+    has = network.output_shape
     if has != (vocab_size, width):
         raise DrafterError(
             f"{checkpoint.folder} holds heads for {checkpoint.target} (width {width}, {vocab_size} tokens), and this target has"

@@ -50,9 +50,7 @@ class Teacher:
 
     def __init__(self, network: Network):
         self.network = network
-        head = network.output_head
-        unpacked = head if isinstance(head, Tensor) else head.unpacked().to(network.dtype)
-        self.head_VD, self.embedding_VD = unpacked.detach(), network.input_embedding.detach()
+        self.head_VD, self.embedding_VD = network.head_matrix().detach(), network.input_embedding.detach()
 
     @property
     def device(self) -> torch.device:

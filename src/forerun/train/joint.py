@@ -81,7 +81,7 @@ class Pupil(Teacher):
     """The target as it stands: its states and its output projection carry gradients to the adapters."""
 
     def states(self, tokens_BN: Tensor) -> Tensor:
-        assert isinstance(self.network, Transformer) and isinstance(self.network.output_head, Tensor)
+        assert isinstance(self.network, Transformer)
         self.head_VD = self.network.output_head
         return self.network.features(tokens_BN)
 
