@@ -83,7 +83,7 @@ def main(
         note = {
             "threads": torch.get_num_threads(),
             "dtype": str(network.dtype),
-            "kernels": network.kernels,
+            "kernels": network.backend.name,
             "tokens": tokens,
             "rounds": rounds,
             "nodes": {name: engine.drafter.max_nodes for name, engine in engines.items()},

@@ -15,6 +15,7 @@ from forerun.drafting.drafter import Context, Drafter
 from forerun.drafting.workshop import Workshop, build
 from forerun.engine.engine import Engine
 from forerun.model import Model
+from forerun.nn.backends.torch import TORCH
 from forerun.nn.cache import Cache, CacheShape
 from forerun.nn.feed import Feed, Read
 from forerun.row import Row
@@ -27,7 +28,7 @@ class TableNetwork:
     """Logits are a function of the prefix, looked up by hash. The cache holds token ids as keys and positions as values, so a
     wrong mask, a wrong position or a wrongly kept path is an assertion error or another law, never luck."""
 
-    kernels = "torch"
+    backend = TORCH
     device = torch.device("cpu")
     dtype = weights = torch.float64
     windows: frozenset[int] = frozenset()

@@ -25,8 +25,8 @@ from forerun.drafting.drafter import Context
 from forerun.drafting.heads import Head, HeadDrafter, HeadsModule, LastState, Reader, drafting
 from forerun.engine.engine import Engine
 from forerun.model import Model
+from forerun.nn.backends.native.transformer import pack
 from forerun.nn.network import Network
-from forerun.nn.packed import pack
 from forerun.nn.transformer import Transformer, TransformerConfig
 from forerun.ranktree import RankTree
 from forerun.row import Row

@@ -61,12 +61,13 @@ from forerun.drafters.medusa.method import MedusaConfig, MedusaHeads
 from forerun.drafting import checkpoint
 from forerun.drafting.checkpoint import Checkpoint
 from forerun.drafting.drafter import Context
-from forerun.drafting.heads import Head, HeadDrafter, LastState, TorchHeads, drafting, format_of
+from forerun.drafting.heads import Head, HeadDrafter, LastState, drafting, format_of
 from forerun.drafting.workshop import Workshop
 from forerun.engine.engine import Engine
 from forerun.errors import DrafterError
 from forerun.model import Model
-from forerun.nn.packed import pack
+from forerun.nn.backends.native.transformer import pack
+from forerun.nn.backends.torch import TorchHeads
 from forerun.nn.save import save_pretrained
 from forerun.ranktree import PUBLISHED, RankTree
 from forerun.row import Row

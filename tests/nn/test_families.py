@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from forerun.native import library
+from forerun.nn.backends.native.transformer import PackedTransformer
 from forerun.nn.foreign import Foreign
 from forerun.nn.load import load_network
 from forerun.nn.network import Network
-from forerun.nn.packed import PackedTransformer
 from forerun.nn.transformer import Transformer
 from nn.feeding import CPU, Reader, Tree, plain, saved, small_model, some_tokens, some_tree
 

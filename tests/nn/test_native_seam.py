@@ -16,10 +16,10 @@ from forerun.errors import ForerunError
 from forerun.native import library, operations
 from forerun.native.matrix import Packed
 from forerun.native.records import Matrix
+from forerun.nn.backends.native.transformer import PackedTransformer, pack
 from forerun.nn.cache import Cache
 from forerun.nn.feed import Feed
 from forerun.nn.load import why_torch
-from forerun.nn.packed import PackedTransformer, pack
 from forerun.nn.transformer import Transformer, TransformerConfig
 
 CPU = torch.device("cpu")
@@ -132,7 +132,7 @@ def test_a_system_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
         def madvise(self, *arguments: object) -> None:
             raise OSError(22, "Invalid argument")
 
-    monkeypatch.setattr("forerun.nn.packed.mmap.mmap", Plain)
+    monkeypatch.setattr("forerun.nn.backends.native.arena.mmap.mmap", Plain)
     pack(Transformer(CONFIG).initialise(seed=1))
 
 

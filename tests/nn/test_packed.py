@@ -20,11 +20,11 @@ from torch import Tensor
 import forerun
 from forerun.bench.suites import load as load_suite
 from forerun.native import library
+from forerun.nn.backends.native.transformer import PackedTransformer, pack
 from forerun.nn.cache import Cache
 from forerun.nn.feed import Feed, Read
 from forerun.nn.load import load_network
 from forerun.nn.network import Network
-from forerun.nn.packed import PackedTransformer, pack
 from forerun.nn.transformer import Transformer, TransformerConfig
 from nn.feeding import Tree, some_tokens, some_tree
 from nn.kernel_oracles import BF16, CPU, FP32, INT8, REASON, guarded, instructions, same, threads

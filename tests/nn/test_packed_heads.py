@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from forerun.native import library
 from forerun.native.matrix import Packed
-from forerun.nn.packed_heads import HeadWeights, PackedHeads
+from forerun.nn.backends.heads import HeadWeights
+from forerun.nn.backends.native.heads import PackedHeads
 from forerun.ranktree import PUBLISHED, RankTree
 from nn.kernel_oracles import (
     BF16,

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from forerun.native import library
+from forerun.nn.backends.native.transformer import PackedTransformer, pack
 from forerun.nn.cache import Cache
 from forerun.nn.feed import Feed, Read
 from forerun.nn.foreign import Foreign
 from forerun.nn.network import Network
-from forerun.nn.packed import PackedTransformer, pack
 from forerun.nn.transformer import Transformer, TransformerConfig
 from nn.feeding import small_model, some_tokens
 from nn.kernel_oracles import BF16, CPU, FP32, INT8, REASON, guarded, instructions, same, some, threads

@@ -183,7 +183,7 @@ def _compare(
     _print_table(console, result.rows, title)
     if any(row.identical is False for row in result.rows):
         console.print(
-            FLIPPED if network.kernels == "torch" and network.dtype.itemsize == 2 else WRONG,
+            FLIPPED if not network.backend.keeps_bits and network.dtype.itemsize == 2 else WRONG,
             style="dim",
             highlight=False,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,8 +11,6 @@ from forerun.cli import options
 
 if TYPE_CHECKING:
     import torch
-
-    from forerun.nn.network import Network
 
 Model = Annotated[str | None, typer.Argument(metavar="MODEL", help="A folder in Hugging Face format, or a hub id.")]
 
@@ -108,7 +107,7 @@ def describe(path: str, dtype: torch.dtype, device: torch.device, kernels: str, 
     return {
         "path": path,
         "architecture": (config.architectures or [config.model_type])[0],
-        **_size(network),
+        **asdict(network.footprint),
         **({"not_on_native_kernels": reason} if reason else {}),
         "cache_bytes_per_token": 2 * shape.layers * shape.kv_heads * shape.head_dim * network.dtype.itemsize,
         "layers": shape.layers,
@@ -118,22 +117,6 @@ def describe(path: str, dtype: torch.dtype, device: torch.device, kernels: str, 
         "vocabulary": network.vocab_size,
         "eos": end_tokens(path),
         "tokenizer": tokenizer_of(path) is not None,
-    }
-
-
-def _size(network: Network) -> dict[str, Any]:
-    from forerun.nn.packed import PackedTransformer
-    from forerun.nn.transformer import Transformer
-
-    if isinstance(network, PackedTransformer):
-        runs_on = f"forerun's own transformer, native kernels ({str(network.weights).removeprefix('torch.')} weights)"
-        return {"runs_on": runs_on, "parameters": network.parameters, "weight_bytes": network.nbytes}
-    module: Any = network if isinstance(network, Transformer) else getattr(network, "model", network)
-    values = list(module.parameters())
-    return {
-        "runs_on": "forerun's own transformer, torch" if isinstance(network, Transformer) else "transformers' model",
-        "parameters": sum(value.numel() for value in values),
-        "weight_bytes": sum(value.nbytes for value in values),
     }
 
 

@@ -27,7 +27,6 @@ from forerun.drafting.stopping import stopping as stopping_rule
 from forerun.drafting.workshop import MOST, Workshop
 from forerun.errors import DrafterError
 from forerun.model import Model, Scores
-from forerun.nn.ops import top_log_probs
 from forerun.row import Row
 from forerun.sampling import Prefix, edited, laws
 from forerun.tree import TokenTree, Topology
@@ -190,7 +189,7 @@ class TopTree(_Growing):
         deepest = min(self.depth, max(depths))
         for level in range(1, deepest + 1):
             width = min(self.width, logits.shape[-1])
-            log_probs, best = top_log_probs(logits, width, self.model.network.kernels)
+            log_probs, best = self.model.network.backend.top_log_probs(logits, width)
             values, tokens = log_probs.tolist(), best.tolist()
             for index, row in enumerate(grown):
                 if level <= depths[index]:

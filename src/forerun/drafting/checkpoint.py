@@ -23,7 +23,6 @@ from torch import nn
 
 from forerun.errors import CheckpointError, DrafterError
 from forerun.files import whole_folder
-from forerun.native.matrix import Packed
 from forerun.nn.network import Network
 from forerun.ranktree import PUBLISHED, RankTree
 from forerun.sources.folder import CONFIG, WEIGHTS, brief, difference, opened
@@ -184,8 +183,7 @@ def _same(new: Path, old: Path) -> bool:
 
 def demand_fit(checkpoint: Checkpoint, width: int, vocab_size: int, network: Network) -> None:
     """DrafterError unless heads of this shape belong on this target."""
-    head = network.output_head
-    has = (head.out, head.record.in_) if isinstance(head, Packed) else tuple(head.shape)
+    has = network.output_shape
     if has != (vocab_size, width):
         raise DrafterError(
             f"{checkpoint.folder} holds heads for {checkpoint.target} (width {width}, {vocab_size} tokens), and this target has"

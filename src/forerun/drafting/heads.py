@@ -23,10 +23,10 @@ from forerun.drafting.drafter import Context, Drafter
 from forerun.errors import DrafterError
 from forerun.model import CHUNK, Scores
 from forerun.native.matrix import Packed
+from forerun.nn.backends.heads import Drafting, HeadWeights
 from forerun.nn.cache import Cache
 from forerun.nn.feed import Feed
 from forerun.nn.network import Network
-from forerun.nn.packed_heads import HeadWeights, PackedHeads
 from forerun.ranktree import RankTree
 from forerun.row import Row
 from forerun.tree import TokenTree, Topology
@@ -63,48 +63,6 @@ class HeadsModule(nn.Module):
         raise NotImplementedError
 
 
-class Drafting(Protocol):
-    """Grows a static tree: the tokens of every node of every row, the root first."""
-
-    def draft(self, context_BD: Tensor, roots: Sequence[int], tree: RankTree) -> list[list[int]]: ...
-
-
-class TorchHeads:
-    """Drafting in plain torch: the readable version, and the one for CUDA."""
-
-    def __init__(self, module: HeadsModule, embedding_VD: Tensor, head_VD: Tensor):
-        self.module, self.embedding, self.head = module, embedding_VD, head_VD
-
-    @torch.inference_mode()
-    def draft(self, context_BD: Tensor, roots: Sequence[int], tree: RankTree) -> list[list[int]]:
-        root_B1 = torch.tensor(roots, device=context_BD.device)[:, None]
-        grow = self._level_by_level if self.module.sees_tokens else self._all_at_once
-        return torch.cat((root_B1, *grow(context_BD, root_B1, tree)), 1).tolist()
-
-    def _all_at_once(self, context_BD: Tensor, root_B1: Tensor, tree: RankTree) -> list[Tensor]:
-        best = _best(self.module.logits(context_BD, context_BD[:, None], self.head), tree.widest)
-        return [best[index][:, level.ranks] for index, level in enumerate(tree.levels)]
-
-    def _level_by_level(self, context_BD: Tensor, root_B1: Tensor, tree: RankTree) -> list[Tensor]:
-        z_BPM = torch.cat((context_BD[:, None], self.embedding[root_B1]), -1)
-        grown = []
-        for index, level in enumerate(tree.levels):
-            best = _best(self.module.head_logits(index, z_BPM, self.head), level.widest)
-            grown.append(best[:, level.parents, level.ranks])
-            rows = level.parents[level.grows]
-            z_BPM = torch.cat((z_BPM[:, rows], self.embedding[grown[-1][:, level.grows]]), -1)
-        return grown
-
-
-def _best(logits: Tensor, count: int) -> Tensor:
-    """The most probable tokens, equal ones by id, as the kernels and the ranks of training have it. topk promises no order
-    among equals, so it is given integers of which no two are: the bits of the number, ordered, and behind them the id."""
-    bits = (logits.float() + 0.0).view(torch.int32).long()
-    ordered = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
-    ids = torch.arange(logits.shape[-1], device=logits.device)
-    return ((ordered << 32) | (0xFFFFFFFF - ids)).topk(count, -1).indices
-
-
 def format_of(network: Network, weights: str) -> torch.dtype:
     """The number format of heads on this target. weights: "int8", "target" (as the target's), or "auto": int8 on the native
     kernels beside a target in half precision, for a guess need not be exact, and it is read at every step.
@@ -113,23 +71,18 @@ def format_of(network: Network, weights: str) -> torch.dtype:
     """
     if weights not in ("auto", "int8", "target"):
         raise DrafterError(f"heads have no weights {weights!r}: choose auto, int8 or target")
-    is_native = network.kernels == "native"
-    if weights == "int8" and not is_native:
+    knows_int8 = torch.int8 in network.backend.formats
+    if weights == "int8" and not knows_int8:
         raise DrafterError("heads with int8 weights need the native kernels, and this target runs on torch: use auto")
-    rounded = weights == "int8" or (weights == "auto" and is_native and network.dtype == torch.bfloat16)
+    rounded = weights == "int8" or (weights == "auto" and knows_int8 and network.dtype == torch.bfloat16)
     return torch.int8 if rounded else network.weights
 
 
 def drafting(module: HeadsModule, network: Network, weights: str) -> Drafting:
-    """The heads on the target's own kernels and device, in the number format of `format_of`."""
+    """The heads on the target's own backend and device, in the number format of `format_of`."""
     kind = format_of(network, weights)
     module = module.to(device=network.device, dtype=network.dtype).eval().requires_grad_(False)
-    if network.kernels == "native":
-        embedding = network.input_embedding if module.sees_tokens else None
-        return PackedHeads(module.weights(network.output_head), embedding, network.dtype, kind)
-    head = network.output_head
-    assert isinstance(head, Tensor)
-    return TorchHeads(module, network.input_embedding, head)
+    return network.backend.heads(module, network, kind)
 
 
 class Reader(Protocol):

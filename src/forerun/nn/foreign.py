@@ -21,8 +21,10 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from forerun.errors import CheckpointError
+from forerun.nn.backends.torch import TORCH, footprint_of
 from forerun.nn.cache import Cache, CacheShape
 from forerun.nn.feed import Feed, Read
+from forerun.nn.network import Footprint, LayerShape
 from forerun.sources.folder import brief, difference, weight_files
 
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.2
@@ -102,7 +104,7 @@ def _read(
 class Foreign:
     """A transformers model as a `Network`. See the module's text. `name` is what errors call it."""
 
-    kernels = "torch"
+    backend = TORCH
 
     def __init__(self, model: transformers.PreTrainedModel, name: str):
         self.model = model
@@ -141,6 +143,25 @@ class Foreign:
         """Without the bias, scaling or capping that some models have behind it."""
         weight: Tensor = self.model.get_output_embeddings().weight
         return weight
+
+    def head_matrix(self) -> Tensor:
+        return self.output_head
+
+    @property
+    def output_shape(self) -> tuple[int, int]:
+        vocab_size, width = self.output_head.shape
+        return vocab_size, width
+
+    @property
+    def layer_shape(self) -> LayerShape:
+        """As far as its config tells."""
+        config = self.model.config.get_text_config(decoder=True)
+        mlp_width = getattr(config, "intermediate_size", None) or 4 * self.input_embedding.shape[1]
+        return LayerShape(config.num_attention_heads, mlp_width, norm_eps=1e-6, rope_theta=10000.0)
+
+    @property
+    def footprint(self) -> Footprint:
+        return footprint_of(self.model, "transformers' model")
 
     @torch.inference_mode()
     def forward(self, feed: Feed, cache: Cache, hidden_layers: Collection[int] = ()) -> Read:

@@ -1,7 +1,7 @@
 """Checkpoints of the outside world -> ours.
 
     path or hub id -> folder -> config.json -> our transformer, if it is a Llama, Mistral, Qwen2 or Qwen3:
-                                               nn/packed.py where there are native kernels, else nn/transformer.py
+                                               nn/backends/native where there are native kernels, else nn/transformer.py
                                             -> nn/foreign.py, if it is any other Hugging Face causal LM
 
 Tensors are read one by one into memory that exists already: loading needs the memory of the model and of one tensor
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from forerun.errors import CheckpointError, ForerunError
 from forerun.native.library import why_not
 from forerun.native.records import WIDEST_HEAD
+from forerun.nn.backends.native.transformer import PackedTransformer
 from forerun.nn.foreign import load_foreign
 from forerun.nn.network import Network
-from forerun.nn.packed import PackedTransformer
 from forerun.nn.transformer import Transformer, TransformerConfig
 from forerun.nn.translate import Place, places, translate
 from forerun.sources.folder import Stored, checkpoint_folder, difference, opened, read_config, stored, weight_files

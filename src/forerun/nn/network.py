@@ -1,30 +1,82 @@
-"""What a model needs of a network, ours or anybody's."""
+"""What a model needs of a network, ours or anybody's, and of what it runs on."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from forerun.native.matrix import Packed
+from forerun.nn.backends.heads import DraftHeads, Drafting
 from forerun.nn.cache import Cache, CacheShape
 from forerun.nn.feed import Feed, Read
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What one of a network's layers is like beside its keys and values (`CacheShape`): query heads, width between the two
+    halves of its multilayer perceptron, epsilon of its norms, base of its rotary frequencies."""
+
+    heads: int
+    mlp_width: int
+    norm_eps: float
+    rope_theta: float
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What runs a network, in words, how many numbers it has learnt, and the memory that they take."""
+
+    runs_on: str
+    parameters: int
+    weight_bytes: int
+
+
+class Backend(Protocol):
+    """What networks run on. A third one need only be this, and networks that name it.
+
+    name: as reports say it. keeps_bits: a token's logits have the same bits whatever is read beside it, in every number format.
+    formats: what weights may be.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def keeps_bits(self) -> bool: ...
+
+    @property
+    def formats(self) -> frozenset[torch.dtype]: ...
+
+    def pack(self, module: nn.Module, weights: torch.dtype) -> Network:
+        """A `Transformer` as a network on this backend. The module belongs to it from then on."""
+        ...
+
+    def heads(self, module: DraftHeads, network: Network, weights: torch.dtype) -> Drafting:
+        """Draft heads beside a network of this backend, on its device and in its dtype already."""
+        ...
+
+    def top_log_probs(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k most probable tokens of every row [..., V] that a network of this backend gave: natural logarithms of their
+        probabilities, and their ids, [..., k]."""
+        ...
 
 
 class Network(Protocol):
     """Anything that reads a `Feed` and scores it: our `Transformer`, or a `Foreign` model.
 
-    kernels: "native" or "torch", what a forward runs on. weights: their number format (dtype, or int8). max_length: the
-    most tokens a row may have. windows: the sliding-window sizes for which `forward` needs a mask of its own.
+    backend: what a forward runs on. weights: their number format (dtype, or int8). max_length: the most tokens a row may have.
+    windows: the sliding-window sizes for which `forward` needs a mask of its own.
 
     input_embedding and output_head, [V, D] each: the matrices themselves, for drafters that use the target's. Nobody else's to
-    write to.
+    write to. output_head may be packed: `head_matrix` is it as a tensor in `dtype`, and output_shape its shape.
     """
 
     @property
-    def kernels(self) -> str: ...
+    def backend(self) -> Backend: ...
 
     @property
     def weights(self) -> torch.dtype: ...
@@ -52,6 +104,17 @@ class Network(Protocol):
 
     @property
     def output_head(self) -> Tensor | Packed: ...
+
+    @property
+    def output_shape(self) -> tuple[int, int]: ...
+
+    @property
+    def layer_shape(self) -> LayerShape: ...
+
+    @property
+    def footprint(self) -> Footprint: ...
+
+    def head_matrix(self) -> Tensor: ...
 
     def forward(self, feed: Feed, cache: Cache, hidden_layers: Collection[int] = ()) -> Read:
         """Write the keys and values of `feed` into `cache` and score its tokens.

@@ -1,8 +1,8 @@
 """The few operations a forward is made of, in plain torch.
 
-This file is the reference: the native kernels (`native/`) must agree with it, and take over for packed weights. Shapes use
-the legend of the project: `B` rows, `N` tokens per row, `S` cache entries read, `D` width, `H` attention heads, `E` width of
-one head, `V` vocabulary.
+This file is the reference: the native kernels (`native/operations.py`) must agree with it. Shapes use the legend of the
+project: `B` rows, `N` tokens per row, `S` cache entries read, `D` width, `H` attention heads, `E` width of one head, `V`
+vocabulary.
 """
 
 from __future__ import annotations
@@ -10,26 +10,10 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from forerun.native import operations
-from forerun.native.matrix import Packed
 
-
-def linear(x: Tensor, weight: Tensor | Packed, bias: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias`; weight is [out, in] as in every published checkpoint, or packed (with its bias in it)."""
-    if isinstance(weight, Packed):
-        return operations.linear(x, weight)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias`; weight is [out, in] as in every published checkpoint."""
     return F.linear(x, weight, bias)
-
-
-def top_log_probs(logits: Tensor, k: int, kernels: str = "torch") -> tuple[Tensor, Tensor]:
-    """The k most probable tokens of every row [..., V]: natural logarithms of their probabilities, and their ids, [..., k].
-
-    kernels: those of the network that gave the logits ("native": fp32 on the CPU)."""
-    if kernels == "native":
-        values, tokens, total = operations.top(logits, k)
-        return values - total[..., None], tokens
-    best = logits.float().log_softmax(-1).topk(k, -1)
-    return best.values, best.indices
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from forerun.nn import ops
+from forerun.nn.backends.torch import TORCH, footprint_of
 from forerun.nn.cache import Cache, CacheShape
 from forerun.nn.feed import Feed, Read
+from forerun.nn.network import Footprint, LayerShape
 
 NO_VOCABULARY = "a transformer without a vocabulary reads states, not tokens: give states_BND"
 
@@ -60,6 +62,10 @@ class TransformerConfig:
     def cache_shape(self) -> CacheShape:
         return CacheShape(self.layers, self.kv_heads, self.head_dim)
 
+    @property
+    def layer_shape(self) -> LayerShape:
+        return LayerShape(self.heads, self.mlp_width, self.norm_eps, self.rope_theta)
+
 
 class Layer(nn.Module):
     """The parameters of one block; the arithmetic is in `Transformer`, where it can be read in one place."""
@@ -80,7 +86,7 @@ class Layer(nn.Module):
 class Transformer(nn.Module):
     """A decoder-only transformer with fused projections. Weights come from `nn/load.py` or from training."""
 
-    kernels = "torch"
+    backend = TORCH
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -131,6 +137,21 @@ class Transformer(nn.Module):
     @property
     def output_head(self) -> Tensor:
         return self.head.weight
+
+    def head_matrix(self) -> Tensor:
+        return self.head.weight
+
+    @property
+    def output_shape(self) -> tuple[int, int]:
+        return self.config.vocab_size, self.config.width
+
+    @property
+    def layer_shape(self) -> LayerShape:
+        return self.config.layer_shape
+
+    @property
+    def footprint(self) -> Footprint:
+        return footprint_of(self, "forerun's own transformer, torch")
 
     def initialise(self, seed: int = 0) -> Transformer:
         """Random weights for training: normal with 0.02, residual outputs scaled down by sqrt(2 * layers) (GPT-2)."""

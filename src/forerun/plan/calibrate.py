@@ -249,7 +249,7 @@ def machine_of(engine: Engine) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "device": str(network.device),
             "dtype": str(network.dtype).removeprefix("torch."),
-            "kernels": network.kernels,
+            "kernels": network.backend.name,
         }
     }
 

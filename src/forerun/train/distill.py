@@ -261,7 +261,7 @@ def header_of(
         "target": {"name": folder.resolve().name, "fingerprint": fingerprint_of_model(folder)},
         "dtype": str(network.dtype).removeprefix("torch."),
         "weights": str(network.weights).removeprefix("torch."),
-        "kernels": network.kernels,
+        "kernels": network.backend.name,
         "sampling": sampling.as_dict(),
         "template": template,
         "source": dict(source),

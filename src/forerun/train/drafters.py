@@ -20,8 +20,6 @@ from forerun.nn.dtype import dtype_of
 from forerun.nn.foreign import Foreign
 from forerun.nn.load import load_network
 from forerun.nn.network import Network
-from forerun.nn.packed import PackedTransformer
-from forerun.nn.transformer import Transformer
 from forerun.sources.fingerprint import digest, fingerprint_of_model
 from forerun.sources.folder import checkpoint_folder
 from forerun.train.answers import Answers
@@ -182,20 +180,11 @@ def _heads(preset: Preset, recipe: HeadsRecipe, network: Network) -> tuple[Any, 
 
 def prefix_like(network: Network) -> PrefixConfig:
     """A prefix layer of the shape of one of the target's own layers."""
-    if not isinstance(network, Foreign):
-        assert isinstance(network, Transformer | PackedTransformer)
-        config = network.config
-        mlp_width, eps, theta = config.mlp_width, config.norm_eps, config.rope_theta
-        heads, max_length = config.heads, config.max_length
-    else:
-        outside = network.model.config.get_text_config(decoder=True)
-        heads = outside.num_attention_heads
-        width = network.input_embedding.shape[1]
-        mlp_width = getattr(outside, "intermediate_size", None) or 4 * width
-        eps, theta, max_length = 1e-6, 10000.0, network.max_length
-    shape = network.cache_shape
-    kv_heads = shape.kv_heads if heads % shape.kv_heads == 0 else heads
-    return PrefixConfig(heads, kv_heads, shape.head_dim, mlp_width, max_length, eps, theta)
+    cached, layer = network.cache_shape, network.layer_shape
+    kv_heads = cached.kv_heads if layer.heads % cached.kv_heads == 0 else layer.heads
+    return PrefixConfig(
+        layer.heads, kv_heads, cached.head_dim, layer.mlp_width, network.max_length, layer.norm_eps, layer.rope_theta
+    )
 
 
 def _demand_data(answers: Answers, network: Network, recipe: HeadsRecipe) -> None:

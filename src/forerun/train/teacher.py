@@ -20,9 +20,7 @@ class Teacher:
 
     def __init__(self, network: Network):
         self.network = network
-        head = network.output_head
-        unpacked = head if isinstance(head, Tensor) else head.unpacked().to(network.dtype)
-        self.head_VD, self.embedding_VD = unpacked.detach(), network.input_embedding.detach()
+        self.head_VD, self.embedding_VD = network.head_matrix().detach(), network.input_embedding.detach()
         self.top = network.cache_shape.layers
 
     @property
@@ -61,7 +59,7 @@ class Pupil(Teacher):
     """The target as it stands: its last states and its output projection carry gradients to what moves it."""
 
     def states(self, tokens_BN: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
-        assert isinstance(self.network, Transformer) and isinstance(self.network.output_head, Tensor)
+        assert isinstance(self.network, Transformer)
         assert set(layers) == {self.top}, "nobody has asked a pupil for more yet"
         self.head_VD = self.network.output_head
         return {self.top: self.network.features(tokens_BN)}

@@ -26,9 +26,8 @@ from forerun.drafting.drafter import Drafter
 from forerun.drafting.heads import Head, HeadDrafter, HeadsModule, LastState, PrefixState, Reader, drafting, format_of
 from forerun.drafting.workshop import Workshop
 from forerun.errors import DrafterError
+from forerun.nn.backends.heads import HeadWeights
 from forerun.nn.network import Network
-from forerun.nn.packed import pack
-from forerun.nn.packed_heads import HeadWeights
 from forerun.nn.transformer import Transformer, TransformerConfig
 
 
@@ -173,12 +172,11 @@ def module_of(checkpoint: Checkpoint) -> HydraHeads:
 
 
 def reader(module: HydraHeads, network: Network, weights: str = "auto") -> Reader:
-    """Where the heads' contexts come from, on the target's kernels and in the number format of `format_of`."""
+    """Where the heads' contexts come from, on the target's backend and in the number format of `format_of`."""
     if module.prefix is None:
         return LastState()
     prefix = module.prefix.to(device=network.device, dtype=network.dtype).requires_grad_(False)
-    kind = format_of(network, weights)
-    return PrefixState(pack(prefix, kind) if network.kernels == "native" else prefix, module.count + 1)
+    return PrefixState(network.backend.pack(prefix, format_of(network, weights)), module.count + 1)
 
 
 def build(

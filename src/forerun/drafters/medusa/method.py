@@ -20,7 +20,7 @@ from forerun.drafting.checkpoint import Checkpoint, demand_fit, demand_sense, lo
 from forerun.drafting.drafter import Drafter
 from forerun.drafting.heads import Head, HeadDrafter, HeadsModule, LastState, drafting
 from forerun.drafting.workshop import Workshop
-from forerun.nn.packed_heads import HeadWeights
+from forerun.nn.backends.heads import HeadWeights
 
 
 @dataclass(frozen=True)

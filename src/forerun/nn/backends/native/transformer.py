@@ -9,19 +9,18 @@ Activations are rounded to bf16 only as inputs of products; the residual stream,
 from __future__ import annotations
 
 import ctypes
-import mmap
 from collections.abc import Collection
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from forerun.native.library import demand_fine, kernels
 from forerun.native.matrix import Packed, padded
+from forerun.native.operations import top
 from forerun.native.records import (
     FORMATS,
     WIDEST_HEAD,
@@ -31,30 +30,15 @@ from forerun.native.records import (
     WantedRecord,
     cache_record,
 )
+from forerun.nn.backends.heads import DraftHeads, Drafting
+from forerun.nn.backends.native.arena import Arena
+from forerun.nn.backends.native.heads import PackedHeads
 from forerun.nn.cache import Cache, CacheShape
 from forerun.nn.feed import Feed, Read
+from forerun.nn.network import Footprint, LayerShape, Network
 from forerun.nn.transformer import NO_VOCABULARY, TransformerConfig, rope_tables
 
-HUGE_PAGE = 2 << 20
 CPU = torch.device("cpu")
-
-
-class Arena:
-    """One block of zeroed memory for all matrices of a model, on huge pages where the system has them."""
-
-    def __init__(self, size: int):
-        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
-        self._map = mmap.mmap(-1, max(size, 1) + HUGE_PAGE, **private)
-        with suppress(AttributeError, OSError):  # a system without huge pages
-            self._map.madvise(mmap.MADV_HUGEPAGE)
-        self.used = 0
-        self._begin = padded(np.frombuffer(self._map, np.uint8).ctypes.data, HUGE_PAGE)
-
-    def take(self, size: int) -> int:
-        """The address of the next `size` bytes, on a cache line."""
-        address = self._begin + self.used
-        self.used += padded(size, 64)
-        return address
 
 
 @dataclass(frozen=True)
@@ -85,7 +69,6 @@ class PackedTransformer:
     """
 
     device = CPU
-    kernels = "native"
 
     def __init__(self, config: TransformerConfig, dtype: torch.dtype, weights: torch.dtype | None = None):
         if config.head_dim > WIDEST_HEAD or dtype not in FORMATS:
@@ -131,6 +114,24 @@ class PackedTransformer:
         """Empty: the kernels know windows themselves."""
         return frozenset()
 
+    @property
+    def backend(self) -> NativeBackend:
+        return NATIVE
+
+    @property
+    def layer_shape(self) -> LayerShape:
+        return self.config.layer_shape
+
+    @property
+    def output_shape(self) -> tuple[int, int]:
+        return self.config.vocab_size, self.config.width
+
+    @property
+    def footprint(self) -> Footprint:
+        weights = str(self.weights).removeprefix("torch.")
+        runs_on = f"forerun's own transformer, native kernels ({weights} weights)"
+        return Footprint(runs_on, self.parameters, self.nbytes)
+
     @cached_property
     def input_embedding(self) -> Tensor:
         """[V, D]; where the packed head is the embedding too, a copy, made when first asked for."""
@@ -139,6 +140,9 @@ class PackedTransformer:
     @property
     def output_head(self) -> Packed:
         return self.head
+
+    def head_matrix(self) -> Tensor:
+        return self.head.unpacked().to(self.dtype)
 
     @property
     def parameters(self) -> int:
@@ -288,7 +292,7 @@ def _integers(feed: Feed) -> np.ndarray:
     return ints
 
 
-def pack(model: torch.nn.Module, weights: torch.dtype | None = None) -> PackedTransformer:
+def pack(model: nn.Module, weights: torch.dtype | None = None) -> PackedTransformer:
     """A packed copy of a `Transformer`, in its dtype (or with other `weights`)."""
     config: TransformerConfig = model.config  # type: ignore[assignment]
     made = PackedTransformer(config, next(model.parameters()).dtype, weights)
@@ -304,3 +308,25 @@ def _norm_sizes(config: TransformerConfig) -> dict[str, int]:
         if config.qk_norm:
             sizes |= dict.fromkeys((f"blocks.{layer}.q_norm", f"blocks.{layer}.k_norm"), config.head_dim)
     return sizes
+
+
+class NativeBackend:
+    """Networks on the native kernels (see `Backend`)."""
+
+    name = "native"
+    keeps_bits = True
+    formats = frozenset(FORMATS)
+
+    def pack(self, module: nn.Module, weights: torch.dtype) -> Network:
+        return pack(module, weights)
+
+    def heads(self, module: DraftHeads, network: Network, weights: torch.dtype) -> Drafting:
+        embedding = network.input_embedding if module.sees_tokens else None
+        return PackedHeads(module.weights(network.output_head), embedding, network.dtype, weights)
+
+    def top_log_probs(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        values, tokens, total = top(logits, k)
+        return values - total[..., None], tokens
+
+
+NATIVE = NativeBackend()

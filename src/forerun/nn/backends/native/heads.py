@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,28 +17,11 @@ from torch import Tensor
 from forerun.native.library import demand_fine, kernels
 from forerun.native.matrix import Packed, padded
 from forerun.native.records import FORMATS, HeadRecord, HeadsRecord, LevelRecord, Matrix, TreeRecord
-from forerun.nn.packed import Arena
+from forerun.nn.backends.heads import HeadWeights
+from forerun.nn.backends.native.arena import Arena
 from forerun.ranktree import RankTree
 
 KEPT = 256  # trees whose tables are remembered
-
-
-@dataclass(frozen=True)
-class HeadWeights:
-    """One draft head as matrices: `y = through z + silu(first z + first_bias)`, then `y = y + silu(W y + b)` for every block,
-    and `logits = vocabulary y + vocabulary_bias`.
-
-    through: None stands for the identity. A tensor that is given more than once is packed once: tied blocks, or a vocabulary
-    that heads share. vocabulary may be packed already, such as the target's own head.
-    """
-
-    first: Tensor  # [D, M]
-    first_bias: Tensor | None  # [D]
-    through: Tensor | None  # [D, M]
-    through_bias: Tensor | None  # [D]
-    blocks: tuple[tuple[Tensor, Tensor], ...]  # [D, D] and [D] each
-    vocabulary: Tensor | Packed  # [V, D]
-    vocabulary_bias: Tensor | None  # [V]
 
 
 class PackedHeads:

@@ -1,0 +1,1 @@
+"""What networks run on: plain torch, and the native kernels."""

@@ -1,0 +1,1 @@
+"""The native kernels as a backend: packed transformers and packed draft heads."""
