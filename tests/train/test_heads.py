@@ -609,7 +609,9 @@ def test_the_fit_is_the_ridge_regression_that_it_says_it_is(kind: str) -> None:
     """Place by place, in fp64: what a head sees, against the target's state one token before the one it proposes."""
     module, network, samples = some_heads(kind).eval(), lively(), some_samples(12)
     answers = Answers(samples, rows=4, length=64, holdout=1000)
-    maps = least_squares(module, Teacher(network), answers, 3)
+    told: list[tuple[int, int]] = []
+    maps = least_squares(module, Teacher(network), answers, 3, lambda *progress: told.append(progress))
+    assert told == [(done, 3 + module.count) for done in range(4 + module.count)]
     for head in range(module.count):
         seen, there = [], []
         for sample in samples:

@@ -250,7 +250,9 @@ def test_groups_of_one_kind_share_an_optimiser_and_keep_their_rates(tmp_path: Pa
     fit(objective, tmp_path)
     assert [type(one).__name__ for one in objective.optimisers] == ["Muon", "AdamW"]
     assert [one.param_groups[0]["lr"] for one in objective.optimisers] == [0.1, 0.1]
-    weight, bias = (float((p - b).detach().abs().max()) for p, b in zip(objective.module.parameters(), before, strict=True))
+    weight, bias = (
+        float((p - b).detach().abs().max()) for p, b in zip(objective.module.parameters(), before, strict=True)
+    )
     assert bias == pytest.approx(0.1, rel=1e-3) and 0 < weight < 0.1
     names = {name for name in load_file(tmp_path / STATE) if name.startswith("optimiser.")}
     assert {name.split(".")[1] for name in names} == {"0", "1"}

@@ -24,7 +24,8 @@ def least_squares(
     to the target's state one token before the one that it proposes, fitted over so many batches (ridge regression).
 
     A head that starts there is a fair predictor at once. One that starts as a copy of the target's output projection
-    first has to unlearn a sharp opinion about another token (our addition; the papers start from the copy).
+    first has to unlearn a sharp opinion about another token (our addition; the papers start from the copy). watch: told of
+    batches and heads.
     """
     module.eval()
     total = batches + module.count
@@ -32,6 +33,7 @@ def least_squares(
     sizes = [width * (head + 2 if module.sees_tokens else 1) for head in range(module.count)]
     squares = [torch.zeros(size, size, device=teacher.device) for size in sizes]
     products = [torch.zeros(size, width, device=teacher.device) for size in sizes]
+    watch(0, total)
     for number in range(batches):
         with teacher.precision():
             lesson = Lesson.of(module, teacher, answers.batch(number))
