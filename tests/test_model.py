@@ -175,16 +175,16 @@ def grow(model: Model, tree: TokenTree, levels: list[list[list[int]]]) -> dict[t
         width = max(map(len, level))
         tokens = torch.zeros(tree.rows, width, dtype=torch.int64)
         depths = np.ones((tree.rows, width), dtype=np.int64)
-        visible = np.zeros((tree.rows, width, held + width), dtype=np.bool_)
-        visible[:, np.arange(width), held + np.arange(width)] = True
+        paths = np.full((tree.rows, width, tree.nodes), -1)
+        paths[:, :, 0] = held + np.arange(width)
         for row, nodes in enumerate(level):
             for offset, node in enumerate(nodes):
                 tokens[row, offset] = tree.tokens_BN[row, node]
                 depths[row, offset] = tree.topology.depths_BN[row, node]
                 places[row, node] = held + offset
-                for other in tree.topology.path(row, node)[1:]:
-                    visible[row, offset, places[row, other]] = True
-        logits = model.grow(tokens, depths, visible).logits_BNV
+                path = [places[row, other] for other in tree.topology.path(row, node)[1:]]
+                paths[row, offset, : len(path)] = path
+        logits = model.grow(tokens, depths, paths).logits_BNV
         found |= {(row, node): logits[row, i] for row, nodes in enumerate(level) for i, node in enumerate(nodes)}
         held += width
     return found

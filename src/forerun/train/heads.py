@@ -24,8 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from forerun.drafting.heads import HeadsModule
 from forerun.errors import TrainingError
-from forerun.nn.cache import Cache
-from forerun.nn.feed import Feed
+from forerun.model import Inputs, Model
 from forerun.nn.network import Network
 from forerun.nn.transformer import Transformer
 from forerun.ranktree import RankTree
@@ -67,19 +66,9 @@ class Teacher:
         """What the output projection sees, [B, N, D], of whole sequences from position 0."""
         if isinstance(self.network, Transformer):
             return self.network.features(tokens_BN)
-        rows, count = tokens_BN.shape
-        layers = self.network.cache_shape.layers
-        cache = Cache(self.network.cache_shape, self.network.dtype, self.device)
-        cache.reserve(rows, count)
-        feed = Feed(
-            tokens_BN=tokens_BN,
-            lengths_B=np.zeros(rows, np.int64),
-            where_BN=np.tile(np.arange(count), (rows, 1)),
-            last_B=np.full(rows, count - 1),
-            dtype=self.network.dtype,
-        )
+        layer = self.network.cache_shape.layers
         with torch.inference_mode():
-            states = self.network.forward(feed, cache, (layers,)).hidden[layers]
+            states = Model(self.network, 0).read(Inputs.whole(tokens_BN), (layer,))[layer]
         return states.clone()  # what inference mode made cannot take part in training
 
 
