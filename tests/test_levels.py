@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 
 LEVELS = (
     ("errors",),
-    ("files", "tree", "ranktree", "chance", "sampling", "row", "cost"),  # words
+    ("files", "tree", "ranktree", "chance", "sampling", "row", "slots", "cost"),  # words
     ("accept", "sources", "native"),  # mechanisms
     ("nn", "stores"),
     ("model",),  # the two actors

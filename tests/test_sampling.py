@@ -17,7 +17,7 @@ from torch import Tensor
 from enumeration import one_law
 from forerun.accept.judge import judge, node_scores
 from forerun.chance import key_of
-from forerun.drafters.small import draft_laws
+from forerun.drafting.growth import draft_laws
 from forerun.errors import RequestError
 from forerun.row import Row, final_chance
 from forerun.sampling import Prefix, SamplingParams, edited, laws

@@ -7,14 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forerun.drafting.stopping import RULES, Confidence, CumulativeConfidence, Fixed, Stopping, stopping
+from forerun.drafting.stopping import RULES, Confidence, CumulativeConfidence, Drafted, Fixed, Stopping, stopping
 from forerun.errors import DrafterError
+from forerun.row import Row
+from forerun.sampling import SamplingParams
 
+ROW = Row([0], 1, SamplingParams(), key=0, limit=99)
 probabilities = st.lists(st.floats(0, 1), min_size=1, max_size=8)
 
 
 def asked(rule: Stopping, *rows: list[float]) -> list[bool]:
-    return rule.goes_on(torch.tensor(rows, dtype=torch.float64)).tolist()
+    probs = torch.tensor(rows, dtype=torch.float64)
+    return rule.goes_on(Drafted(probs.shape[1], [ROW] * len(rows), probs)).tolist()
 
 
 def length(rule: Stopping, probs: list[float]) -> int:

@@ -1,7 +1,10 @@
-"""Model: a network with a memory. Targets, draft models and the middle of a hierarchy are all this one class.
+"""Model: a network with a memory. Targets, draft models, the middle of a hierarchy, a layer that reads another model's states
+and the teacher of a training run are all this one class.
 
 It compares what its cache holds with what a row has committed before it speaks, so that nothing is a special case: a row that
 was just admitted, a token that another model recovered, a draft that survived completely. All of these are "catch up".
+
+Networks that read states are told what to read (`append`, `grow`): a row's text does not say it.
 """
 
 from __future__ import annotations
@@ -24,6 +27,42 @@ CHUNK = 512
 """Tokens of one row read at a time while catching up."""
 SHORT = 8
 """Rows that are at most this far behind catch up together, padded to the longest."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What comes next in some rows, the first `counts_B` of N each; the rest is padding.
+
+    tokens_BN: int64. states_BND: read instead of the tokens' embeddings, or beside them, as the network has it; a network
+    without a vocabulary knows the tokens' number alone.
+    """
+
+    tokens_BN: Tensor
+    counts_B: Ints
+    states_BND: Tensor | None = None
+
+    @staticmethod
+    def whole(tokens_BN: Tensor) -> Inputs:
+        """Texts of one length."""
+        return Inputs(tokens_BN, np.full(*tokens_BN.shape))
+
+    @staticmethod
+    def of_tokens(parts: Sequence[Sequence[int]], device: torch.device) -> Inputs:
+        """Ragged."""
+        counts = [len(part) for part in parts]
+        longest = max(counts)
+        padded = np.array([[*part, *[0] * (longest - len(part))] for part in parts])
+        return Inputs(torch.from_numpy(padded).to(device), np.asarray(counts))
+
+    @staticmethod
+    def of_states(parts: Sequence[Tensor]) -> Inputs:
+        """Ragged, [n, D] of each row."""
+        counts = np.asarray([len(part) for part in parts])
+        shape = len(parts), int(counts.max())
+        padded = parts[0].new_zeros((*shape, parts[0].shape[1]))
+        for row, part in zip(padded, parts, strict=True):
+            row[: len(part)] = part
+        return Inputs(torch.zeros(shape, dtype=torch.int64, device=padded.device), counts, padded)
 
 
 @dataclass(frozen=True)
@@ -96,6 +135,41 @@ class Model:
             return None
         return self._commit([part], slot, layers).hidden
 
+    def append(self, inputs: Inputs, start: int = 0, layers: Collection[int] = ()) -> Read:
+        """Read what comes next in the rows `start ..`, committed, and score the last of each: logits [B, 1, V], and the hidden
+        states asked for of all that was read, [B, N, D]. A row may have nothing to read if others have."""
+        feed = self._feed(
+            inputs.tokens_BN,
+            np.broadcast_to(np.arange(inputs.tokens_BN.shape[1]), tuple(inputs.tokens_BN.shape)),
+            None,
+            inputs.counts_B,
+            start,
+        )
+        feed.states_BND, feed.last_B = inputs.states_BND, np.maximum(inputs.counts_B - 1, 0)
+        self.passes += 1
+        read = self.network.forward(feed, self.cache, layers)
+        for row, count in enumerate(inputs.counts_B.tolist()):
+            self.cache.lengths[start + row] += count
+        return read
+
+    def read(self, inputs: Inputs, layers: Collection[int]) -> dict[int, Tensor]:
+        """The hidden states [B, N, D] of whole texts from position 0, in one forward. It serves no rows, and keeps none."""
+        rows, longest = inputs.tokens_BN.shape
+        if self.cache.rows:
+            raise ValueError(
+                "a model whose rows are running reads no other texts: make another one on the same network"
+            )
+        if longest > self.max_length:
+            raise ValueError(f"a text of {longest} tokens is longer than the context of {self.max_length}")
+        self.reserve(rows, longest)
+        try:
+            for _ in range(rows):
+                self.cache.admit()
+            return self.append(inputs, layers=layers).hidden
+        finally:
+            while self.cache.rows:
+                self.release(self.cache.rows - 1)
+
     def score(self, tree: TokenTree, rows: Sequence[Row], layers: Collection[int] = ()) -> Scores:
         """One forward over all nodes of all rows. The nodes stay in scratch until `keep` says which were right.
 
@@ -117,13 +191,20 @@ class Model:
         self._leads = leads
         nodes = _Nodes(leads, tree.nodes, self.device)
         for layer, states in hidden.items():
-            heads = [row[:lead] for row, lead in zip(states, leads, strict=True)]
-            read[layer] = [torch.cat(pair) for pair in zip(read[layer], heads, strict=True)] if layer in read else heads
+            self._lead(read, layer, states, leads)
         return Scores(
             nodes.of(logits),
             {layer: nodes.of(states) for layer, states in hidden.items()},
             None if best is None else nodes.of(best),
             read,
+        )
+
+    @staticmethod
+    def _lead(before: dict[int, list[Tensor]], layer: int, states_BND: Tensor, leads: Sequence[int]) -> None:
+        """Add the first states of each row to what was read before."""
+        first = [row[:lead] for row, lead in zip(states_BND, leads, strict=True)]
+        before[layer] = (
+            [torch.cat(pair) for pair in zip(before[layer], first, strict=True)] if layer in before else first
         )
 
     def _read_tree(
@@ -133,22 +214,38 @@ class Model:
         read = self._grow(tokens_BN, topology.depths_BN, paths, layers, np.asarray(topology.sizes))
         return read.logits_BNV, read.hidden, read.best_BN
 
-    def next_scores(self, rows: Sequence[Row]) -> Scores:
-        """Catch up with all committed tokens and score what comes next (N is 1): how a draft model begins a draft."""
+    def next_scores(self, rows: Sequence[Row], layers: Collection[int] = ()) -> Scores:
+        """Catch up with all committed tokens and score what comes next (N is 1): how a draft model begins a draft. The hidden
+        states asked for are those of the newest token, and `before` it those of what was read on the way."""
         self._align(rows)
-        self._catch_up([row.tokens if self._behind(row, slot, SHORT) else None for slot, row in enumerate(rows)], SHORT)
+        texts = [row.tokens if self._behind(row, slot, SHORT) else None for slot, row in enumerate(rows)]
+        before = self._catch_up(texts, SHORT, layers)
         parts = [row.tokens[self.cache.lengths[slot] :] for slot, row in enumerate(rows)]
-        read = self._commit(parts)
-        return Scores(read.logits_BNV, best_BN=read.best_BN)
+        read = self._commit(parts, layers=layers)
+        if not layers:
+            return Scores(read.logits_BNV, best_BN=read.best_BN)
+        ends = [len(part) - 1 for part in parts]
+        hidden = {layer: states[list(range(len(rows))), ends].unsqueeze(1) for layer, states in read.hidden.items()}
+        for layer, states in read.hidden.items() if any(ends) else ():
+            self._lead(before, layer, states, ends)
+        return Scores(read.logits_BNV, hidden, read.best_BN, before)
 
-    def grow(self, tokens_BN: Tensor, depths_BN: Ints, paths_BNJ: Paths | None = None) -> Scores:
+    def grow(
+        self,
+        tokens_BN: Tensor,
+        depths_BN: Ints,
+        paths_BNJ: Paths | None = None,
+        layers: Collection[int] = (),
+        states_BND: Tensor | None = None,
+    ) -> Scores:
         """Read uncommitted tokens that follow those already in scratch, and score them.
 
-        depths: 1 for children of the newest committed token, and so on. paths_BNJ: the scratch entries (these N included) that
-        each of them sees, as in `Feed`; None: all up to itself (a chain).
+        depths: 1 for children of the newest committed token, and so on. paths_BNJ: the scratch entries that each of them sees,
+        in order of depth, itself last, padded with -1 (entries count from 0 behind a row's committed ones; the first of these
+        N comes behind all that were read before); None: all up to itself (a chain). states_BND: as of `Inputs`.
         """
-        read = self._grow(tokens_BN, depths_BN - 1, paths_BNJ, ())
-        return Scores(read.logits_BNV, best_BN=read.best_BN)
+        read = self._grow(tokens_BN, depths_BN - 1, paths_BNJ, layers, states_BND=states_BND)
+        return Scores(read.logits_BNV, read.hidden, read.best_BN)
 
     def keep(self, paths: Sequence[Sequence[int]]) -> None:
         """Commit these scratch entries of each row, in order, and forget the rest."""
@@ -196,20 +293,7 @@ class Model:
 
     def _commit(self, parts: Sequence[list[int]], start: int = 0, layers: Collection[int] = ()) -> Read:
         """Read committed tokens of rows `start ..`, ragged, and score the last of each."""
-        longest = max(map(len, parts))
-        feed = self._feed(
-            torch.from_numpy(np.array([part + [0] * (longest - len(part)) for part in parts])).to(self.device),
-            np.broadcast_to(np.arange(longest), (len(parts), longest)),
-            None,
-            np.asarray([len(part) for part in parts]),
-            start,
-        )
-        feed.last_B = feed.counts_B - 1 if feed.counts_B is not None else None
-        self.passes += 1
-        read = self.network.forward(feed, self.cache, layers)
-        for row, part in enumerate(parts):
-            self.cache.lengths[start + row] += len(part)
-        return read
+        return self.append(Inputs.of_tokens(parts, self.device), start, layers)
 
     def _grow(
         self,
@@ -218,8 +302,10 @@ class Model:
         paths_BNJ: Paths | None,
         layers: Collection[int],
         counts_B: Ints | None = None,
+        states_BND: Tensor | None = None,
     ) -> Read:
         feed = self._feed(tokens_BN, offsets_BN, paths_BNJ, counts_B)
+        feed.states_BND = states_BND
         if self.network.windows:
             self._offsets = [*self._offsets, offsets_BN] if self._held else [offsets_BN]
             feed.scratch_BM = feed.lengths_B[:, None] + np.concatenate(self._offsets, 1)

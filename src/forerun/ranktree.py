@@ -17,7 +17,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from forerun.errors import DrafterError
-from forerun.tree import Ints, Topology
+from forerun.tree import Ints, Paths, Topology
 
 Path = tuple[int, ...]
 
@@ -113,6 +113,29 @@ class RankTree:
             )
             above = {paths[place]: row for row, place in enumerate(grows)}
         return tuple(levels)
+
+    @cached_property
+    def entries(self) -> tuple[int, ...]:
+        """For every node, the root included, which scratch entry of a model holds it once the nodes that have children were read
+        level by level; -1 for those that were not read."""
+        entries, held = [-1] * (self.size + 1), 0
+        for level in self.levels:
+            for place, node in enumerate((level.first + level.grows).tolist()):
+                entries[node] = held + place
+            held += len(level.grows)
+        return tuple(entries)
+
+    @cached_property
+    def frontiers(self) -> tuple[Paths, ...]:
+        """Per level, [W, J]: the entries on the path to each node that has children, itself last, without the root."""
+        return tuple(
+            np.array([self._path_entries(node) for node in (level.first + level.grows).tolist()], dtype=np.int32)
+            for level in self.levels
+        )
+
+    def _path_entries(self, node: int) -> list[int]:
+        path = self.nodes[node - 1]
+        return [self.entries[self._number[path[: depth + 1]]] for depth in range(len(path))]
 
     def topology(self, rows: int) -> Topology:
         """The same tree for so many rows."""

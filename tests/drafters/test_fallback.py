@@ -20,9 +20,10 @@ from forerun.accept.exact import Verdict
 from forerun.chance import key_of
 from forerun.drafters.cascade import Cascade, Part
 from forerun.drafters.fallback import Fallback
-from forerun.drafters.small import Chain, SampledTree
+from forerun.drafters.small import DraftModel
 from forerun.drafters.verified import Verified
 from forerun.drafting.drafter import Context, Drafter, Tally
+from forerun.drafting.growth import Chain, SampledTree
 from forerun.drafting.stopping import Confidence, Fixed
 from forerun.engine.engine import Engine
 from forerun.errors import DrafterError
@@ -267,8 +268,8 @@ def shortest(networks: Mapping[str, TableNetwork], enough: int = 2) -> Callable[
     """A drawn chain whose length depends on what was drawn, before another drawn chain."""
     return lambda: Fallback(
         [
-            Chain(Model(networks["small"], 2), Confidence(threshold=0.5, most=2)),
-            Chain(Model(networks["other"], 2), Fixed(2)),
+            DraftModel.on(networks["small"], Chain(Confidence(threshold=0.5, most=2))),
+            DraftModel.on(networks["other"], Chain(Fixed(2))),
         ],
         enough,
     )
@@ -309,7 +310,7 @@ def test_the_law_is_the_targets_whatever_the_sources_propose(
 
     def drafter() -> Drafter:
         certain = Wild(3, 3, seed, [Drawn.DETERMINISTIC])
-        nested = Fallback([Wild(3, 2, seed + 10), SampledTree(Model(networks["small"], 3), [2])])
+        nested = Fallback([Wild(3, 2, seed + 10), DraftModel.on(networks["small"], SampledTree([2]))])
         return Fallback([certain, nested, Verified(Model(networks["other"], 1), Wild(3, 2, seed + 20), 1)], enough)
 
     assert off(networks, drafter) < EXACT
@@ -320,7 +321,7 @@ def test_rows_with_answers_from_different_sources_say_what_they_say_alone(networ
     wishes = [SamplingParams(temperature=0.5 * (n % 3), seed=n, max_new_tokens=10 + 9 * n) for n in range(5)]
 
     def one() -> Engine:
-        sources: list[Drafter] = [Wild(3, 3, 5), Chain(Model(networks["small"], 3), Confidence(0.4, 3))]
+        sources: list[Drafter] = [Wild(3, 3, 5), DraftModel.on(networks["small"], Chain(Confidence(0.4, 3)))]
         return engine_of(networks["target"], Fallback(sources, 2), max_rows=3)
 
     alone = [one().generate([prompt], wish)[0].token_ids for prompt, wish in zip(prompts, wishes, strict=True)]

@@ -292,16 +292,16 @@ def demand_contexts_of_the_texts(one: Engine, module: HydraHeads) -> None:
     found = one.drafter.head.reader
     assert isinstance(found, PrefixState)
     contexts = found.contexts()
-    assert len(contexts) == found.cache.rows == len(one._running)
+    assert len(contexts) == found.model.cache.rows == len(one._running)
     for slot, request in enumerate(one._running):
         verified = request.row.tokens[:-1]
-        assert found.cache.lengths[slot] == len(verified)
+        assert found.model.cache.lengths[slot] == len(verified)
         if not verified:
             assert contexts[slot] is None
             continue
         read, entries = whole(module, lively(), verified)
         torch.testing.assert_close(contexts[slot], read[-1], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(found.cache.entries(slot), entries, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.model.cache.entries(slot), entries, rtol=1e-4, atol=1e-4)
 
 
 def known(prompt: Sequence[int], count: int) -> list[int]:
@@ -381,7 +381,7 @@ def test_an_engine_that_is_interrupted_within_the_layer_goes_on(at: int, monkeyp
     one = engine_with(some_heads("hydra++"), lively(), TREES["gaps"], max_rows=3)
     found = one.drafter.head.reader
     assert isinstance(found, PrefixState)
-    forward, left = found._network.forward, at
+    forward, left = found.model.network.forward, at
 
     def interrupted(*args: object) -> object:
         nonlocal left
@@ -390,10 +390,10 @@ def test_an_engine_that_is_interrupted_within_the_layer_goes_on(at: int, monkeyp
             raise KeyboardInterrupt
         return forward(*args)
 
-    monkeypatch.setattr(found._network, "forward", interrupted)
+    monkeypatch.setattr(found.model.network, "forward", interrupted)
     for output in one.generate(PROMPTS, SamplingParams(max_new_tokens=20)):
         assert output.token_ids == greedy(lively(), PROMPTS[output.prompt_index], 20)[: len(output.token_ids)]
-    assert one.is_idle and one.target.cache.rows == 0 == found.cache.rows
+    assert one.is_idle and one.target.cache.rows == 0 == found.model.cache.rows
     again = one.generate(PROMPTS[:3], SamplingParams(max_new_tokens=12))
     assert [output.token_ids for output in again] == [greedy(lively(), prompt, 12) for prompt in PROMPTS[:3]]
 

@@ -21,6 +21,7 @@ from forerun.drafting.drafter import Context, Drafter
 from forerun.errors import DrafterError
 from forerun.row import Row
 from forerun.sampling import SamplingParams
+from forerun.slots import Slots
 from forerun.stores.automaton import SEPARATOR, SuffixAutomaton
 from forerun.stores.model import LEFT, ModelStore
 from forerun.stores.reader import Automaton, automaton_of
@@ -617,16 +618,15 @@ class FromStore(Drafter):
 
     def __init__(self, store: ModelStore):
         self.store = store
-        self._rows: list[tuple[Row, View]] = []
+        self._rows: Slots[tuple[Row, View]] = Slots()
 
     def admit(self, row: Row, hidden: Mapping[int, Tensor]) -> None:
-        self._rows.append((row, self.store.open(row)))
+        self._rows.admit((row, self.store.open(row)))
 
     def release(self, slot: int) -> None:
-        if slot < len(self._rows):
-            self.store.close(*self._rows[slot])
-            self._rows[slot] = self._rows[-1]
-            self._rows.pop()
+        gone = self._rows.release(slot)
+        if gone is not None:
+            self.store.close(*gone)
 
     def propose(self, context: Context) -> TokenTree:
         limits = [Limits(min(8, context.budget), depth, 1, 0.02, row.ends) for (row, _), depth in self._paired(context)]

@@ -24,9 +24,10 @@ from forerun.accept.lossy import Lenient
 from forerun.chance import key_of
 from forerun.drafters import verified
 from forerun.drafters.none import Nothing
-from forerun.drafters.small import Chain, DraftModel
+from forerun.drafters.small import DraftModel
 from forerun.drafters.verified import Verified
 from forerun.drafting.drafter import Context, Drafter
+from forerun.drafting.growth import Chain
 from forerun.drafting.stopping import Fixed
 from forerun.engine.engine import Engine
 from forerun.model import Model, Scores
@@ -117,7 +118,7 @@ def hierarchy(networks: Networks, sizes: Sequence[int], lenient: Lenient | None 
     *lengths, drafts = sizes
     three = ["middle", "low", "lowest"] if "lowest" in networks else ["middle", "middle", "low"]
     names = ["middle", "low"] if len(lengths) == 1 else three
-    inner: Drafter = Chain(Model(networks[names[-1]], drafts), Fixed(drafts))
+    inner: Drafter = DraftModel.on(networks[names[-1]], Chain(Fixed(drafts)))
     for name, length in reversed(list(zip(names, lengths, strict=False))):
         inner = Verified(Model(networks[name], inner.max_nodes + 1), inner, length, lenient)
     assert isinstance(inner, Verified)
@@ -400,7 +401,7 @@ def scripted(
     low: Sequence[int], middle: Sequence[int], length: int, drafts: int
 ) -> tuple[Engine, Verified, DraftModel]:
     """A target that says 1 everywhere, and two models that are wrong at these positions."""
-    chain = Chain(Model(Script(low, 1), drafts), Fixed(drafts))
+    chain = DraftModel.on(Script(low, 1), Chain(Fixed(drafts)))
     one = Verified(Model(Script(middle), drafts + 1), chain, length)
     return Engine(Model(Script(), 1), one), one, chain
 
@@ -439,7 +440,7 @@ def test_a_correction_from_above_costs_no_pass_of_its_own() -> None:
 def test_every_round_is_one_forward_however_the_level_above_decided(length: int) -> None:
     """Sampled: corrections and bonus tokens at random. Prompts are short enough to be read within the first round."""
     networks = families()["three tokens"]
-    low = Chain(Model(networks["low"], 2), Fixed(2))
+    low = DraftModel.on(networks["low"], Chain(Fixed(2)))
     lower = Verified(Model(networks["low"], 3), low, 2)
     upper = Verified(Model(networks["middle"], lower.max_nodes + 1), lower, length)
     engine = Engine(Model(networks["target"], 1), upper)

@@ -29,6 +29,7 @@ from forerun.drafting.workshop import Workshop
 from forerun.errors import DrafterError
 from forerun.model import Scores
 from forerun.row import Row
+from forerun.slots import Slots
 from forerun.stores.context import ContextStore
 from forerun.stores.corpus import Corpus, CorpusStore
 from forerun.stores.grams import GramStore, Shape, table_of
@@ -85,18 +86,17 @@ class Hierarchy(Drafter):
         self.stores, self.limits = list(stores), limits
         self.max_nodes = limits.nodes
         self._bounds = Bounds(limits)
-        self._seats: list[_Seat] = []
+        self._seats: Slots[_Seat] = Slots()
         self._tallies = [Tally(store.name) for store in stores]
 
     def admit(self, row: Row, hidden: Mapping[int, Tensor]) -> None:
         views = [store.open(row) for store in self.stores]
-        self._seats.append(_Seat(row, views, [Patience() for _ in views]))
+        self._seats.admit(_Seat(row, views, [Patience() for _ in views]))
 
     def release(self, slot: int) -> None:
-        if slot >= len(self._seats):
+        seat = self._seats.release(slot)
+        if seat is None:
             return
-        seat, self._seats[slot] = self._seats[slot], self._seats[-1]
-        self._seats.pop()
         for store, view in zip(self.stores, seat.views, strict=True):
             store.close(seat.row, view)
 

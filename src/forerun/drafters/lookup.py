@@ -20,6 +20,7 @@ from forerun.drafting.drafter import Context, Drafter
 from forerun.drafting.workshop import Workshop, demand_count
 from forerun.errors import DrafterError
 from forerun.row import Row
+from forerun.slots import Slots
 from forerun.stores.context import ContextStore
 from forerun.stores.reader import Automaton, automaton_of
 from forerun.stores.store import Bounds, Limits, View
@@ -35,16 +36,14 @@ class Lookup(Drafter):
         self.limits = limits
         self.max_nodes = limits.nodes
         self._store = ContextStore(make)
-        self._views: list[View] = []
+        self._views: Slots[View] = Slots()
         self._bounds = Bounds(limits)
 
     def admit(self, row: Row, hidden: Mapping[int, Tensor]) -> None:
-        self._views.append(self._store.open(row))
+        self._views.admit(self._store.open(row))
 
     def release(self, slot: int) -> None:
-        if slot < len(self._views):
-            self._views[slot] = self._views[-1]
-            self._views.pop()
+        self._views.release(slot)
 
     def retract(self, lengths: Sequence[int]) -> None:
         for view, length in zip(self._views, lengths, strict=True):

@@ -22,6 +22,7 @@ from forerun.drafting.drafter import Context, Drafter
 from forerun.drafting.workshop import Workshop, demand_count
 from forerun.errors import DrafterError
 from forerun.row import Row
+from forerun.slots import Slots
 from forerun.stores.reader import automaton_of
 from forerun.tree import TokenTree
 
@@ -142,18 +143,16 @@ class MaxGram(Drafter):
         self.length, self._table, self._occurrence, self._min_match = length, table, occurrence, min_match
         self._compat = compat
         self.max_nodes = 2 * length - 1 if compat else length
-        self._texts: list[Text] = []
+        self._texts: Slots[Text] = Slots()
 
     def admit(self, row: Row, hidden: Mapping[int, Tensor]) -> None:
         text = Text()
         if not self._compat:
             text.read(row.tokens, len(row.tokens) - row.tentative)
-        self._texts.append(text)
+        self._texts.admit(text)
 
     def release(self, slot: int) -> None:
-        if slot < len(self._texts):
-            self._texts[slot] = self._texts[-1]
-            self._texts.pop()
+        self._texts.release(slot)
 
     def retract(self, lengths: Sequence[int]) -> None:
         for text, length in zip(self._texts, lengths, strict=True):

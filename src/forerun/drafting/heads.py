@@ -20,16 +20,16 @@ from torch import Tensor, nn
 
 from forerun.accept.exact import Verdict
 from forerun.drafting.drafter import Context, Drafter
+from forerun.drafting.growth import Expander, Frontier, cut, tokens_of
 from forerun.errors import DrafterError
-from forerun.model import CHUNK, Scores
+from forerun.model import CHUNK, Inputs, Model, Scores
 from forerun.native.matrix import Packed
 from forerun.nn.backends.heads import Drafting, HeadWeights
-from forerun.nn.cache import Cache
-from forerun.nn.feed import Feed
 from forerun.nn.network import Network
 from forerun.ranktree import RankTree
 from forerun.row import Row
-from forerun.tree import TokenTree, Topology
+from forerun.slots import Slots
+from forerun.tree import TokenTree
 
 
 class HeadsModule(nn.Module):
@@ -63,6 +63,56 @@ class HeadsModule(nn.Module):
         raise NotImplementedError
 
 
+class TorchHeads:
+    """Drafting in plain torch: the readable version, and the one for CUDA."""
+
+    def __init__(self, module: HeadsModule, embedding_VD: Tensor, head_VD: Tensor):
+        self.module, self.embedding, self.head = module, embedding_VD, head_VD
+
+    @torch.inference_mode()
+    def draft(self, context_BD: Tensor, roots: Sequence[int], tree: RankTree) -> list[list[int]]:
+        return tokens_of(tree, self.expander(context_BD, roots), roots, context_BD.device).tolist()
+
+    def expander(self, context_BD: Tensor, roots: Sequence[int]) -> Expander:
+        """For trees of any form."""
+        if not self.module.sees_tokens:
+            return _Independent(self.module.logits(context_BD, context_BD[:, None], self.head))
+        return _Chained(self, context_BD, torch.tensor(roots, device=context_BD.device))
+
+
+class _Independent(Expander):
+    """Heads that see the context alone know all depths at once: the same may follow every node of a level."""
+
+    def __init__(self, logits_KBV: Tensor):
+        self._logits = logits_KBV
+
+    def begin(self) -> Scores:
+        return Scores(self._logits[0][:, None])
+
+    def expand(self, frontier: Frontier) -> Scores:
+        return Scores(self._logits[frontier.depth][:, None])
+
+
+class _Chained(Expander):
+    """Heads that see the tokens drafted before theirs, each node its own branch."""
+
+    def __init__(self, heads: TorchHeads, context_BD: Tensor, root_B: Tensor):
+        self._heads = heads
+        self._z_BWM = torch.cat((context_BD, heads.embedding[root_B]), -1)[:, None]
+
+    def begin(self) -> Scores:
+        return self._scores(0)
+
+    def expand(self, frontier: Frontier) -> Scores:
+        rows = np.arange(len(frontier.tokens_BW))[:, None]
+        branches = self._z_BWM[rows, frontier.parents_BW]
+        self._z_BWM = torch.cat((branches, self._heads.embedding[frontier.tokens_BW]), -1)
+        return self._scores(frontier.depth)
+
+    def _scores(self, head: int) -> Scores:
+        return Scores(self._heads.module.head_logits(head, self._z_BWM, self._heads.head))
+
+
 def format_of(network: Network, weights: str) -> torch.dtype:
     """The number format of heads on this target. weights: "int8", "target" (as the target's), or "auto": int8 on the native
     kernels beside a target in half precision, for a guess need not be exact, and it is read at every step.
@@ -82,7 +132,8 @@ def drafting(module: HeadsModule, network: Network, weights: str) -> Drafting:
     """The heads on the target's own backend and device, in the number format of `format_of`."""
     kind = format_of(network, weights)
     module = module.to(device=network.device, dtype=network.dtype).eval().requires_grad_(False)
-    return network.backend.heads(module, network, kind)
+    in_one_go = network.backend.heads(module, network, kind)
+    return in_one_go or TorchHeads(module, network.input_embedding, network.head_matrix())
 
 
 class Reader(Protocol):
@@ -150,21 +201,17 @@ class LastState:
     """The context is the target's state itself."""
 
     def __init__(self) -> None:
-        self._rows: list[_States] = []
+        self._rows: Slots[_States] = Slots()
 
     def admit(self, row: Row, states_1SD: Tensor | None) -> None:
         states = _States()
         if states_1SD is not None:
             states.append(states_1SD[0, -1:].clone())  # not the whole prompt's
             states.count = states_1SD.shape[1]
-        self._rows.append(states)
+        self._rows.admit(states)
 
     def release(self, slot: int) -> None:
-        if slot >= len(self._rows):
-            return
-        last = self._rows.pop()
-        if slot < len(self._rows):
-            self._rows[slot] = last
+        self._rows.release(slot)
 
     def observe(self, states: Sequence[Tensor]) -> None:
         for row, part in zip(self._rows, states, strict=True):
@@ -183,38 +230,32 @@ class LastState:
 class PrefixState(LastState):
     """The context is what a layer of the heads' own makes of the states of all verified tokens (Hydra++).
 
-    The layer has a cache of its own, which holds verified tokens only. What was verified waits until a context is asked for, or
-    for so many steps: a drafter in front of the heads may answer instead of them.
+    The layer is a model that reads states, of verified tokens only. What was verified waits until a context is asked for, or for
+    so many steps: a drafter in front of the heads may answer instead of them.
     """
 
     def __init__(self, network: Network, longest: int):
         """longest: the most tokens of a row that one step keeps. Shorter rows of a batch are padded to that."""
         super().__init__()
-        self._network, self._longest = network, max(longest, WAITING)
-        self.cache = Cache(network.cache_shape, network.dtype, network.device)
-        self._waiting: list[list[Tensor]] = []
+        self._longest = max(longest, WAITING)
+        self.model = Model(network, self._longest)
+        self._waiting: Slots[list[Tensor]] = Slots()
 
     def admit(self, row: Row, states_1SD: Tensor | None) -> None:
-        rows = self.cache.rows
-        slots = rows if rows < self.cache.slots else max(1, 2 * rows)
-        self.cache.reserve(max(slots, rows + 1), row.limit + self._longest)
-        slot, read = self.cache.admit(), None
+        slot, read = self.model.admit(row.limit), None
         try:
-            for part in () if states_1SD is None else torch.split(states_1SD, CHUNK, 1):
-                read = self._read(part, [part.shape[1]], slot)
+            for part in () if states_1SD is None else torch.split(states_1SD[0], CHUNK):
+                read = self._read([part], slot)
         except BaseException:
-            self.cache.release(slot)
+            self.model.release(slot)
             raise
         super().admit(row, read)
         self._rows[-1].count = 0 if states_1SD is None else states_1SD.shape[1]
-        self._waiting.append([])
+        self._waiting.admit([])
 
     def release(self, slot: int) -> None:
-        if slot < len(self._waiting):
-            last = self._waiting.pop()
-            if slot < len(self._waiting):
-                self._waiting[slot] = last
-        self.cache.release(slot)
+        self._waiting.release(slot)
+        self.model.release(slot)
         super().release(slot)
 
     def observe(self, states: Sequence[Tensor]) -> None:
@@ -229,7 +270,7 @@ class PrefixState(LastState):
             kept = waiting[: max(0, length - self._rows[slot].count)]
             self._waiting[slot] = [kept] if len(kept) else []
         super().retract(slot, length)
-        self.cache.truncate(slot, length)
+        self.model.truncate(slot, length)
 
     def known(self, slot: int) -> int:
         return super().known(slot) + sum(map(len, self._waiting[slot]))
@@ -247,34 +288,16 @@ class PrefixState(LastState):
         some = next(part for parts in self._waiting for part in parts)
         joined = [torch.cat(parts) if parts else some[:0] for parts in self._waiting]
         parts = [row[: self._longest] for row in joined]
-        self._waiting = [[row[self._longest :]] if len(row) > self._longest else [] for row in joined]
-        counts = [len(part) for part in parts]
-        padded = some.new_zeros(len(parts), max(counts), some.shape[1])
-        for index, part in enumerate(parts):
-            padded[index, : len(part)] = part
-        read = self._read(padded, counts, 0)
-        for index, count in enumerate(counts):
-            if count:
-                self._rows[index].append(read[index, :count])
+        self._waiting[:] = [[row[self._longest :]] if len(row) > self._longest else [] for row in joined]
+        read = self._read(parts, 0)
+        for row, states, part in zip(self._rows, read, parts, strict=True):
+            if len(part):
+                row.append(states[: len(part)])
 
-    def _read(self, states_BND: Tensor, counts: Sequence[int], start: int) -> Tensor:
-        """Append states to the slots from `start` on; what the layer says of them, [B, N, D]."""
-        rows, longest, _ = states_BND.shape
-        lengths = np.asarray(self.cache.lengths[start : start + rows])
-        feed = Feed(
-            tokens_BN=torch.zeros((rows, longest), dtype=torch.int64, device=states_BND.device),
-            lengths_B=lengths,
-            where_BN=np.minimum(lengths[:, None] + np.arange(longest), self._network.max_length - 1),
-            start=start,
-            counts_B=np.asarray(counts),
-            dtype=self._network.dtype,
-            states_BND=states_BND,
-        )
-        layers = self._network.cache_shape.layers
-        read = self._network.forward(feed, self.cache, (layers,)).hidden[layers]
-        for row, count in enumerate(counts):
-            self.cache.lengths[start + row] += count
-        return read
+    def _read(self, parts: Sequence[Tensor], start: int) -> Tensor:
+        """Append states [n, D] to the slots from `start` on; what the layer says of them, [B, N, D]."""
+        layer = self.model.network.cache_shape.layers
+        return self.model.append(Inputs.of_states(parts), start, (layer,)).hidden[layer]
 
 
 @dataclass(frozen=True)
@@ -320,9 +343,7 @@ class HeadDrafter(Drafter):
         some = next(state for state in states if state is not None)
         context_BD = torch.stack([torch.zeros_like(some) if state is None else state for state in states])
         tokens = self.head.drafting.draft(context_BD, roots, tree)
-        if min(depths) >= tree.depth:
-            return TokenTree(tokens, tree.topology(len(roots)), context.device)
-        return _cut(tokens, tree, depths, context)
+        return cut(tokens, tree, depths, context.device)
 
     def observe(self, context: Context, tree: TokenTree, verdict: Verdict, scores: Scores) -> None:
         layer, before = self.head.layer, scores.before.get(self.head.layer)
@@ -343,14 +364,3 @@ class HeadDrafter(Drafter):
     def retract(self, lengths: Sequence[int]) -> None:
         for slot, length in enumerate(lengths):
             self.head.reader.retract(slot, length)
-
-
-def _cut(tokens: Sequence[Sequence[int]], tree: RankTree, depths: Sequence[int], context: Context) -> TokenTree:
-    """Each row's part of a tree that is too deep for some rows. Nodes are numbered by depth, so the part is the
-    beginning."""
-    parts = [tree.within(depth, tree.size) for depth in depths]
-    sizes = [1 + (part.size if part else 0) for part in parts]
-    parents = [tree.parents[:size] for size in sizes]
-    return TokenTree(
-        [row[:size] for row, size in zip(tokens, sizes, strict=True)], Topology.of(parents), context.device
-    )

@@ -2,30 +2,56 @@
 
 A rule is asked after every level and may look only at what has been drawn so far: it decides whether the *next* token will
 be drawn, never whether the last one is dropped (dropping a token after seeing it changes the law of what is left).
+
+A rule may be a module with parameters of its own, trained to tell from the draft model's states whether the target will agree
+(SpecDec++, arXiv 2405.19715): it states the layers it `reads`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from forerun.errors import DrafterError
+from forerun.row import Row
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """What has been drawn so far in some rows: `depth` tokens in each.
+
+    probs_BJ: their draft probabilities, J is `depth` (None for a rule that does not look at them). states: per layer that the
+    rule reads, the draft model's states at the newest tokens, [B, D].
+    """
+
+    depth: int
+    rows: Sequence[Row]
+    probs_BJ: Tensor | None = None
+    states: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 class Stopping(Protocol):
-    """A rule. `most`: no chain is longer. `looks`: it depends on what was drawn, and must be asked."""
+    """A rule. `most`: no chain is longer. `looks`: it wants to know the probabilities. `reads`: the layers of the draft model
+    whose states it wants, numbered as transformers does; the newest token is then read before the rule is asked.
 
-    looks: ClassVar[bool]
+    A rule that neither looks nor reads is not asked: it draws `most`.
+    """
+
+    @property
+    def looks(self) -> bool: ...
+
+    @property
+    def reads(self) -> frozenset[int]: ...
 
     @property
     def most(self) -> int: ...
 
-    def goes_on(self, probs_BJ: Tensor) -> Tensor:
-        """Given the draft probabilities of the tokens drawn so far (J >= 1): shall another be drawn? bool [B]."""
+    def goes_on(self, drafted: Drafted) -> Tensor:
+        """Shall another token be drawn? bool [B]."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +59,12 @@ class Fixed:
     """Always `most` tokens."""
 
     looks: ClassVar[bool] = False
+    reads: ClassVar[frozenset[int]] = frozenset()
 
     most: int = 5
 
-    def goes_on(self, probs_BJ: Tensor) -> Tensor:
-        return torch.full(probs_BJ.shape[:1], probs_BJ.shape[1] < self.most)
+    def goes_on(self, drafted: Drafted) -> Tensor:
+        return torch.full((len(drafted.rows),), drafted.depth < self.most)
 
 
 @dataclass(frozen=True)
@@ -45,12 +72,14 @@ class Confidence:
     """Go on while the last token had at least this draft probability (transformers' assistant_confidence_threshold)."""
 
     looks: ClassVar[bool] = True
+    reads: ClassVar[frozenset[int]] = frozenset()
 
     threshold: float = 0.4
     most: int = 20
 
-    def goes_on(self, probs_BJ: Tensor) -> Tensor:
-        return (probs_BJ[:, -1] >= self.threshold) & (probs_BJ.shape[1] < self.most)
+    def goes_on(self, drafted: Drafted) -> Tensor:
+        assert drafted.probs_BJ is not None
+        return (drafted.probs_BJ[:, -1] >= self.threshold) & (drafted.depth < self.most)
 
 
 @dataclass(frozen=True)
@@ -58,12 +87,14 @@ class CumulativeConfidence:
     """Go on while the whole chain so far has at least this draft probability: an estimate that all of it survives."""
 
     looks: ClassVar[bool] = True
+    reads: ClassVar[frozenset[int]] = frozenset()
 
     threshold: float = 0.3
     most: int = 20
 
-    def goes_on(self, probs_BJ: Tensor) -> Tensor:
-        return (probs_BJ.prod(-1) >= self.threshold) & (probs_BJ.shape[1] < self.most)
+    def goes_on(self, drafted: Drafted) -> Tensor:
+        assert drafted.probs_BJ is not None
+        return (drafted.probs_BJ.prod(-1) >= self.threshold) & (drafted.depth < self.most)
 
 
 RULES: dict[str, Callable[..., Stopping]] = {

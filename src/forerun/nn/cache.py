@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from forerun.nn.feed import Feed
+from forerun.slots import Slots, moves
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Cache:
 
     def __init__(self, shape: CacheShape, dtype: torch.dtype, device: torch.device):
         self.shape, self.dtype, self.device = shape, dtype, device
-        self.lengths: list[int] = []
+        self.lengths: Slots[int] = Slots()
         self.capacity = 0
         self._slots = 0
         self._store: Tensor | None = None
@@ -74,29 +75,17 @@ class Cache:
         """Open the next slot, empty. Returns its number."""
         if self.rows >= self._slots:
             raise ValueError("the cache has no free slot: reserve one first")
-        self.lengths.append(0)
-        return self.rows - 1
+        return self.lengths.admit(0)
 
     def release(self, slot: int, ready: int | None = None) -> None:
-        """Close a slot and keep the others dense: the last row moves into it. A slot that was never opened is left alone.
-
-        With `ready`, rows 0 .. ready - 1 stay in front of the rest: the last ready row moves into the hole, and the very
-        last row into the place that this one leaves.
-        """
+        """Close a slot and keep the others dense, as `Slots.release` says."""
         if slot >= self.rows:
             return
-        for source in sorted({self.rows - 1, (ready or self.rows) - 1}):
-            self._move(source, slot)
-            slot = source
-        self.lengths.pop()
-
-    def _move(self, source: int, slot: int) -> None:
-        if source == slot:
-            return
-        assert self._store is not None
-        length = self.lengths[source]
-        self._store[:, :, slot, :length] = self._store[:, :, source, :length]
-        self.lengths[slot] = length
+        for source, hole in moves(self.rows, slot, ready):
+            assert self._store is not None
+            length = self.lengths[source]
+            self._store[:, :, hole, :length] = self._store[:, :, source, :length]
+        self.lengths.release(slot, ready)
 
     def append(self, layer: int, feed: Feed, k_BNHE: Tensor, v_BNHE: Tensor) -> tuple[Tensor, Tensor]:
         """Write one layer's keys and values where `feed` says; return views [B, span, H, E] of what may be read."""

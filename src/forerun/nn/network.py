@@ -55,8 +55,9 @@ class Backend(Protocol):
         """A `Transformer` as a network on this backend. The module belongs to it from then on."""
         ...
 
-    def heads(self, module: DraftHeads, network: Network, weights: torch.dtype) -> Drafting:
-        """Draft heads beside a network of this backend, on its device and in its dtype already."""
+    def heads(self, module: DraftHeads, network: Network, weights: torch.dtype) -> Drafting | None:
+        """Draft heads beside a network of this backend, on its device and in its dtype already, that grow a static
+        tree in one go; None where the readable growth does as well (`drafting.growth`)."""
         ...
 
     def top_log_probs(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

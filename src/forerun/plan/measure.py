@@ -22,9 +22,10 @@ from torch import Tensor
 from forerun.accept.exact import Verdict
 from forerun.chance import key_of
 from forerun.cost import Floats, Table
-from forerun.drafters.small import Chain
+from forerun.drafters.small import DraftModel
 from forerun.drafters.verified import Verified
 from forerun.drafting.drafter import Context, Drafter
+from forerun.drafting.growth import Chain
 from forerun.drafting.stopping import Fixed
 from forerun.engine.engine import Engine
 from forerun.errors import RequestError
@@ -167,11 +168,11 @@ def writer_cost(
     network: Network, text: Text, params: SamplingParams, target: Network | None = None, rounds: int = 24
 ) -> Table:
     """Seconds for which a draft model writes so many tokens, one after the other. target: as for `verifier_cost`."""
-    chain = Chain(Model(network, max(LENGTHS)), Fixed(1))
+    chain = DraftModel.on(network, Chain(Fixed(max(LENGTHS))))
     _demand_room(network.max_length, text, rounds)
 
     def prepare(tokens: int) -> None:
-        chain.stopping, chain.max_nodes = Fixed(tokens), tokens
+        chain.form, chain.max_nodes = Chain(Fixed(tokens)), tokens
 
     propose = _proposing(chain, text, params, network.device, prepare)
     return _table(propose, rounds, tuple(n for n in LENGTHS if n <= 9), _reading(target, text))

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from forerun.nn.cache import Cache
-from forerun.nn.feed import Feed
+from forerun.model import Inputs, Model
 from forerun.nn.network import Network
 from forerun.nn.transformer import Transformer
 
@@ -39,18 +37,8 @@ class Teacher:
         return self._read(tokens_BN, layers)
 
     def _read(self, tokens_BN: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
-        rows, count = tokens_BN.shape
-        cache = Cache(self.network.cache_shape, self.network.dtype, self.device)
-        cache.reserve(rows, count)
-        feed = Feed(
-            tokens_BN=tokens_BN,
-            lengths_B=np.zeros(rows, np.int64),
-            where_BN=np.tile(np.arange(count), (rows, 1)),
-            last_B=np.full(rows, count - 1),
-            dtype=self.network.dtype,
-        )
         with torch.inference_mode():
-            hidden = self.network.forward(feed, cache, layers).hidden
+            hidden = Model(self.network, 0).read(Inputs.whole(tokens_BN), layers)
         # What inference mode made cannot take part in training.
         return {layer: hidden[layer].clone() for layer in layers}
 

@@ -1,0 +1,489 @@
+"""How trees grow: level by level, over anything that can say what may follow.
+
+An *expander* says what may follow the nodes of a *frontier*, the newest nodes that are to have children: a draft model, heads
+level by level, a block that knows all depths at once. A *form* says which children they get and which of those go on:
+
+    Chain        one token after the other, until a stopping rule ends it
+    TopTree      the best continuations: the `width` most probable nodes of every level are extended, and in the end the `nodes`
+                 most probable of all are proposed (EAGLE-2's dynamic tree, Li et al. 2024, section 4)
+    SampledTree  `widths[d]` children drawn without replacement below every node of depth d
+    StaticTree   the same ranks at every step
+
+Trees of best tokens are deterministic, so they are verified with one-hot laws. Chains and sampled trees are drawn from the
+expander's law under each row's own sampling parameters; rows at temperature 0 take the best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import mul
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from forerun.chance import Dice
+from forerun.drafting.drafter import Context
+from forerun.drafting.stopping import Drafted, Stopping
+from forerun.model import Model, Scores
+from forerun.ranktree import Level, RankTree
+from forerun.row import Row
+from forerun.sampling import Prefix, edited, laws
+from forerun.tree import Ints, Paths, TokenTree, Topology
+
+
+@dataclass(slots=True)
+class Frontier:
+    """The nodes of one level that are to have children, W in every row (padded with children of node 0).
+
+    tokens_BW: int64, on the expander's device. depths_BW: steps below node 0. parents_BW: their parents' places in the frontier
+    before this one (the first frontier's: 0). paths_BWJ: as `Model.grow` wants them; None: a chain.
+    """
+
+    tokens_BW: Tensor
+    depths_BW: Ints
+    parents_BW: Ints
+    paths_BWJ: Paths | None = None
+
+    @property
+    def depth(self) -> int:
+        """Of all of them, padding aside."""
+        return int(self.depths_BW.max())
+
+
+class Expander:
+    """Says what may follow. Override `begin` and `expand`; the rest where something faster is known."""
+
+    def begin(self) -> Scores:
+        """What may follow node 0 of every row (N is 1)."""
+        raise NotImplementedError
+
+    def expand(self, frontier: Frontier) -> Scores:
+        """What may follow these nodes, children of those asked about before; N is W, or 1 if the same may follow them all."""
+        raise NotImplementedError
+
+    def best(self, logits_BWV: Tensor, count: int) -> Tensor:
+        """The most probable tokens, [B, W, count], the best first, equal ones by id."""
+        return best_tokens(logits_BWV, count)
+
+    def top(self, logits_BWV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Natural logarithms of the probabilities of the best tokens, and these, [B, W, count] each."""
+        tokens = self.best(logits_BWV, count)
+        return logits_BWV.float().log_softmax(-1).gather(-1, tokens), tokens
+
+
+class ModelExpander(Expander):
+    """A draft model: the frontier goes into its scratch. layers: the hidden states that the form wants to know."""
+
+    def __init__(self, model: Model, rows: Sequence[Row], layers: Collection[int] = ()):
+        self._model, self._rows, self._layers = model, rows, layers
+
+    def begin(self) -> Scores:
+        return self._model.next_scores(self._rows, self._layers)
+
+    def expand(self, frontier: Frontier) -> Scores:
+        return self._model.grow(frontier.tokens_BW, frontier.depths_BW, frontier.paths_BWJ, self._layers)
+
+    def best(self, logits_BWV: Tensor, count: int) -> Tensor:
+        return self.top(logits_BWV, count)[1]
+
+    def top(self, logits_BWV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        return self._model.network.backend.top_log_probs(logits_BWV, count)
+
+
+def best_tokens(logits: Tensor, count: int) -> Tensor:
+    """The most probable tokens, equal ones by id, as the kernels and the ranks of training have it. topk promises no order
+    among equals, so it is given integers of which no two are: the bits of the number, ordered, and behind them the id."""
+    bits = (logits.float() + 0.0).view(torch.int32).long()
+    ordered = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
+    ids = torch.arange(logits.shape[-1], device=logits.device)
+    return ((ordered << 32) | (0xFFFFFFFF - ids)).topk(count, -1).indices
+
+
+@dataclass(frozen=True)
+class Grown:
+    """A proposal, and per row which scratch entry of the expander holds each node (-1: it was not read)."""
+
+    tree: TokenTree
+    entries: Sequence[Sequence[int]]
+
+
+class Form(Protocol):
+    """Which children the nodes of a frontier get, and which of them go on.
+
+    max_nodes: of the largest tree, node 0 not counted. scratch: the most nodes that are read. reads: the layers of the draft
+    model whose states decide how the tree grows.
+    """
+
+    @property
+    def max_nodes(self) -> int: ...
+
+    @property
+    def scratch(self) -> int: ...
+
+    @property
+    def reads(self) -> frozenset[int]: ...
+
+    def grow(self, expander: Expander, context: Context, depths: Sequence[int]) -> Grown:
+        """Trees of at most these depths per row, of which one is 1 or more."""
+
+
+# ---- chains
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One token after the other, as long as the stopping rule says."""
+
+    stopping: Stopping
+
+    @property
+    def max_nodes(self) -> int:
+        return self.stopping.most
+
+    @property
+    def scratch(self) -> int:
+        return self.stopping.most
+
+    @property
+    def reads(self) -> frozenset[int]:
+        return self.stopping.reads
+
+    def grow(self, expander: Expander, context: Context, depths: Sequence[int]) -> Grown:
+        rows, pen = context.rows, _Pen(context)
+        longest = min(self.max_nodes, context.budget, max(depths))
+        watch = _Watch(self.stopping, rows, [1 + min(depth, longest) for depth in depths])
+        chains: list[list[int]] = [[row.tokens[-1]] for row in rows]
+        parents, scores = np.zeros((len(rows), 1), np.int64), expander.begin()
+        for depth in range(1, longest + 1):
+            token_B1 = pen.draw(scores, chains, depth)
+            for chain, drawn in zip(chains, token_B1.tolist(), strict=True):
+                chain += drawn
+            watch.drawn(depth, scores, token_B1)
+            if depth >= watch.longest:
+                break
+            scores = expander.expand(Frontier(token_B1, np.full((len(rows), 1), depth), parents))
+            watch.read(depth, scores)
+            if depth >= watch.longest:
+                break
+        tokens = [chain[:size] for chain, size in zip(chains, watch.sizes, strict=True)]
+        entries = [[-1, *range(size - 1)] for size in watch.sizes]
+        return Grown(pen.tree(tokens), entries)
+
+
+class _Pen:
+    """Draws the next token of every row's chain, and remembers the laws they were drawn from."""
+
+    def __init__(self, context: Context):
+        self._rows, self._chance, self._device = context.rows, context.chance(), context.device
+        self._is_greedy = all(row.params.is_greedy for row in context.rows)
+        self._takes_best = self._is_greedy and not any(row.params.edits_scores for row in context.rows)
+        self._laws: list[Tensor] = []
+
+    def draw(self, scores: Scores, chains: Sequence[Sequence[int]], depth: int) -> Tensor:
+        """A token per row, [B, 1]."""
+        if self._takes_best:
+            return scores.best
+        law_B1V = draft_laws(scores.logits_BNV, self._rows, [[chain[1:]] for chain in chains])
+        self._laws.append(law_B1V)
+        if self._is_greedy:
+            return law_B1V.argmax(-1)
+        # Greedy rows have one-hot laws, so luck does not matter to them.
+        return self._chance.token(law_B1V, np.full((len(self._rows), 1), depth))
+
+    def tree(self, tokens: Sequence[Sequence[int]]) -> TokenTree:
+        if self._is_greedy:
+            return TokenTree.chain(tokens, self._device)
+        return TokenTree.drawn_chain(tokens, torch.cat([*self._laws, torch.zeros_like(self._laws[0])], 1))
+
+
+class _Watch:
+    """Asks a stopping rule after every token and keeps count of how long each row's chain is (`sizes`, node 0 included)."""
+
+    def __init__(self, rule: Stopping, rows: Sequence[Row], sizes: list[int]):
+        self.sizes = sizes
+        self._rule, self._rows = rule, rows
+        self._probs: list[Tensor] = []
+
+    @property
+    def longest(self) -> int:
+        return max(self.sizes) - 1
+
+    def drawn(self, depth: int, scores: Scores, token_B1: Tensor) -> None:
+        """These tokens were drawn of these scores."""
+        if self._rule.looks:
+            self._probs.append(scores.logits_BNV.float().softmax(-1).gather(-1, token_B1[..., None])[..., 0])
+            if not self._rule.reads:
+                self._ask(depth, {})
+
+    def read(self, depth: int, scores: Scores) -> None:
+        """The newest tokens were read, with these scores of what may follow."""
+        if self._rule.reads:
+            self._ask(depth, {layer: states[:, 0] for layer, states in scores.hidden.items()})
+
+    def _ask(self, depth: int, states: Mapping[int, Tensor]) -> None:
+        probs_BJ = torch.cat(self._probs, -1) if self._probs else None
+        goes_on = self._rule.goes_on(Drafted(depth, self._rows, probs_BJ, states)).tolist()
+        self.sizes = [size if on else min(size, 1 + depth) for size, on in zip(self.sizes, goes_on, strict=True)]
+
+
+def draft_laws(logits_BNV: Tensor, rows: Sequence[Row], drafted: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+    """The draft model's laws [B, N, V] under each row's own sampling parameters. drafted: per row and node, what was drafted
+    behind the text (a row may have fewer nodes than N)."""
+    scores = logits_BNV.float()
+    if any(row.params.edits_scores for row in rows):
+        scores = scores.clone()  # stopping rules want the bare ones
+    for index, row in enumerate(rows):
+        if row.params.edits_scores:
+            prefixes = [Prefix([*row.tokens, *path], row.prompt_length) for path in drafted[index]]
+            scores[index, : len(prefixes)] = edited(scores[index, : len(prefixes)], row.params, prefixes)
+    return laws(scores, [row.params for row in rows])
+
+
+# ---- trees of which every row has its own
+
+
+@dataclass
+class _Tree:
+    """One row's tree while it grows. entries: per node, the scratch entries on the path to it, once it was read. scores:
+    log-probability of the path (of use to the deterministic tree alone)."""
+
+    tokens: list[int]
+    parents: list[int] = field(default_factory=lambda: [-1])
+    entries: list[list[int]] = field(default_factory=lambda: [[]])
+    scores: list[float] = field(default_factory=lambda: [0.0])
+    depths: list[int] = field(default_factory=lambda: [0])
+
+    def add(self, token: int, parent: int, score: float = 0.0) -> int:
+        self.tokens.append(token)
+        self.parents.append(parent)
+        self.entries.append([])
+        self.scores.append(score)
+        self.depths.append(self.depths[parent] + 1)
+        return len(self.tokens) - 1
+
+    def said(self, node: int) -> list[int]:
+        """The tokens of the path below 0 down to `node`."""
+        found = []
+        while node > 0:
+            found.append(self.tokens[node])
+            node = self.parents[node]
+        return found[::-1]
+
+    def pruned(self, nodes: Sequence[int]) -> _Tree:
+        """Only these nodes (a parent is among them if its child is) and node 0."""
+        order = [0, *sorted(nodes)]
+        number = {old: new for new, old in enumerate(order)}
+        return _Tree(
+            tokens=[self.tokens[n] for n in order],
+            parents=[-1, *(number[self.parents[n]] for n in order[1:])],
+            entries=[self.entries[n] for n in order],
+            scores=[self.scores[n] for n in order],
+            depths=[self.depths[n] for n in order],
+        )
+
+    @property
+    def places(self) -> list[int]:
+        return [path[-1] if path else -1 for path in self.entries]
+
+
+class _Grove:
+    """The trees of all rows, side by side."""
+
+    def __init__(self, context: Context):
+        self.trees = [_Tree([row.tokens[-1]]) for row in context.rows]
+        self._device, self._held, self._above = context.device, 0, 0
+
+    def frontier(self, chosen: Sequence[Sequence[int]]) -> Frontier:
+        """These nodes of each tree, children of those of the frontier before: they go into scratch now."""
+        width, held = max(1, max(map(len, chosen))), self._held
+        deep = max(tree.depths[node] for tree, nodes in zip(self.trees, chosen, strict=True) for node in nodes)
+        shape = (len(chosen), width)
+        tokens, depths = np.zeros(shape, np.int64), np.ones(shape, np.int64)
+        parents, paths = np.zeros(shape, np.int64), np.full((*shape, deep), -1, np.int32)
+        paths[:, :, 0] = held + np.arange(width)
+        for index, (tree, nodes) in enumerate(zip(self.trees, chosen, strict=True)):
+            for offset, node in enumerate(nodes):
+                path = tree.entries[node] = [*tree.entries[tree.parents[node]], held + offset]
+                tokens[index, offset], depths[index, offset] = tree.tokens[node], len(path)
+                parents[index, offset] = path[-2] - self._above if len(path) > 1 else 0
+                paths[index, offset, : len(path)] = path
+        self._above, self._held = held, held + width
+        return Frontier(torch.from_numpy(tokens).to(self._device), depths, parents, paths)
+
+
+@dataclass(frozen=True)
+class TopTree:
+    """The most probable continuations, at most `nodes` of them, `depth` deep, extending `width` nodes per level."""
+
+    width: int
+    depth: int
+    nodes: int
+    reads = frozenset[int]()
+
+    @property
+    def max_nodes(self) -> int:
+        return self.nodes
+
+    @property
+    def scratch(self) -> int:
+        return self.width * self.depth
+
+    def grow(self, expander: Expander, context: Context, depths: Sequence[int]) -> Grown:
+        grove = _Grove(context)
+        frontiers: list[list[int]] = [[0] for _ in context.rows]
+        scores, deepest = expander.begin(), min(self.depth, max(depths))
+        for level in range(1, deepest + 1):
+            log_probs, best = expander.top(scores.logits_BNV, min(self.width, scores.logits_BNV.shape[-1]))
+            values, tokens = log_probs.tolist(), best.tolist()
+            for index, tree in enumerate(grove.trees):
+                if level <= depths[index]:
+                    frontiers[index] = self._extend(tree, frontiers[index], values[index], tokens[index])
+                else:
+                    frontiers[index] = []
+            if level < deepest:
+                scores = expander.expand(grove.frontier(frontiers))
+        kept = [self._best(tree, min(self.nodes, context.budget)) for tree in grove.trees]
+        proposal = TokenTree.of([tree.tokens for tree in kept], [tree.parents for tree in kept], context.device)
+        return Grown(proposal, [tree.places for tree in kept])
+
+    def _extend(
+        self, tree: _Tree, frontier: Sequence[int], values: Sequence[Sequence[float]], tokens: Sequence[Sequence[int]]
+    ) -> list[int]:
+        """Add the children of the frontier; the best of them are the next frontier."""
+        if len(tokens) == 1:  # the same may follow them all
+            values, tokens = [*values] * len(frontier), [*tokens] * len(frontier)
+        added = [
+            tree.add(token, node, tree.scores[node] + value)
+            for node, these, scores in zip(frontier, tokens, values, strict=False)
+            for token, value in zip(these, scores, strict=True)
+        ]
+        return sorted(sorted(added, key=lambda node: -tree.scores[node])[: self.width])
+
+    @staticmethod
+    def _best(tree: _Tree, nodes: int) -> _Tree:
+        """Ties go to the shallower, then the older node, so a child never outranks its parent (eagle.md, section 6)."""
+        ranked = sorted(range(1, len(tree.tokens)), key=lambda n: (-tree.scores[n], tree.depths[n], n))
+        return tree.pruned(ranked[:nodes])
+
+
+@dataclass(frozen=True)
+class SampledTree:
+    """`widths[d]` children, drawn without replacement, below every node of depth d (greedy rows: one, the best)."""
+
+    widths: Sequence[int]
+    reads = frozenset[int]()
+
+    @property
+    def max_nodes(self) -> int:
+        return sum(accumulate(self.widths, mul))
+
+    @property
+    def scratch(self) -> int:
+        return self.max_nodes
+
+    def grow(self, expander: Expander, context: Context, depths: Sequence[int]) -> Grown:
+        grove, chance = _Grove(context), context.chance()
+        groups: list[dict[int, Tensor]] = [{} for _ in context.rows]
+        frontiers: list[list[int]] = [[0] for _ in context.rows]
+        for level, width in enumerate(self.widths, 1):
+            frontiers = [nodes if level <= most else [] for nodes, most in zip(frontiers, depths, strict=True)]
+            if not any(frontiers):
+                break
+            scores = expander.begin() if level == 1 else expander.expand(grove.frontier(frontiers))
+            paths = [[tree.said(n) for n in nodes] for tree, nodes in zip(grove.trees, frontiers, strict=True)]
+            laws_BWV = draft_laws(_each(scores.logits_BNV, frontiers), context.rows, paths)
+            families = _children(laws_BWV, chance, frontiers, width)
+            for index, tree in enumerate(grove.trees):
+                drawn: list[int] = []
+                for offset, (node, children) in enumerate(zip(frontiers[index], families[index], strict=True)):
+                    if len(tree.tokens) + len(children) <= context.budget + 1 and children:
+                        groups[index][node] = laws_BWV[index, offset]
+                        drawn += [tree.add(token, node) for token in children]
+                frontiers[index] = drawn
+        topology = Topology.of([tree.parents for tree in grove.trees])
+        proposal = TokenTree.drawn([tree.tokens for tree in grove.trees], topology, groups, context.device)
+        return Grown(proposal, [tree.places for tree in grove.trees])
+
+
+def _each(logits_BNV: Tensor, frontiers: Sequence[Sequence[int]]) -> Tensor:
+    """The same logits for every node of a frontier, where the expander gave them once."""
+    return logits_BNV.expand(-1, max(map(len, frontiers)), -1) if logits_BNV.shape[1] == 1 else logits_BNV
+
+
+def _children(laws_BWV: Tensor, chance: Dice, nodes: Sequence[Sequence[int]], count: int) -> list[list[list[int]]]:
+    """Below each of these nodes of each row: distinct tokens, each from what its predecessors left of the law."""
+    columns, vocab_size = laws_BWV.shape[1:]
+    places = np.array([[*row, *[0] * (columns - len(row))] for row in nodes]) * vocab_size
+    families: list[list[list[int]]] = [[[] for _ in row] for row in nodes]
+    rest = laws_BWV.clone()
+    for attempt in range(count):
+        left, tokens = rest.sum(-1).tolist(), chance.token(rest, places + attempt)
+        for row, *told in zip(families, left, tokens.tolist(), strict=True):
+            for children, share, token in zip(row, *told, strict=False):
+                if share > 0:
+                    children.append(token)
+        rest.scatter_(-1, tokens[..., None], 0.0)
+    return families
+
+
+# ---- trees of which all rows have the same
+
+
+@dataclass(frozen=True)
+class StaticTree:
+    """The same ranks at every step, cut to what a row has room for."""
+
+    ranks: RankTree
+    reads = frozenset[int]()
+
+    @property
+    def max_nodes(self) -> int:
+        return self.ranks.size
+
+    @property
+    def scratch(self) -> int:
+        return self.ranks.size
+
+    def grow(self, expander: Expander, context: Context, depths: Sequence[int]) -> Grown:
+        roots, ranks = [row.tokens[-1] for row in context.rows], self.ranks.within(max(depths), context.budget)
+        if ranks is None:
+            return Grown(TokenTree.root(roots, context.device), [[-1] for _ in roots])
+        tree = cut(tokens_of(ranks, expander, roots, context.device).tolist(), ranks, depths, context.device)
+        return Grown(tree, [ranks.entries[:size] for size in tree.sizes])
+
+
+def tokens_of(ranks: RankTree, expander: Expander, roots: Sequence[int], device: torch.device) -> Tensor:
+    """The tokens of every node of every row, [B, N], the root first."""
+    grown, scores = [torch.tensor(roots, device=device)[:, None]], expander.begin()
+    for depth, (level, paths) in enumerate(zip(ranks.levels, ranks.frontiers, strict=True), 1):
+        best = expander.best(scores.logits_BNV, level.widest)
+        parents = level.parents if best.shape[1] > 1 else np.zeros_like(level.parents)
+        grown.append(best[:, parents, level.ranks])
+        if len(level.grows):
+            scores = expander.expand(_level_frontier(level, paths, grown[-1], depth))
+    return torch.cat(grown, 1)
+
+
+def _level_frontier(level: Level, paths_WJ: Paths, tokens_BN: Tensor, depth: int) -> Frontier:
+    shape = (len(tokens_BN), len(level.grows))
+    return Frontier(
+        tokens_BW=tokens_BN[:, level.grows],
+        depths_BW=np.full(shape, depth),
+        parents_BW=np.tile(level.parents[level.grows], (len(tokens_BN), 1)),
+        paths_BWJ=np.broadcast_to(paths_WJ, (len(tokens_BN), *paths_WJ.shape)),
+    )
+
+
+def cut(tokens: Sequence[Sequence[int]], ranks: RankTree, depths: Sequence[int], device: torch.device) -> TokenTree:
+    """A static tree of these tokens, of every row the part that it has room for. Nodes are numbered by depth, so the part is
+    the beginning."""
+    if min(depths) >= ranks.depth:
+        return TokenTree(tokens, ranks.topology(len(tokens)), device)
+    parts = [ranks.within(depth, ranks.size) for depth in depths]
+    sizes = [1 + (part.size if part else 0) for part in parts]
+    parents = [ranks.parents[:size] for size in sizes]
+    return TokenTree([row[:size] for row, size in zip(tokens, sizes, strict=True)], Topology.of(parents), device)
