@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -435,11 +436,11 @@ def test_the_file_says_what_was_measured(found, tmp_path):
 def test_a_file_that_finds_no_room_leaves_the_older_one(found, tmp_path, monkeypatch):
     (tmp_path / "tree.json").write_text("[[0]]")
 
-    def full(self, text):
-        self.write_bytes(text[:9].encode())
+    def full(descriptor):
+        os.ftruncate(descriptor, 9)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(TrainingError, match=r"tree\.json cannot be written \(No space left on device\)"):
         write(found, {}, tmp_path / "tree.json")
     assert [path.name for path in tmp_path.iterdir()] == ["tree.json"]

@@ -16,6 +16,7 @@ from fakes import Near, TableNetwork, engine_of
 from forerun.engine.engine import Engine
 from forerun.errors import RequestError, TrainingError
 from forerun.sampling import SamplingParams
+from forerun.sources import fingerprint
 from forerun.train import distill as module
 from forerun.train.distill import Distilled, Ledger, Sample, Sampling, Tally, deal, distill, read, windows
 
@@ -340,12 +341,12 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_a_fingerprint_sees_contents_in_large_files_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "BLOCK", 8)
+    monkeypatch.setattr(fingerprint, "BLOCK", 8)
     path = tmp_path / "weights"
     content = bytes(range(256)) * 16
     path.write_bytes(content)
-    before = module.fingerprint([path])
-    assert before == module.fingerprint([path])
+    before = fingerprint.fingerprint([path])
+    assert before == fingerprint.fingerprint([path])
     for place in (0, len(content) - 1):
         path.write_bytes(content[:place] + b"\xaa" + content[place + 1 :])
-        assert module.fingerprint([path]) != before
+        assert fingerprint.fingerprint([path]) != before
