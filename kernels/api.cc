@@ -1,22 +1,10 @@
 // The C ABI: choosing an instruction set, packing weights, single operations. The forward of a transformer is in forward.cc.
 #include <cstring>
 
+#include "cpu.h"
 #include "formats.h"
 
 namespace {
-
-int32_t best_isa() {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) return FR_AVX512_BF16;
-    if (avx512) return FR_AVX512;
-    if (avx2) return FR_AVX2;
-#endif
-    return FR_PORTABLE;
-}
 
 const Kernels* const every[] = {&portable_kernels, &avx2_kernels, &avx512_kernels, &avx512_bf16_kernels};
 int32_t active = best_isa();
@@ -59,13 +47,12 @@ FR_API void fr_linear(const fr_matrix* matrix, const uint8_t* x, const uint8_t* 
                       int32_t threads) {
     Workspace& work = workspace();
     Step* steps = work.begin(threads, 3);
-    auto& memory = work.shared.memory;
-    Inputs inputs = inputs_for(*matrix, tokens, memory[0], memory[1]);
+    Inputs inputs = inputs_for(*matrix, tokens, work.shared.normal);
     const int64_t out = matrix->out, stride = round_up(out, PANEL);
-    float* sums = memory[2].get<float>(tokens * stride);
+    float* sums = work.shared.floats.get<float>(tokens * stride);
     const Outputs to{matrix->gated ? Into::gated : residual ? Into::add : Into::store, sums, stride};
     together(threads, steps, [&](Team team) {
-        float* row = work.own[size_t(team.rank)].memory[7].get<float>(matrix->in);
+        float* row = work.own[size_t(team.rank)].row.get<float>(matrix->in);
         team.each(tokens, 1, [&](int64_t first, int64_t last) {
             for (int64_t t = first; t < last; ++t) {
                 read_row(x + t * matrix->in * size_of(format), format, matrix->in, row);
@@ -89,7 +76,7 @@ static void for_rows(const uint8_t* x, uint8_t* y, int32_t format, int64_t rows,
     Workspace& work = workspace();
     together(threads, work.begin(threads, 1), [&](Team team) {
         Shelf& own = work.own[size_t(team.rank)];
-        float *in = own.memory[7].get<float>(in_width), *out = own.memory[8].get<float>(out_width);
+        float *in = own.row.get<float>(in_width), *out = own.second_row.get<float>(out_width);
         team.each(rows, team.grain(rows, 4), [&](int64_t first, int64_t last) {
             for (int64_t t = first; t < last; ++t) {
                 read_row(x + t * in_width * size_of(format), format, in_width, in);
@@ -119,8 +106,8 @@ FR_API int32_t fr_attention(const uint8_t* q, const fr_feed* feed, const fr_cach
     work.tokens.read(*feed);
     const int64_t width = int64_t(heads) * cache->head_dim, count = work.tokens.count();
     const int64_t bytes = width * size_of(cache->format);
-    float* mixed = work.shared.memory[0].get<float>(count * width);
-    float* partials = work.shared.memory[1].get<float>(partial_floats(work.tokens, *cache, heads, threads));
+    float* mixed = work.shared.floats.get<float>(count * width);
+    float* partials = work.shared.partials.get<float>(partial_floats(work.tokens, *cache, heads, threads));
     const AttentionCall call{.tokens = &work.tokens,
                              .cache = cache,
                              .layer = layer,

@@ -80,45 +80,16 @@ static void gather_queries(const Heads<F>& heads, int64_t begin, int64_t end, in
     }
 }
 
-#if FR_ISA >= 2
-// 16 rows of 16 words -> 16 columns.
-static inline void transpose(W r[16], uint8_t* to, int64_t step) {
-    W t[16];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        W a = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88), b = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
-        W c = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd), d = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
-        store_words(to + i * step, _mm512_shuffle_i32x4(a, b, 0x88));
-        store_words(to + (4 + i) * step, _mm512_shuffle_i32x4(c, d, 0x88));
-        store_words(to + (8 + i) * step, _mm512_shuffle_i32x4(a, b, 0xdd));
-        store_words(to + (12 + i) * step, _mm512_shuffle_i32x4(c, d, 0xdd));
-    }
-}
-#endif
-
 // Sixteen keys (null: zeros) as weights of a product: [words][16 keys], `step` bytes from word to word.
 template <int F>
 static void pack_keys(const Heads<F>& heads, const uint8_t* const rows[BLOCK], uint8_t* to, int64_t step) {
     const int64_t bytes = heads.head_dim * heads.size;
 #if FR_ISA >= 2
     for (int64_t w = 0; w < heads.words; w += 16) {
-        const int64_t rest = (bytes - w * 4) / 2;
-        const __mmask32 mask = rest >= 32 ? ~__mmask32(0) : rest <= 0 ? 0 : (__mmask32(1) << rest) - 1;
+        const Mask mask = first_halves((bytes - w * 4) / 2);
         W r[16];
 #pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) r[i] = rows[i] ? _mm512_maskz_loadu_epi16(mask, rows[i] + w * 4) : _mm512_setzero_si512();
+        for (int i = 0; i < 16; ++i) r[i] = rows[i] ? load_halves(mask, rows[i] + w * 4) : all_words(0);
         transpose(r, to + w * step, step);
     }
 #else
@@ -146,16 +117,12 @@ static void pack_values(const Heads<F>& heads, const uint8_t* const rows[BLOCK],
     }
     for (int i = 0; i < BLOCK; i += 2, to += step) {
 #if FR_ISA >= 2
-        const W index = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35,
-                                         3, 34, 2, 33, 1, 32, 0);
-        const W upper = _mm512_add_epi16(index, _mm512_set1_epi16(16));
         for (int64_t e = 0; e < heads.padded; e += 32) {
-            const int64_t rest = heads.head_dim - e;
-            const __mmask32 mask = rest >= 32 ? ~__mmask32(0) : rest <= 0 ? 0 : (__mmask32(1) << rest) - 1;
-            const W a = rows[i] ? _mm512_maskz_loadu_epi16(mask, rows[i] + e * 2) : _mm512_setzero_si512();
-            const W b = rows[i + 1] ? _mm512_maskz_loadu_epi16(mask, rows[i + 1] + e * 2) : _mm512_setzero_si512();
-            store_words(to + e * 4, _mm512_permutex2var_epi16(a, index, b));
-            store_words(to + e * 4 + 64, _mm512_permutex2var_epi16(a, upper, b));
+            const Mask mask = first_halves(heads.head_dim - e);
+            const W a = rows[i] ? load_halves(mask, rows[i] + e * 2) : all_words(0);
+            const W b = rows[i + 1] ? load_halves(mask, rows[i + 1] + e * 2) : all_words(0);
+            store_words(to + e * 4, interleave(a, b, 0));
+            store_words(to + e * 4 + 64, interleave(a, b, 16));
         }
 #else
         uint16_t* pairs = (uint16_t*)to;
@@ -270,11 +237,11 @@ struct Chunk {
           query_bytes(heads.padded * heads.size),
           weight_stride(CHUNK * heads.size),
           value_step(heads.padded * 4),
-          keys(own.memory[0].get<uint8_t>(heads.words * CHUNK * 4)),
-          values(own.memory[1].get<uint8_t>(CHUNK / per_word<F>() * heads.padded * 4)),
-          weights(own.memory[3].get<uint8_t>(s.queries() * CHUNK * heads.size)),
-          block(own.memory[4].get<uint8_t>(BLOCK * heads.padded * 4)),
-          scores(own.memory[2].get<float>(s.queries() * CHUNK)) {}
+          keys(own.keys.get<uint8_t>(heads.words * CHUNK * 4)),
+          values(own.values.get<uint8_t>(CHUNK / per_word<F>() * heads.padded * 4)),
+          weights(own.weights.get<uint8_t>(s.queries() * CHUNK * heads.size)),
+          block(own.block.get<uint8_t>(BLOCK * heads.padded * 4)),
+          scores(own.scores.get<float>(s.queries() * CHUNK)) {}
 
     static int32_t limited(int32_t last, int32_t first) { return last > first ? last : first; }
     bool is_shared(int32_t b) const { return b >= first_shared && b < last_shared; }
@@ -434,8 +401,8 @@ static void attend(Strip<F> strip, int32_t first_head, int32_t last_head, Shelf&
     const int32_t some = last_head - first_head, chunks = chunks_of(*heads.call.tokens, strip.begin, strip.end);
     const int64_t count = strip.queries(), floats = running_floats(count, heads.padded);
     const int64_t query_bytes = count * heads.padded * heads.size;
-    uint8_t* queries = own.memory[5].get<uint8_t>(some * query_bytes);
-    float* memory = own.memory[6].get<float>((some + 1) * floats);
+    uint8_t* queries = own.queries.get<uint8_t>(some * query_bytes);
+    float* memory = own.running.get<float>((some + 1) * floats);
     const Running next = running(memory + some * floats, count, heads.padded);
     for (int32_t h = 0; h < some; ++h) {
         gather_queries<F>(heads, strip.begin, strip.end, first_head + h, queries + h * query_bytes);
@@ -464,7 +431,7 @@ static void attend_split(Team& team, const Heads<F>& heads, Shelf& own) {
     const int64_t count = tokens * heads.group, floats = running_floats(count, heads.padded);
     const int32_t chunks = chunks_of(*call.tokens, 0, tokens);
     team.each(kv_heads * chunks, 1, [&](int64_t first, int64_t last) {
-        uint8_t* queries = own.memory[5].get<uint8_t>(count * heads.padded * heads.size);
+        uint8_t* queries = own.queries.get<uint8_t>(count * heads.padded * heads.size);
         for (int64_t task = first; task < last; ++task) {
             const Strip<F> strip(heads, 0, tokens, int32_t(task / chunks));
             gather_queries<F>(heads, 0, tokens, strip.kv_head, queries);
@@ -475,7 +442,7 @@ static void attend_split(Team& team, const Heads<F>& heads, Shelf& own) {
     team.each(kv_heads, 1, [&](int64_t first, int64_t last) {
         for (int64_t kv_head = first; kv_head < last; ++kv_head) {
             const Strip<F> strip(heads, 0, tokens, int32_t(kv_head));
-            const Running state = running(own.memory[6].get<float>(floats), count, heads.padded);
+            const Running state = running(own.running.get<float>(floats), count, heads.padded);
             for (int64_t q = 0; q < count; ++q) state.sum[q] = -1;
             for (int32_t c = 0; c < chunks; ++c)
                 fold_all(state, running(call.partials + (kv_head * chunks + c) * floats, count, heads.padded), count, heads.padded);

@@ -19,7 +19,7 @@ class Draft {
     Draft(const fr_heads& heads, const fr_tree& tree, const uint8_t* contexts, const int64_t* roots, int64_t* tokens, int64_t rows,
           Workspace& work, int32_t threads)
         : heads_(heads), tree_(tree), contexts_(contexts), roots_(roots), tokens_(tokens), rows_(rows), work_(work), threads_(threads) {
-        auto& memory = work.shared.memory;
+        auto& room_of = work.shared;
         stride_ = round_up(heads.width, PANEL);
         const fr_matrix* widest = &heads.head[0].first;
         for (int32_t l = 0; l < tree.levels; ++l) {
@@ -30,16 +30,16 @@ class Draft {
         const fr_matrix inner{widest->format, 0, heads.width, heads.width, round_up(heads.width, widest->format == FR_INT8 ? GROUP : PANEL),
                               nullptr, nullptr};
         const int64_t room = most_ * (chained() ? 1 : tree.levels), written = round_up(heads.width, 16);
-        z_ = inputs_for(*widest, most_, memory[0], memory[1]);
+        z_ = inputs_for(*widest, most_, room_of.contexts);
         for (int32_t i = 0; i < 2; ++i) {
-            x_[i] = inputs_for(inner, room, memory[2 + 2 * i], memory[3 + 2 * i]);
+            x_[i] = inputs_for(inner, room, room_of.hidden[i]);
             clear_padding(x_[i], room, written, inner.padded_in);
         }
-        final_ = inputs_for(heads.head[0].vocabulary, room, memory[6], memory[7]);
+        final_ = inputs_for(heads.head[0].vocabulary, room, room_of.final);
         clear_padding(final_, room, written, heads.head[0].vocabulary.padded_in);
-        y_ = memory[8].get<float>(room * stride_);
+        y_ = room_of.y.get<float>(room * stride_);
         for (int64_t row = 0; row < room; ++row) clear(y_ + row * stride_, written);
-        plain_ = memory[9].get<float>(rows * stride_);
+        plain_ = room_of.plain.get<float>(rows * stride_);
         make_lists();
     }
 
@@ -73,15 +73,15 @@ class Draft {
     void clear(float* row, int64_t from) const { std::memset(row + from, 0, size_t(stride_ - from) * 4); }
 
     void make_lists() {
-        auto& memory = work_.shared.memory;
+        Shared& room = work_.shared;
         int64_t lists = 0, entries = 0;
         for (int32_t l = 0; l < tree_.levels; ++l) {
             lists += threads_ * rows_of(l);
             entries += threads_ * rows_of(l) * tree_.level[l].widest;
         }
-        Top next{0, memory[10].get<float>(entries), memory[11].get<int32_t>(entries), memory[12].get<int32_t>(lists)};
+        Top next{0, room.top_values.get<float>(entries), room.top_at.get<int32_t>(entries), room.top_held.get<int32_t>(lists)};
         std::memset(next.held, 0, size_t(lists) * 4);
-        tops_ = memory[13].get<Top>(tree_.levels);
+        tops_ = room.tops.get<Top>(tree_.levels);
         for (int32_t l = 0; l < tree_.levels; ++l) {
             next.k = tree_.level[l].widest;
             tops_[l] = next;
@@ -114,7 +114,7 @@ class Draft {
     // Row `at` of the inputs for the children of a node: the context, then the embedded tokens from the root to it.
     void write_inputs(int64_t row, int32_t node, int32_t depth, int64_t at, Shelf& own) {
         const int64_t width = heads_.width, bytes = width * size_of(heads_.format);
-        float* z = own.memory[7].get<float>((depth + 2) * width);
+        float* z = own.row.get<float>((depth + 2) * width);
         read_context(row, z);
         for (int32_t d = depth; d >= 0; --d, node = tree_.parents[node])
             read_row(heads_.embedding + tokens_[row * tree_.nodes + node] * bytes, heads_.format, width, z + (d + 1) * width);
@@ -124,8 +124,8 @@ class Draft {
     // The heads [first, last), each on its rows: their best tokens go to `tops_`.
     void evaluate(Team& team, Shelf& own, int32_t first, int32_t last) {
         const int64_t rows = rows_of(first);
-        Product* list = own.memory[8].get<Product>(last - first);
-        Inputs* next = own.memory[9].get<Inputs>(last - first);
+        Product* list = own.products.get<Product>(last - first);
+        Inputs* next = own.nexts.get<Inputs>(last - first);
         for (int64_t part = 0; part <= blocks_; ++part) {
             int64_t count = 0;
             for (int32_t h = first; h < last; ++h) {
@@ -172,7 +172,7 @@ class Draft {
     const int32_t* best(int32_t level, int64_t row, Shelf& own) const {
         const Top& top = tops_[level];
         const int64_t rows = rows_of(level);
-        int32_t* found = own.memory[9].get<int32_t>(top.k + threads_);
+        int32_t* found = own.found.get<int32_t>(top.k + threads_);
         int32_t* taken = found + top.k;
         std::memset(taken, 0, size_t(threads_) * 4);
         for (int32_t i = 0; i < top.k; ++i) {

@@ -107,14 +107,14 @@ FR_API int64_t fr_packed_bytes(int32_t format, int32_t gated, int64_t out, int64
     return panels * PANEL * columns * size_of(format);
 }
 
-Inputs inputs_for(const fr_matrix& matrix, int64_t tokens, Scratch& data, Scratch& scales) {
+Inputs inputs_for(const fr_matrix& matrix, int64_t tokens, InputRoom& room) {
     Inputs x;
     x.format = matrix.format;
     x.stride = matrix.padded_in * size_of(matrix.format) + 64;
-    x.data = data.get<uint8_t>(tokens * x.stride);
+    x.data = room.data[matrix.format].get<uint8_t>(tokens * x.stride);
     if (matrix.format == FR_INT8) {
         x.scale_stride = matrix.padded_in / GROUP;
-        x.scales = scales.get<float>(tokens * x.scale_stride);
+        x.scales = room.scales.get<float>(tokens * x.scale_stride);
     }
     return x;
 }

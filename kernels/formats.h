@@ -16,6 +16,6 @@ void pack_row(const fr_matrix& matrix, const uint8_t* source, int32_t source_for
 float unpacked(const fr_matrix& matrix, Lane place, int64_t k);
 
 // Room for `tokens` inputs of `matrix`. Rows are a cache line longer than needed, or equal columns would share cache sets.
-Inputs inputs_for(const fr_matrix& matrix, int64_t tokens, Scratch& data, Scratch& scales);
+Inputs inputs_for(const fr_matrix& matrix, int64_t tokens, InputRoom& room);
 // Zeros between the end of what will be written and the end of what is read.
 void clear_padding(const Inputs& x, int64_t tokens, int64_t written, int64_t read);

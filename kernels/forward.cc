@@ -15,59 +15,55 @@ class Forward {
         : model_(model), cache_(cache), wanted_(wanted), work_(work), tokens_(work.tokens), feed_(feed) {
         tokens_.read(feed);
         count_ = tokens_.count();
-        auto& memory = work.shared.memory;
+        Shared& room = work.shared;
         stride_ = round_up(model.width, PANEL);
         qkv_stride_ = round_up((model.heads + 2 * model.kv_heads) * model.head_dim, PANEL);
-        residual_ = memory[0].get<float>(count_ * stride_);
-        qkv_ = memory[1].get<float>(count_ * qkv_stride_);
-        const fr_layer& layer = model.layer[0];
-        normal_ = inputs_for(layer.qkv, count_, memory[2], memory[3]);
-        mixed_ = inputs_for(layer.out, count_, memory[4], memory[5]);
-        gated_ = inputs_for(layer.down, count_, memory[6], memory[7]);
-        const int64_t widest = round_up(std::max<int64_t>(model.mlp_width, model.heads * model.head_dim), GROUP);
-        floats_ = layer.down.format == FR_INT8 ? memory[8].get<float>(count_ * widest) : nullptr;
+        residual_ = room.residual.get<float>(count_ * stride_);
+        qkv_ = room.qkv.get<float>(count_ * qkv_stride_);
+        // A few tokens are normalised by every thread for itself: cheaper than waiting for one another.
+        alone_ = count_ <= 4;
+        const int64_t heads_width = model.heads * model.head_dim;
+        for (int32_t l = 0; l < model.layers; ++l) {
+            const fr_layer& layer = model.layer[l];
+            if (!alone_) make_room(normal_, layer.qkv, room.normal, layer.qkv.padded_in);
+            if (!alone_) make_room(normal_, layer.gate_up, room.normal, layer.gate_up.padded_in);
+            make_room(mixed_, layer.out, room.mixed, heads_width);
+            make_room(gated_, layer.down, room.gated, round_up(model.mlp_width, 16));
+        }
+        const int64_t widest = round_up(std::max<int64_t>(model.mlp_width, heads_width), GROUP);
+        floats_ = mixed_[FR_INT8].data || gated_[FR_INT8].data ? room.floats.get<float>(count_ * widest) : nullptr;
         floats_stride_ = widest;
         choose_scored();
-        final_ = inputs_for(model.head, int64_t(scored_.size()), memory[9], memory[10]);
-        best_ = memory[11].get<float>(threads * int64_t(scored_.size()));
-        best_at_ = memory[12].get<int64_t>(threads * int64_t(scored_.size()));
+        final_ = inputs_for(model.head, int64_t(scored_.size()), room.final);
+        best_ = room.best.get<float>(threads * int64_t(scored_.size()));
+        best_at_ = room.best_at.get<int64_t>(threads * int64_t(scored_.size()));
         for (int64_t i = 0; i < threads * int64_t(scored_.size()); ++i) {
             best_[i] = -std::numeric_limits<float>::infinity();
             best_at_[i] = 0;
         }
-        partials_ = memory[13].get<float>(partial_floats(tokens_, cache, model.heads, threads));
-        clear_padding(mixed_, count_, model.heads * model.head_dim, model.layer[0].out.padded_in);
-        clear_padding(gated_, count_, round_up(model.mlp_width, 16), model.layer[0].down.padded_in);
+        partials_ = room.partials.get<float>(partial_floats(tokens_, cache, model.heads, threads));
         if (int64_t(scored_.size()) < int64_t(feed.rows) * (wanted.last ? 1 : feed.count) || count_ < int64_t(feed.rows) * feed.count)
             clear_padding_tokens();
-        // A few tokens are normalised by every thread for itself: cheaper than waiting for one another.
-        alone_ = count_ <= 4;
     }
 
     // Steps that a forward takes: at most twelve per layer, and a few around them. Shared memory is read and written in steps alone: a
-    // thread that comes late may find that the others are layers ahead. (`alone_` norms are read outside of them. A late thread may
-    // read a residual that is being written then, but only when the product that it reads it for has no pieces left.)
+    // thread that comes late may find that the others are layers ahead.
     static int64_t steps(const fr_transformer& model) { return 12 * int64_t(model.layers) + 10; }
 
     void run(Team team) {
         Shelf& own = work_.own[size_t(team.rank)];
-        Inputs normal = normal_;
-        if (alone_) {
-            normal.data = own.memory[8].get<uint8_t>(count_ * normal.stride);
-            normal.scales = own.memory[9].get<float>(count_ * normal.scale_stride);
-        }
         begin(team);
         for (int32_t l = 0; l < model_.layers; ++l) {
             const fr_layer& layer = model_.layer[l];
             give_hidden(team, l);
-            normalise(team, layer.attention_norm, normal, own);
-            linear(team, layer.qkv, normal, qkv_, qkv_stride_, Into::store);
+            from_norm(team, layer.attention_norm, layer.qkv, {Into::store, qkv_, qkv_stride_}, own);
             attention(team, l, own);
             linear(team, layer.out, mixed_, residual_, stride_, Into::add);
-            normalise(team, layer.mlp_norm, normal, own);
-            const Outputs gate{Into::gated, floats_, floats_stride_, floats_ ? nullptr : &gated_};
-            kernels().linear(team, layer.gate_up, normal, count_, gate);
-            requantise(team, model_.mlp_width, gated_);
+            Inputs& gated = gated_[layer.down.format];
+            const bool rounds = gated.format == FR_INT8;
+            from_norm(team, layer.mlp_norm, layer.gate_up,
+                      {Into::gated, rounds ? floats_ : nullptr, floats_stride_, rounds ? nullptr : &gated}, own);
+            requantise(team, model_.mlp_width, gated);
             linear(team, layer.down, gated_, residual_, stride_, Into::add);
         }
         score(team, own);
@@ -154,24 +150,41 @@ class Forward {
         write_row(wanted_.hidden[h] + tokens_.list[size_t(token)].place * bytes, wanted_.hidden_format, model_.width, row);
     }
 
-    void normalise(Team& team, const float* weight, Inputs& to, Shelf& own) {
-        float* row = own.memory[7].get<float>(stride_);
-        auto some = [&](int64_t first, int64_t last) {
-            for (int64_t t = first; t < last; ++t) {
-                kernels().norm(residual_ + t * stride_, weight, nullptr, row, model_.width, model_.norm_eps, false);
-                kernels().emit(row, model_.width, to, t);
-            }
-        };
-        if (alone_) some(0, count_);
-        else team.each(count_, team.grain(count_, 4), some);
+    // Room for the inputs of a matrix in its number format, `written` numbers of each; once for all layers that share it.
+    void make_room(Inputs* by_format, const fr_matrix& matrix, InputRoom& room, int64_t written) {
+        Inputs& x = by_format[matrix.format];
+        if (x.data) return;
+        x = inputs_for(matrix, count_, room);
+        clear_padding(x, count_, written, matrix.padded_in);
     }
 
-    void linear(Team& team, const fr_matrix& matrix, const Inputs& x, float* to, int64_t stride, Into into) {
-        kernels().linear(team, matrix, x, count_, Outputs{into, to, stride});
+    // The product of a matrix with the norm of the residual.
+    void from_norm(Team& team, const float* weight, const fr_matrix& matrix, const Outputs& to, Shelf& own) {
+        float* row = own.row.get<float>(stride_);
+        if (alone_) {
+            const OwnNorm norm{residual_, stride_, weight, model_.width, model_.norm_eps, row};
+            Inputs x = inputs_for(matrix, count_, own.normal);
+            x.made_of = &norm;
+            kernels().linear(team, matrix, x, count_, to);
+            return;
+        }
+        Inputs& x = normal_[matrix.format];
+        team.each(count_, team.grain(count_, 4), [&](int64_t first, int64_t last) {
+            for (int64_t t = first; t < last; ++t) {
+                kernels().norm(residual_ + t * stride_, weight, nullptr, row, model_.width, model_.norm_eps, false);
+                kernels().emit(row, model_.width, x, t);
+            }
+        });
+        kernels().linear(team, matrix, x, count_, to);
+    }
+
+    void linear(Team& team, const fr_matrix& matrix, const Inputs* by_format, float* to, int64_t stride, Into into) {
+        kernels().linear(team, matrix, by_format[matrix.format], count_, Outputs{into, to, stride});
     }
 
     void attention(Team& team, int32_t layer, Shelf& own) {
         const fr_layer& l = model_.layer[layer];
+        Inputs& mixed = mixed_[l.out.format];
         const AttentionCall call{.tokens = &tokens_,
                                  .cache = &cache_,
                                  .layer = layer,
@@ -185,24 +198,24 @@ class Forward {
                                  .q_norm = l.q_norm,
                                  .k_norm = l.k_norm,
                                  .eps = model_.norm_eps,
-                                 .out = &mixed_,
-                                 .out_floats = floats_,
+                                 .out = &mixed,
+                                 .out_floats = mixed.format == FR_INT8 ? floats_ : nullptr,
                                  .out_stride = floats_stride_,
                                  .partials = partials_};
         kernels().attention(team, call, own);
-        requantise(team, model_.heads * model_.head_dim, mixed_);
+        requantise(team, model_.heads * model_.head_dim, mixed);
     }
 
     // For int8 products: rows of fp32 -> bytes and scales.
     void requantise(Team& team, int64_t width, Inputs& to) {
-        if (!floats_) return;
+        if (to.format != FR_INT8) return;
         team.each(count_, 1, [&](int64_t first, int64_t last) {
             for (int64_t t = first; t < last; ++t) kernels().emit(floats_ + t * floats_stride_, width, to, t);
         });
     }
 
     void score(Team& team, Shelf& own) {
-        float* row = own.memory[7].get<float>(stride_);
+        float* row = own.row.get<float>(stride_);
         auto normal = [&](int64_t t) {
             kernels().norm(residual_ + t * stride_, model_.final_norm, nullptr, row, model_.width, model_.norm_eps, false);
         };
@@ -234,7 +247,7 @@ class Forward {
     int64_t count_, stride_, qkv_stride_, floats_stride_;
     float *residual_, *qkv_, *floats_, *best_, *partials_;
     int64_t* best_at_;
-    Inputs normal_, mixed_, gated_, final_;
+    Inputs normal_[3], mixed_[3], gated_[3], final_;  // by number format
     std::vector<int32_t> scored_, places_;
     bool alone_;
 };

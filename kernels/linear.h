@@ -158,11 +158,24 @@ static void panels_int8(const Product& product, int64_t first, int64_t last, int
     }
 }
 
+// The inputs that a thread makes for itself.
+static void make(Inputs x, int64_t tokens) {
+    const OwnNorm& from = *x.made_of;
+    for (int64_t t = 0; t < tokens; ++t) {
+        norm(from.rows + t * from.stride, from.weight, nullptr, from.row, from.width, from.eps, false);
+        emit(from.row, from.width, x, t);
+    }
+}
+
 // Several products with inputs of `tokens` tokens each, in one step: nobody waits for the end of one before the next is begun.
 static void products(Team& team, const Product* list, int64_t count, int64_t tokens) {
     int64_t panels = 0;
     for (int64_t i = 0; i < count; ++i) panels += panels_of(*list[i].matrix);
+    bool made = false;
     team.each(panels, team.grain(panels, PIECES), [&](int64_t first, int64_t last) {
+        for (int64_t i = 0; i < count && !made; ++i)
+            if (list[i].x.made_of) make(list[i].x, tokens);
+        made = true;
         for (int64_t i = 0; i < count && last > 0; ++i) {
             const int64_t own = panels_of(*list[i].matrix), begin = first > 0 ? first : 0, end = last < own ? last : own;
             const int32_t format = list[i].matrix->format;

@@ -67,6 +67,41 @@ static inline bool any_nan(V x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q) 
 static inline float largest_of(V x) { return _mm512_reduce_max_ps(x); }
 static inline W shift_left_7(W a) { return _mm512_slli_epi32(a, 7); }
 
+// Halves of words: the first `count` of 32, and what they load; halves `from .. from + 15` of a and b by turns.
+using Mask = __mmask32;
+static inline Mask first_halves(int64_t count) { return count >= 32 ? ~Mask(0) : count <= 0 ? 0 : (Mask(1) << count) - 1; }
+static inline W load_halves(Mask mask, const void* p) { return _mm512_maskz_loadu_epi16(mask, p); }
+static inline W interleave(W a, W b, int16_t from) {
+    const W index = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34,
+                                     2, 33, 1, 32, 0);
+    return _mm512_permutex2var_epi16(a, _mm512_add_epi16(index, _mm512_set1_epi16(from)), b);
+}
+// 16 rows of 16 words -> 16 columns.
+static inline void transpose(W r[16], uint8_t* to, int64_t step) {
+    W t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        W a = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88), b = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+        W c = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd), d = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+        store_words(to + i * step, _mm512_shuffle_i32x4(a, b, 0x88));
+        store_words(to + (4 + i) * step, _mm512_shuffle_i32x4(c, d, 0x88));
+        store_words(to + (8 + i) * step, _mm512_shuffle_i32x4(a, b, 0xdd));
+        store_words(to + (12 + i) * step, _mm512_shuffle_i32x4(c, d, 0xdd));
+    }
+}
+
 #elif FR_ISA == 1  // AVX2 and FMA
 
 struct V { __m256 a, b; };

@@ -6,15 +6,14 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 #if defined(__linux__)
 #include <linux/futex.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
 #include <sched.h>
+
+#include "cpu.h"
 
 // Sleep until `word` is no longer `value` (or for no reason), and wake everybody who does.
 static inline void sleep_while(std::atomic<int32_t>& word, int32_t value) {
@@ -46,9 +45,7 @@ struct alignas(64) Step {
     void wait(int32_t pieces) {
         for (int32_t turns = 0; turns < SPINS; ++turns) {
             if (done.load(std::memory_order_acquire) == pieces) return;
-#if defined(__x86_64__)
-            _mm_pause();
-#endif
+            pause_briefly();
         }
         sleepers.fetch_add(1, std::memory_order_seq_cst);
         for (int32_t seen; (seen = done.load(std::memory_order_seq_cst)) != pieces;) sleep_while(done, seen);

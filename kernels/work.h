@@ -56,6 +56,17 @@ struct Tokens {
 // Whether every path of a feed ascends from an entry that is there to its own token's.
 bool paths_hold(const fr_feed& feed);
 
+// Rows that every thread normalises for itself, as soon as it has got a piece of the product that they are inputs of: cheaper, for a few
+// tokens, than waiting for one another. While it has that piece, nobody goes on to write what it reads.
+struct OwnNorm {
+    const float* rows;
+    int64_t stride;
+    const float* weight;
+    int64_t width;
+    float eps;
+    float* row;  // room for one
+};
+
 // Inputs of a product: rows of bf16 or fp32, or of unsigned bytes with a scale per group of 128.
 struct Inputs {
     uint8_t* data = nullptr;
@@ -63,6 +74,7 @@ struct Inputs {
     int64_t stride = 0;        // bytes between tokens
     int64_t scale_stride = 0;  // floats between tokens
     int32_t format = FR_BF16;
+    const OwnNorm* made_of = nullptr;  // if set, they are not there yet
 };
 
 // The largest results that each thread has seen of every token, largest first and equal ones by index; a NaN counts as minus infinity.
@@ -96,13 +108,31 @@ struct Product {
     Outputs to;
 };
 
+// Memory for inputs of products, whatever number format they have.
+struct InputRoom {
+    Scratch data[3], scales;
+};
+
+// What the threads of a call have in common.
+struct Shared {
+    Scratch residual, qkv, floats, best, best_at, partials;  // a forward: rows of fp32, and who found the largest logit where
+    InputRoom normal, mixed, gated, final;                   // what products read: norms, attention, the multilayer perceptron, the last
+    InputRoom contexts, hidden[2];                           // draft heads: z, and y before and after a block
+    Scratch y, plain, top_values, top_at, top_held, tops;    // y as fp32, contexts as fp32, and the best tokens of every level
+};
+
+// What every thread has for itself.
 struct Shelf {
-    Scratch memory[16];
+    Scratch keys, values, scores, weights, block;  // a chunk of attention
+    Scratch queries, running;                      // and what goes on from chunk to chunk
+    Scratch row, second_row;                       // of fp32
+    InputRoom normal;                              // rows of an `OwnNorm`
+    Scratch products, nexts, found;                // draft heads: what is made in one step, where it goes, and a node's best tokens
 };
 
 struct Workspace {
     Tokens tokens;
-    Shelf shared;
+    Shared shared;
     std::vector<Shelf> own;  // one per thread
 
     // Memory for so many threads, and `steps` fresh steps.
