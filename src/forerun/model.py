@@ -339,8 +339,9 @@ class Model:
 
 def _visible(paths_BNJ: Ints, entries: int) -> np.ndarray:
     """[B, N, M]: which of so many scratch entries each token sees."""
-    seen = np.zeros((*paths_BNJ.shape[:2], entries + 1), dtype=np.bool_)
-    np.put_along_axis(seen, paths_BNJ, True, 2)  # padding marks the last column, which is nobody's
+    rows, count, _ = paths_BNJ.shape
+    seen = np.zeros((rows, count, entries + 1), dtype=np.bool_)  # padding marks the last column, which is nobody's
+    seen[np.arange(rows)[:, None, None], np.arange(count)[:, None], paths_BNJ] = True
     return seen[:, :, :-1]
 
 
