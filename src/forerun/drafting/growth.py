@@ -162,13 +162,15 @@ class Chain:
             token_B1 = pen.draw(scores, chains, depth)
             for chain, drawn in zip(chains, token_B1.tolist(), strict=True):
                 chain += drawn
-            watch.drawn(depth, scores, token_B1)
+            if self.stopping.looks:
+                watch.drawn(depth, scores, token_B1)
             if depth >= watch.longest:
                 break
             scores = expander.expand(Frontier(token_B1, np.full((len(rows), 1), depth), parents))
-            watch.read(depth, scores)
-            if depth >= watch.longest:
-                break
+            if self.stopping.reads:
+                watch.read(depth, scores)
+                if depth >= watch.longest:
+                    break
         tokens = [chain[:size] for chain, size in zip(chains, watch.sizes, strict=True)]
         entries = [[-1, *range(size - 1)] for size in watch.sizes]
         return Grown(pen.tree(tokens), entries)
@@ -204,30 +206,25 @@ class _Watch:
     """Asks a stopping rule after every token and keeps count of how long each row's chain is (`sizes`, node 0 included)."""
 
     def __init__(self, rule: Stopping, rows: Sequence[Row], sizes: list[int]):
-        self.sizes = sizes
+        self.sizes, self.longest = sizes, max(sizes) - 1
         self._rule, self._rows = rule, rows
         self._probs: list[Tensor] = []
 
-    @property
-    def longest(self) -> int:
-        return max(self.sizes) - 1
-
     def drawn(self, depth: int, scores: Scores, token_B1: Tensor) -> None:
-        """These tokens were drawn of these scores."""
-        if self._rule.looks:
-            self._probs.append(scores.logits_BNV.float().softmax(-1).gather(-1, token_B1[..., None])[..., 0])
-            if not self._rule.reads:
-                self._ask(depth, {})
+        """These tokens were drawn of these scores. A rule that reads states is asked when there are some."""
+        self._probs.append(scores.logits_BNV.float().softmax(-1).gather(-1, token_B1[..., None])[..., 0])
+        if not self._rule.reads:
+            self._ask(depth, {})
 
     def read(self, depth: int, scores: Scores) -> None:
         """The newest tokens were read, with these scores of what may follow."""
-        if self._rule.reads:
-            self._ask(depth, {layer: states[:, 0] for layer, states in scores.hidden.items()})
+        self._ask(depth, {layer: states[:, 0] for layer, states in scores.hidden.items()})
 
     def _ask(self, depth: int, states: Mapping[int, Tensor]) -> None:
         probs_BJ = torch.cat(self._probs, -1) if self._probs else None
         goes_on = self._rule.goes_on(Drafted(depth, self._rows, probs_BJ, states)).tolist()
         self.sizes = [size if on else min(size, 1 + depth) for size, on in zip(self.sizes, goes_on, strict=True)]
+        self.longest = max(self.sizes) - 1
 
 
 def draft_laws(logits_BNV: Tensor, rows: Sequence[Row], drafted: Sequence[Sequence[Sequence[int]]]) -> Tensor:
