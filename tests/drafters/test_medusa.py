@@ -56,8 +56,9 @@ from drafters.heading import (
 from enumeration import Luck, distance, ideal_dice, law_of, one_law, plain_law
 from fakes import TableNetwork, engine_of, plain
 from forerun.chance import key_of
-from forerun.drafters.medusa import method as medusa
-from forerun.drafters.medusa.method import MedusaConfig, MedusaHeads
+from forerun.drafters.medusa import MedusaConfig
+from forerun.drafters.medusa import network as medusa
+from forerun.drafters.medusa.network import MedusaHeads
 from forerun.drafting import checkpoint
 from forerun.drafting.checkpoint import Checkpoint
 from forerun.drafting.drafter import Context

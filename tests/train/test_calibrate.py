@@ -22,6 +22,7 @@ from fakes import TableNetwork, engine_of
 from forerun.drafting import checkpoint as checkpoints
 from forerun.drafting.checkpoint import DEFAULT_TREE, Checkpoint
 from forerun.drafting.heads import HeadsModule
+from forerun.drafting.trained import Weights
 from forerun.drafting.workshop import Workshop, build
 from forerun.engine.engine import Engine
 from forerun.errors import CheckpointError, DrafterError, ForerunError, TrainingError
@@ -33,7 +34,6 @@ from forerun.ranktree import RankTree
 from forerun.sampling import SamplingParams
 from forerun.train.distill import Sample
 from forerun.train.heads import RANKS, Answers, HeadsObjective, Teacher, projected, ranks_of
-from forerun.train.presets import Weights
 
 KINDS = ("medusa", "hydra", "hydra++")
 every_kind = pytest.mark.parametrize("kind", KINDS)

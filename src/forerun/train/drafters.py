@@ -1,5 +1,4 @@
-"""Everything that `forerun train medusa|hydra|hydra++` decides before the loop begins, and what it leaves when the
-loop has ended."""
+"""Everything that a training of heads decides before the loop begins, and what it leaves when the loop has ended."""
 
 from __future__ import annotations
 
@@ -12,22 +11,19 @@ from typing import Any
 
 import torch
 
-from forerun.drafters.hydra.method import HydraConfig, HydraHeads, PrefixConfig
-from forerun.drafters.medusa.method import MedusaConfig, MedusaHeads
 from forerun.drafting import checkpoint as checkpoints
+from forerun.drafting import registry
 from forerun.drafting.checkpoint import DEFAULT_TREE, Checkpoint
+from forerun.drafting.trained import HeadsConfig, Preset, Weights
 from forerun.errors import TrainingError
 from forerun.nn.dtype import dtype_of
 from forerun.nn.foreign import Foreign
 from forerun.nn.load import load_network
 from forerun.nn.network import Network
-from forerun.nn.packed import PackedTransformer
-from forerun.nn.transformer import Transformer
 from forerun.sources.fingerprint import digest, fingerprint_of_model
 from forerun.sources.folder import checkpoint_folder
 from forerun.train.distill import Distilled, Sample, read
 from forerun.train.heads import Answers, HeadsObjective, Teacher, least_squares
-from forerun.train.presets import PRESETS, Preset, Weights
 from forerun.train.run import STATE, Schedule, fit
 
 RECIPE = "recipe.json"
@@ -83,7 +79,7 @@ class Training:
 
     recipe: Recipe
     objective: HeadsObjective
-    config: MedusaConfig | HydraConfig
+    config: HeadsConfig
     answers: Answers
     distilled: Distilled
 
@@ -144,7 +140,7 @@ class Training:
             "schedule": asdict(recipe.schedule),
             "figures": {name: round(value, 4) for name, value in figures.items()},
         }
-        return Checkpoint(out, PRESETS[recipe.preset].drafter, {}, Path(recipe.target).name, training)
+        return Checkpoint(out, registry.preset(recipe.preset)[0], {}, Path(recipe.target).name, training)
 
 
 def demand_same_recipe(run: Path, ours: dict[str, Any]) -> None:
@@ -168,14 +164,14 @@ def demand_same_recipe(run: Path, ours: dict[str, Any]) -> None:
 def prepare(recipe: Recipe, device: torch.device) -> Training:
     """Read everything that a training needs. Raises TrainingError, CheckpointError or DrafterError for what does not
     fit, before anything is written."""
-    preset = PRESETS[recipe.preset]
+    _, _, preset = registry.preset(recipe.preset)
     distilled = read(recipe.data)
     network = load_network(recipe.target, dtype_of(recipe.dtype, device), device, recipe.kernels)
     answers = Answers(distilled.samples, recipe.rows, recipe.length, recipe.seed)
     _demand_data(answers, network, recipe)
     _warn_of_another_target(distilled, recipe)
     teacher = Teacher(network)
-    module, config = _heads(preset, recipe, network)
+    module, config = _heads(recipe, network)
     if recipe.init_from is None:
         module.initialise(teacher.head_VD.float().cpu(), recipe.seed)
     else:
@@ -187,37 +183,14 @@ def prepare(recipe: Recipe, device: torch.device) -> Training:
     return Training(recipe, objective, config, answers, distilled)
 
 
-def _heads(preset: Preset, recipe: Recipe, network: Network) -> tuple[Any, MedusaConfig | HydraConfig]:
+def _heads(recipe: Recipe, network: Network) -> tuple[Any, HeadsConfig]:
     vocab_size, width = network.input_embedding.shape
-    start = checkpoints.load(recipe.init_from, preset.drafter).architecture if recipe.init_from else {}
+    drafter, method, preset = registry.preset(recipe.preset)
+    start = checkpoints.load(recipe.init_from, drafter).architecture if recipe.init_from else {}
     fields: dict[str, Any] = {**preset.architecture, **start, **recipe.architecture}
-    fields |= {"width": width, "vocab_size": vocab_size}
+    config = method.config(**method.fitted(fields | {"width": width, "vocab_size": vocab_size}, network))
     torch.manual_seed(recipe.seed)
-    if preset.drafter == "medusa":
-        medusa = MedusaConfig(**fields)
-        return MedusaHeads(medusa), medusa
-    if fields.get("prefix") is True:  # heads to go on from bring the shape of their own
-        fields["prefix"] = prefix_like(network)
-    hydra = HydraConfig(**fields)
-    return HydraHeads(hydra), hydra
-
-
-def prefix_like(network: Network) -> PrefixConfig:
-    """A prefix layer of the shape of one of the target's own layers."""
-    if not isinstance(network, Foreign):
-        assert isinstance(network, Transformer | PackedTransformer)
-        config = network.config
-        mlp_width, eps, theta = config.mlp_width, config.norm_eps, config.rope_theta
-        heads, max_length = config.heads, config.max_length
-    else:
-        outside = network.model.config.get_text_config(decoder=True)
-        heads = outside.num_attention_heads
-        width = network.input_embedding.shape[1]
-        mlp_width = getattr(outside, "intermediate_size", None) or 4 * width
-        eps, theta, max_length = 1e-6, 10000.0, network.max_length
-    shape = network.cache_shape
-    kv_heads = shape.kv_heads if heads % shape.kv_heads == 0 else heads
-    return PrefixConfig(heads, kv_heads, shape.head_dim, mlp_width, max_length, eps, theta)
+    return method.network(config), config
 
 
 def _demand_data(answers: Answers, network: Network, recipe: Recipe) -> None:

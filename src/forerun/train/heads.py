@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from forerun.drafting.heads import HeadsModule
+from forerun.drafting.trained import Weights
 from forerun.errors import TrainingError
 from forerun.nn.cache import Cache
 from forerun.nn.feed import Feed
@@ -30,7 +31,6 @@ from forerun.nn.network import Network
 from forerun.nn.transformer import Transformer
 from forerun.ranktree import RankTree
 from forerun.train.distill import Sample
-from forerun.train.presets import Weights
 
 CHUNK_NUMBERS = 1 << 25
 """Logits of all heads that exist at a time."""
