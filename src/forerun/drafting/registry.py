@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from typing import Any
@@ -25,7 +26,9 @@ PACKAGES = [module.name for module in _MODULES if module.ispkg]
 """Methods that are trained are packages, so that their entries can be read without their networks."""
 
 
+@cache
 def _outside() -> dict[str, EntryPoint]:
+    """Looked for once, which takes longer than all of the rest."""
     return {point.name: point for point in entry_points(group=HOME)}
 
 
