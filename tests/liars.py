@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from forerun.drafting.drafter import Context, Drafter
+from forerun.drafting.method import Method
 from forerun.drafting.workshop import Workshop
 from forerun.tree import TokenTree
 
@@ -29,5 +32,13 @@ class Liar(Drafter):
         return TokenTree.drawn_chain(tokens, laws.to(context.device))
 
 
-def build(workshop: Workshop, token: int = 3) -> Drafter:
-    return Liar(workshop.target.vocab_size, token)
+@dataclass(frozen=True)
+class Settings:
+    token: int = 3
+
+
+def build(workshop: Workshop, settings: Settings) -> Drafter:
+    return Liar(workshop.target.vocab_size, settings.token)
+
+
+METHOD = Method("liar", "Says that it drew what it never draws.", Settings, build, grows="drawn")

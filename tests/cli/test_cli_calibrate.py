@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from forerun.bench import suites
-from forerun.drafters.medusa.method import MedusaConfig, MedusaHeads
+from forerun.drafters.medusa import MedusaConfig
+from forerun.drafters.medusa.network import MedusaHeads
 from forerun.drafting import checkpoint as checkpoints
 from forerun.drafting.checkpoint import Checkpoint
 from forerun.engine.engine import Engine

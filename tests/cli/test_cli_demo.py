@@ -9,7 +9,7 @@ import pytest
 
 from forerun.bench.run import Row
 from forerun.bench.suites import Prompt, spread
-from forerun.cli.demo import same
+from forerun.cli.demo import _beside, same
 
 COLUMNS = {
     "drafter", "tokens_per_second", "speedup", "tokens_per_step", "draft_seconds", "verify_seconds", "other_seconds", "identical",
@@ -44,6 +44,25 @@ def test_without_drafters_it_takes_what_lies_beside_the_target(ran, family, tmp_
     ran("--json", tmp_path / "rows.json")
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [row["drafter"] for row in rows] == ["none", "lookup", "hierarchy", "small"]
+
+
+def test_what_lies_beside_a_target_is_told_by_its_config(tmp_path):
+    """Whatever the folders are called: trained heads, and models that are smaller and have as many tokens."""
+    held = {
+        "target": ({"vocab_size": 9}, 100),
+        "a": ({"drafter": "hydra"}, 10),
+        "b": ({"vocab_size": 9}, 50),
+        "larger": ({"vocab_size": 9}, 200),
+        "other": ({"vocab_size": 8}, 50),
+        "stranger": ({"drafter": "nobody"}, 10),
+    }
+    for name, (config, size) in held.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        (tmp_path / name / "model.safetensors").write_bytes(b"0" * size)
+    found = _beside(tmp_path / "target")
+    assert list(found) == ["lookup", "hierarchy", "b", "a"]
+    assert (found["a"], found["b"]) == (f"hydra:{tmp_path / 'a'}", f"small:{tmp_path / 'b'}")
 
 
 def test_what_lies_there_and_cannot_be_built_is_left_out_aloud(family, forerun, tmp_path):

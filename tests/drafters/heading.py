@@ -18,9 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fakes import TableNetwork, plain
-from forerun.drafters.hydra import method as hydra
-from forerun.drafters.hydra.method import HydraConfig, HydraHeads, PrefixConfig
-from forerun.drafters.medusa.method import MedusaConfig, MedusaHeads
+from forerun.drafters.hydra import HydraConfig, PrefixConfig
+from forerun.drafters.hydra import network as hydra
+from forerun.drafters.hydra.network import HydraHeads
+from forerun.drafters.medusa import MedusaConfig
+from forerun.drafters.medusa.network import MedusaHeads
 from forerun.drafting.drafter import Context
 from forerun.drafting.heads import Head, HeadDrafter, HeadsModule, LastState, Reader, drafting
 from forerun.engine.engine import Engine

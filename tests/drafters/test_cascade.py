@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,7 @@ from enumeration import distance, plain_law
 from fakes import Near, TableNetwork, Wild, engine_of, plain
 from forerun.drafters.cascade import Cascade, Part
 from forerun.drafting.drafter import Context, Drafter, Tally
+from forerun.drafting.method import Method
 from forerun.drafting.registry import REGISTRY
 from forerun.drafting.workshop import Workshop
 from forerun.errors import DrafterError
@@ -55,19 +57,30 @@ class Saying(Drafter):
         return TokenTree.chain(chains, context.device)
 
 
+@dataclass(frozen=True)
+class Said:
+    token: int = 1
+    length: int = 10
+
+
+@dataclass(frozen=True)
+class Seeded:
+    seed: int = 0
+
+
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """saying and wild, as the last drafter of a description."""
 
-    def saying(workshop: Workshop, token: int = 1, length: int = 10) -> Drafter:
-        return Saying(token, length)
+    def saying(workshop: Workshop, settings: Said) -> Drafter:
+        return Saying(settings.token, settings.length)
 
-    def wild(workshop: Workshop, seed: int = 0) -> Drafter:
-        return Wild(workshop.target.vocab_size, 4, seed)
+    def wild(workshop: Workshop, settings: Seeded) -> Drafter:
+        return Wild(workshop.target.vocab_size, 4, settings.seed)
 
-    for name, build in (("saying", saying), ("wild", wild)):
-        monkeypatch.setitem(REGISTRY, name, name)
-        monkeypatch.setitem(sys.modules, name, SimpleNamespace(build=build))  # type: ignore[arg-type]
+    for method in (Method("saying", "", Said, saying, "certain"), Method("wild", "", Seeded, wild, "drawn")):
+        monkeypatch.setitem(REGISTRY, method.name, method.name)
+        monkeypatch.setitem(sys.modules, method.name, SimpleNamespace(METHOD=method))  # type: ignore[arg-type]
 
 
 def one_step(k: list[list[int]], token: int) -> tuple[list[int], int, list[tuple[str, int, int, int]]]:

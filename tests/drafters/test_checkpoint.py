@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from forerun.drafters.hydra import method as hydra
-from forerun.drafters.hydra.method import HydraConfig, HydraHeads, PrefixConfig
-from forerun.drafters.medusa import method as medusa
-from forerun.drafters.medusa.method import MedusaConfig, MedusaHeads
+from forerun.drafters.hydra import HydraConfig, PrefixConfig
+from forerun.drafters.hydra.network import HydraHeads
+from forerun.drafters.medusa import MedusaConfig
+from forerun.drafters.medusa.network import MedusaHeads
 from forerun.drafting import checkpoint as checkpoints
+from forerun.drafting import registry
 from forerun.drafting.checkpoint import DEFAULT_TREE, Checkpoint, load, read, tree_for, write
 from forerun.errors import CheckpointError, DrafterError
 from forerun.ranktree import PUBLISHED, RankTree
@@ -44,7 +45,8 @@ def written(folder: Path, config: MedusaConfig | HydraConfig = MEDUSA, seed: int
 
 def read_back(folder: Path) -> nn.Module:
     stored = read(folder)
-    return medusa.module_of(stored) if stored.drafter == "medusa" else hydra.module_of(stored)
+    kind = registry.trained()[stored.drafter]
+    return stored.module(kind.network, kind.config)
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from forerun.drafters.hydra import HydraConfig, PrefixConfig
 from forerun.drafters.hydra.layouts import hydra_table
-from forerun.drafters.hydra.method import HydraConfig, PrefixConfig
+from forerun.drafters.medusa import MedusaConfig
 from forerun.drafters.medusa.layouts import FASTERDECODING, medusa_table
-from forerun.drafters.medusa.method import MedusaConfig
 from forerun.drafting import checkpoint as checkpoints
 from forerun.drafting.checkpoint import Checkpoint
 from forerun.errors import CheckpointError, DrafterError

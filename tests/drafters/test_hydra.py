@@ -49,9 +49,11 @@ from drafters.heading import (
 )
 from forerun.accept.exact import Verdict
 from forerun.drafters.cascade import Cascade, Part
-from forerun.drafters.hydra.method import HydraConfig, HydraHeads, PrefixConfig, reader
+from forerun.drafters.hydra import HydraConfig, PrefixConfig
+from forerun.drafters.hydra.network import HydraHeads, reader
 from forerun.drafters.maxgram import MaxGram, Table
-from forerun.drafters.medusa.method import MedusaConfig, MedusaHeads
+from forerun.drafters.medusa import MedusaConfig
+from forerun.drafters.medusa.network import MedusaHeads
 from forerun.drafters.verified import Verified
 from forerun.drafting.drafter import Context, Drafter
 from forerun.drafting.heads import Head, HeadsModule, PrefixState, drafting

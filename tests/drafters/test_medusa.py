@@ -56,12 +56,14 @@ from drafters.heading import (
 from enumeration import Luck, distance, ideal_dice, law_of, one_law, plain_law
 from fakes import TableNetwork, engine_of, plain
 from forerun.chance import key_of
-from forerun.drafters.medusa import method as medusa
-from forerun.drafters.medusa.method import MedusaConfig, MedusaHeads
+from forerun.drafters.medusa import MedusaConfig
+from forerun.drafters.medusa import network as medusa
+from forerun.drafters.medusa.network import MedusaHeads
 from forerun.drafting import checkpoint
 from forerun.drafting.checkpoint import Checkpoint
 from forerun.drafting.drafter import Context
 from forerun.drafting.heads import Head, HeadDrafter, LastState, drafting, format_of
+from forerun.drafting.trained import HeadSettings
 from forerun.drafting.workshop import Workshop
 from forerun.engine.engine import Engine
 from forerun.errors import DrafterError
@@ -675,14 +677,14 @@ def test_heads_decode_from_their_folder(kind: str, kernels: str, tmp_path: Path,
 def test_a_tree_that_cannot_be_grown_is_refused_before_anything_runs(tree: Any, says: str, tmp_path: Path) -> None:
     workshop = Workshop(Model(lively(), 1), {}.__getitem__)
     with pytest.raises(DrafterError, match=says) as caught:
-        medusa.build(workshop, written(tmp_path / "heads", "medusa"), tree)
+        medusa.build(workshop, HeadSettings(written(tmp_path / "heads", "medusa"), tree))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_published_tree_can_be_asked_for_by_name(name: str, tmp_path: Path) -> None:
     workshop = Workshop(Model(lively(), 1), {}.__getitem__)
-    drafter = medusa.build(workshop, written(tmp_path / "heads", "medusa"), name)
+    drafter = medusa.build(workshop, HeadSettings(written(tmp_path / "heads", "medusa"), name))
     assert drafter.max_nodes == 63
     outputs = Engine(workshop.target, drafter).generate(PROMPTS, SamplingParams(max_new_tokens=10))
     assert [output.token_ids for output in outputs] == [greedy(lively(), prompt, 10) for prompt in PROMPTS]
@@ -702,7 +704,7 @@ def test_heads_are_int8_beside_a_target_in_bf16_and_nowhere_else_unless_asked() 
 def test_weights_of_an_unknown_kind_are_refused(tmp_path: Path) -> None:
     workshop = Workshop(Model(lively(), 1), {}.__getitem__)
     with pytest.raises(DrafterError, match="int4"):
-        medusa.build(workshop, written(tmp_path / "heads", "medusa"), weights="int4")
+        medusa.build(workshop, HeadSettings(written(tmp_path / "heads", "medusa"), weights="int4"))
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)

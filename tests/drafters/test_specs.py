@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fakes import Near, TableNetwork
+from forerun.drafting import registry
 from forerun.drafting.drafter import Drafter
 from forerun.drafting.registry import REGISTRY, names
 from forerun.drafting.spec import describe
@@ -66,6 +68,16 @@ def test_a_description_is_taken_as_it_is_and_not_changed() -> None:
     given = {"drafter": "verified", "checkpoint": "m", "inner": "small:s"}
     assert describe(given) == given and describe(given) is not given
     assert set(REGISTRY) <= set(names())
+
+
+def test_other_packages_register_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the entry point group, as name = module; the module states its METHOD as ours do."""
+    point = EntryPoint("liar", "liars", "forerun.drafters")
+    monkeypatch.setattr(registry, "_outside", lambda: {"liar": point})
+    assert "liar" in names() and registry.method("liar").name == "liar"
+    assert made({"drafter": "liar", "token": 2}).name == "liar"
+    with pytest.raises(DrafterError, match="did you mean liar"):
+        describe("lier")
 
 
 def networks() -> dict[str, TableNetwork]:

@@ -23,6 +23,7 @@ from fakes import TableNetwork, engine_of
 from forerun.drafting import checkpoint as checkpoints
 from forerun.drafting.checkpoint import DEFAULT_TREE, Checkpoint
 from forerun.drafting.heads import HeadsModule
+from forerun.drafting.trained import Weights
 from forerun.drafting.workshop import Workshop, build
 from forerun.engine.engine import Engine
 from forerun.errors import CheckpointError, DrafterError, ForerunError, TrainingError
@@ -35,7 +36,6 @@ from forerun.sampling import SamplingParams
 from forerun.train.answers import Answers
 from forerun.train.distill import Sample
 from forerun.train.objectives.heads import HeadsObjective
-from forerun.train.presets import Weights
 from forerun.train.ranks import RANKS, projected, ranks_of
 from forerun.train.schedule import Schedule
 from forerun.train.teacher import Teacher

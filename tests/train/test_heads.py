@@ -40,9 +40,13 @@ from drafters.heading import (
     slow_head,
     some_heads,
 )
-from forerun.drafters.hydra.method import HydraConfig, HydraHeads
-from forerun.drafters.medusa.method import MedusaConfig, MedusaHeads
+from forerun.drafters.hydra import HydraConfig
+from forerun.drafters.hydra.network import HydraHeads
+from forerun.drafters.medusa import MedusaConfig
+from forerun.drafters.medusa.network import MedusaHeads
+from forerun.drafting import registry
 from forerun.drafting.heads import HeadsModule, LastState
+from forerun.drafting.trained import Weights
 from forerun.engine.engine import Engine
 from forerun.errors import ForerunError, TrainingError
 from forerun.model import Model
@@ -60,11 +64,14 @@ from forerun.train.least_squares import least_squares
 from forerun.train.lesson import Lesson, logits_of
 from forerun.train.objectives import heads as objectives
 from forerun.train.objectives.heads import HeadsObjective
-from forerun.train.presets import PRESETS, Weights
 from forerun.train.ranks import RANKS, projected, ranks_of, steps_of
 from forerun.train.run import Run
 from forerun.train.schedule import Schedule
 from forerun.train.teacher import Teacher
+
+TRAINED = registry.trained()
+PRESETS = {name: preset for one in TRAINED.values() for name, preset in one.presets.items()}
+KINDS = {name: kind for kind, one in TRAINED.items() for name in one.presets}
 
 TEXT, TEACHER, MIXED = Weights(decay=0.8), Weights(text=0.0, teacher=1.0), Weights(0.3, 0.7, 0.5)
 every_kind = pytest.mark.parametrize("kind", CONFIGS)
@@ -758,7 +765,7 @@ def test_a_training_leaves_heads_that_draft_as_was_projected(
     training, out = prepared(target_folder, data, preset, steps=30), tmp_path / "heads"
     figures = training.fit(tmp_path / "run", out)
     held = training.answers.heldout
-    description = f"{PRESETS[preset].drafter}:{out}"
+    description = f"{KINDS[preset]}:{out}"
     engine = forerun.load(target_folder, description, dtype="fp32", kernels="torch")
     outputs = engine.generate([list(s.prompt) for s in held], SamplingParams(max_new_tokens=40))
     assert [output.token_ids for output in outputs] == [list(s.answer) for s in held]
@@ -766,7 +773,7 @@ def test_a_training_leaves_heads_that_draft_as_was_projected(
     assert [o.stats.steps for o in outputs] == [steps_of(table, engine.drafter.head.tree) for table in tables]
     assert set(figures) > {"loss", "tokens_per_step"} and figures["tokens_per_step"] >= 1
     config = json.loads((out / "config.json").read_text())
-    assert config["drafter"] == PRESETS[preset].drafter and config["training"]["preset"] == preset
+    assert config["drafter"] == KINDS[preset] and config["training"]["preset"] == preset
     assert config["training"]["figures"]["loss"] == pytest.approx(figures["loss"], abs=1e-4)
     again = prepared(target_folder, data, preset, steps=30)
     assert again.fit(tmp_path / "run", tmp_path / "again").keys() == figures.keys(), "a finished run is only written"

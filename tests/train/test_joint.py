@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 import forerun
 from forerun.drafting import checkpoint as checkpoints
+from forerun.drafting import registry
+from forerun.drafting.trained import Weights
 from forerun.errors import CheckpointError, DrafterError, TrainingError
 from forerun.nn.load import load_network
 from forerun.nn.save import save_pretrained
@@ -29,9 +31,10 @@ from forerun.train.joint import JointRecipe, JointTraining, Ramp
 from forerun.train.lora import Adapters, LowRank
 from forerun.train.objectives import joint as objectives
 from forerun.train.objectives.descent import Descent
-from forerun.train.presets import JOINT, PRESETS, Weights
 from forerun.train.run import Run
 from forerun.train.schedule import Schedule
+
+MEDUSA = registry.trained()["medusa"]
 
 CPU = torch.device("cpu")
 V, HEADS = 16, 5
@@ -99,7 +102,7 @@ def prepared(target: Path, data: Path):
         architecture: dict[str, object] | None = None,
         **settings: object,
     ) -> JointTraining:
-        preset = JOINT[keep]
+        preset = MEDUSA.joint.presets[keep]
         schedule = joint.schedule_for(preset, steps, rate, head_rate, validate_every=steps, save_every=2)
         source = None if init_from is None else str(init_from)
         heads = drafters.HeadsRecipe(
@@ -114,7 +117,7 @@ def prepared(target: Path, data: Path):
 def medusa1(
     target: Path, data: Path, folder: Path, steps: int, heads: int = HEADS, rate: float = 3e-3
 ) -> dict[str, float]:
-    schedule = drafters.schedule_for(PRESETS["medusa"], steps, rate, validate_every=steps)
+    schedule = drafters.schedule_for(MEDUSA.presets["medusa"], steps, rate, validate_every=steps)
     recipe = drafters.HeadsRecipe(
         "medusa", str(target), data, {"heads": heads}, None, schedule, 8, 64, dtype="fp32", start_batches=0
     )
@@ -526,10 +529,10 @@ def test_other_networks_are_refused_before_they_are_read(prepared, target, data,
 
 
 def test_the_papers_settings():
-    original, text = JOINT["original"], JOINT["text"]
+    original, text = MEDUSA.joint.presets["original"], MEDUSA.joint.presets["text"]
     assert (original.head_weight, original.ramp, original.heads.rate, original.heads.warmup) == (0.01, "sine", 1e-4, 20)
     assert (text.head_weight, text.ramp, text.heads.rate, text.heads.warmup) == (0.2, "constant", 5e-4, 40)
-    for preset in JOINT.values():
+    for preset in MEDUSA.joint.presets.values():
         assert (preset.rank, preset.alpha, preset.head_rate, preset.heads.weights) == (32, 16, 4, Weights(decay=0.8))
         assert preset.heads.architecture == {"heads": 5, "layers": 1}
         schedule = joint.schedule_for(preset, 1000, None, None)

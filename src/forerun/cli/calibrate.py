@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from forerun.cli import options
+from forerun.drafting.registry import calibrated
 
 if TYPE_CHECKING:
     from forerun.drafting.heads import HeadsModule
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 Heads = Annotated[
     str,
     typer.Option(
-        "--drafter", metavar="SPEC", help="Trained heads: medusa:DIR, hydra:DIR, or a file that describes them."
+        "--drafter",
+        metavar="SPEC",
+        help=f"Trained heads: {', '.join(f'{name}:DIR' for name in calibrated())}, or a file that describes them.",
     ),
 ]
 Out = Annotated[
@@ -91,8 +94,9 @@ def _checkpoint(description: dict[str, Any], spec: str) -> str:
     from forerun.errors import DrafterError
 
     checkpoint = description.get("checkpoint")
-    if description.get("drafter") not in ("medusa", "hydra") or not isinstance(checkpoint, str):
-        raise DrafterError(f"{spec} names no trained heads: write medusa:DIR or hydra:DIR")
+    if description.get("drafter") not in calibrated() or not isinstance(checkpoint, str):
+        wanted = " or ".join(f"{name}:DIR" for name in calibrated())
+        raise DrafterError(f"{spec} names no trained heads: write {wanted}")
     return checkpoint
 
 

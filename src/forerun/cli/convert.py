@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from forerun.drafting.registry import layouts
+
 if TYPE_CHECKING:
     from forerun.engine.engine import Engine
     from forerun.layouts.exchange import Heads
@@ -19,6 +21,9 @@ PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS = 4, 256, 64
 HARDLY = 1.1
 """Tokens per step below which heads hardly ever agree with the target."""
 
+WRITTEN = [layout for layout in layouts() if layout.pack]
+"""Foreign layouts that heads can be brought into."""
+
 Source = Annotated[
     str,
     typer.Argument(metavar="SOURCE", help="A folder of heads, in any of the layouts, or a hub id.", show_default=False),
@@ -27,8 +32,8 @@ To = Annotated[
     str,
     typer.Option(
         "--to",
-        metavar="ours|fasterdecoding|vllm|hydra",
-        help="The layout to write: our own, that of Medusa's code, of vLLM, or of Hydra's code.",
+        metavar="|".join(["ours", *(layout.name for layout in WRITTEN)]),
+        help=f"The layout to write: our own, that of {', of '.join(layout.sense for layout in WRITTEN)}.",
     ),
 ]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="A new folder for the result.")]
@@ -56,7 +61,7 @@ def convert(
     target: Target = None,
     prompts: PromptFile = None,
 ) -> None:
-    """Bring draft heads from one layout into another: our own, Medusa's, vLLM's or Hydra's.
+    """Bring draft heads from one layout into another: our own, or those of other code.
 
     Nothing is lost and nothing is guessed: every tensor is there and of the right shape, or the difference is listed. The result
     is read back and compared bit by bit; with --target also by the acceptance that the heads have before and after.

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from forerun.sampling import SamplingParams
 
 REFERENCE = Path("models/target")
-MEMBERS = {"small": "small", "wide": "small", "medusa": "medusa", "hydra": "hydra", "hydra++": "hydra"}
-"""Folders beside a target that hold drafters for it, and their kinds."""
 ROUNDS, PATIENCE_SECONDS = 3, 120.0
 FLIPPED = "A near-tie between two tokens can flip in half precision: `forerun check` tells a tie from a mistake."
 WRONG = "Here this should not happen: see what `forerun check` says."
@@ -125,13 +123,40 @@ def _given(drafters: list[str]) -> dict[str, str]:
 
 def _beside(target: Path) -> dict[str, str]:
     """What needs nothing, and what lies beside the target, by name."""
-    family = target.parent
-    there = {name: f"{kind}:{family / name}" for name, kind in MEMBERS.items() if (family / name).is_dir()}
+    family = sorted(target.parent.glob("*/config.json"))
+    kinds = {path.parent: _kind(path, target) for path in family}
+    there = sorted((kind != "small", folder) for folder, kind in kinds.items() if kind)
     return (
         {"lookup": "lookup", "hierarchy": "hierarchy"}
-        | there
-        | {path.stem: str(path) for path in sorted(family.glob("*.yaml"))}
+        | {folder.name: f"{kinds[folder]}:{folder}" for _, folder in there}
+        | {path.stem: str(path) for path in sorted(target.parent.glob("*.yaml"))}
     )
+
+
+def _kind(config: Path, target: Path) -> str:
+    """The drafter that a folder holds: trained heads, or a smaller model with as many tokens; empty if none for this target."""
+    from forerun.drafting.registry import names
+    from forerun.sources.folder import CONFIG
+
+    found, own = _settings(config), _settings(target / CONFIG)
+    if "drafter" in found:
+        return str(found["drafter"]) if found["drafter"] in names() else ""
+    is_smaller = _bytes(config.parent) < _bytes(target)
+    return "small" if is_smaller and found.get("vocab_size") == own.get("vocab_size") else ""
+
+
+def _settings(config: Path) -> dict[str, Any]:
+    import json
+
+    try:
+        found = json.loads(config.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def _engines(

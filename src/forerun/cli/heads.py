@@ -1,25 +1,23 @@
-"""`forerun train medusa|hydra|hydra++`: draft heads on a target of your own, from its own answers."""
+"""`forerun train PRESET`: draft heads on a target of your own, from its own answers; a command for every preset."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from forerun.cli import options
+from forerun.cli import fields, options
+from forerun.drafting import registry
+from forerun.drafting.trained import Trained, Weights
 
 if TYPE_CHECKING:
     from forerun.train.drafters import HeadsTraining
 
 SHAPE, LOSS, SCHEDULE = "Shape", "Loss", "Schedule"
 PAPER = "the paper's"
-HEADS = {
-    "medusa": "Train Medusa heads: independent, each on the target's last state alone.",
-    "hydra": "Train Hydra heads: each sees the tokens drafted before its own.",
-    "hydra++": "Train Hydra++ heads: deeper, behind a layer of their own, taught by the target's law.",
-}
 SHOWN_TOKENS = 48
 
 Target = Annotated[str, typer.Option(metavar="MODEL", help="The model that the heads are for; it stays as it is.")]
@@ -35,48 +33,6 @@ Run = Annotated[
         help="Folder for checkpoints; an interrupted run in it goes on.",
         show_default="OUT.run",
     ),
-]
-Heads = Annotated[int | None, typer.Option(min=1, help="How many heads.", rich_help_panel=SHAPE, show_default=PAPER)]
-Layers = Annotated[int | None, typer.Option(min=1, help="Blocks per head.", rich_help_panel=SHAPE, show_default=PAPER)]
-Tied = Annotated[
-    bool | None,
-    typer.Option(
-        "--tied-layers/--own-layers",
-        help="One block, repeated, or each its own weights.",
-        rich_help_panel=SHAPE,
-        show_default=PAPER,
-    ),
-]
-Vocabulary = Annotated[
-    Literal["own", "shared"] | None,
-    typer.Option(
-        metavar="own|shared",
-        help="A projection per head, or the target's for all.",
-        rich_help_panel=SHAPE,
-        show_default="own",
-    ),
-]
-Dropout = Annotated[
-    float | None,
-    typer.Option(
-        min=0.0,
-        max=0.99,
-        help="In training, before every block and projection (hydra alone).",
-        rich_help_panel=SHAPE,
-        show_default=PAPER,
-    ),
-]
-TextWeight = Annotated[
-    float | None,
-    typer.Option(min=0.0, help="Of the next token's log-probability.", rich_help_panel=LOSS, show_default=PAPER),
-]
-TeacherWeight = Annotated[
-    float | None,
-    typer.Option(min=0.0, help="Of the target's whole law there.", rich_help_panel=LOSS, show_default=PAPER),
-]
-HeadDecay = Annotated[
-    float | None,
-    typer.Option(min=0.0, help="Head k counts this to the power of k.", rich_help_panel=LOSS, show_default=PAPER),
 ]
 Steps = Annotated[int, typer.Option(min=1, rich_help_panel=SCHEDULE)]
 Rows = Annotated[int, typer.Option(min=1, help="Answers per part of a step.", rich_help_panel=SCHEDULE)]
@@ -111,21 +67,18 @@ InitFrom = Annotated[str | None, typer.Option(metavar="DIR", help="Go on from tr
 
 
 def command(preset: str) -> Callable[..., None]:
-    """The command that trains heads of this kind."""
+    """The command that trains heads of this kind. It offers what the architectures of all kinds have, for scripts that go
+    through the presets, and refuses what its own has not."""
+    _, method, chosen = registry.preset(preset)
+    shapes = {one.name: one for kind in _own_last(method) for one in fields.parameters(kind.config, SHAPE)}
 
     def train(
         target: Target,
         data: Data,
         out: Out,
         run: Run = None,
-        heads: Heads = None,
-        layers: Layers = None,
-        tied_layers: Tied = None,
-        vocabulary: Vocabulary = None,
-        dropout: Dropout = None,
-        text_weight: TextWeight = None,
-        teacher_weight: TeacherWeight = None,
-        head_decay: HeadDecay = None,
+        shape: None = None,
+        loss: None = None,
         steps: Steps = 1000,
         rows: Rows = 16,
         length: Length = 512,
@@ -140,25 +93,24 @@ def command(preset: str) -> Callable[..., None]:
         dtype: options.Dtype = "auto",
         device: options.Device = "auto",
         kernels: options.Kernels = "auto",
+        **given: Any,
     ) -> None:
-        _demand_sense(preset, out, dropout, text_weight, teacher_weight)
+        architecture = {name: given[name] for name in shapes if given[name] is not None}
+        weights = replace(chosen.weights, **given_of(Weights, given))
+        _demand_sense(preset, out, architecture, weights)
 
         from forerun.cli import engines
         from forerun.nn.dtype import device_of
         from forerun.train import drafters
-        from forerun.train.presets import PRESETS
 
         engines.quiet()
-        chosen = PRESETS[preset]
-        shape: dict[str, object] = {"heads": heads, "layers": layers, "tied_layers": tied_layers}
-        shape |= {"vocabulary": vocabulary, "dropout": dropout}
         rest = {"parts": parts, "validate_every": validate_every, "save_every": save_every}
         recipe = drafters.HeadsRecipe(
             preset=preset,
             target=target,
             data=data,
-            architecture={name: value for name, value in shape.items() if value is not None},
-            weights=_weights(chosen.weights, text_weight, teacher_weight, head_decay),
+            architecture=architecture,
+            weights=weights,
             schedule=drafters.schedule_for(chosen, steps, rate, floor, **rest),
             rows=rows,
             length=length,
@@ -172,25 +124,31 @@ def command(preset: str) -> Callable[..., None]:
         introduce(training)
         report(training, training.fit(run or out.with_name(out.name + ".run"), out), out)
 
-    train.__doc__ = f"""{HEADS[preset]}
+    train.__doc__ = f"""{chosen.sense}
 
     The target is frozen; its states are computed on the fly. First one answer is shown with the trained tokens marked; in
     the end, how often each head is right, and the tokens per step that this promises. The run's folder has a log of the
     figures on the way.
     """
-    return train
+    return fields.replacing(train, shape=list(shapes.values()), loss=fields.parameters(Weights, LOSS))
 
 
-def _demand_sense(
-    preset: str, out: Path, dropout: float | None, text_weight: float | None, teacher_weight: float | None
-) -> None:
+def given_of(record: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a record that were given as options."""
+    return {name: given[option] for option, name in fields.flags(record).items() if given.get(option) is not None}
+
+
+def _own_last(method: Trained) -> list[Trained]:
+    return [*(one for one in registry.trained().values() if one is not method), method]
+
+
+def _demand_sense(preset: str, out: Path, shape: Mapping[str, object], weights: Weights) -> None:
     """Refuse what could not be followed to the end, before the target is read."""
     from forerun.errors import TrainingError
-    from forerun.train.presets import PRESETS
 
-    if dropout is not None and PRESETS[preset].drafter != "hydra":
-        raise TrainingError(f"{preset} heads have no dropout: leave --dropout out")
-    weights = _weights(PRESETS[preset].weights, text_weight, teacher_weight, None)
+    stranger = next((name for name in shape if name not in fields.flags(registry.preset(preset)[1].config)), None)
+    if stranger:
+        raise TrainingError(f"{preset} heads have no {stranger}: leave --{stranger.replace('_', '-')} out")
     if not weights.text and not weights.teacher:
         raise TrainingError("nothing would be learnt: give --text-weight or --teacher-weight a number above 0")
     if out.name in ("", ".."):
@@ -210,13 +168,6 @@ def _is_ours(config: Path) -> bool:
         return "drafter" in json.loads(config.read_text())
     except (OSError, ValueError):
         return False
-
-
-def _weights(preset: Any, text: float | None, teacher: float | None, decay: float | None) -> Any:
-    from dataclasses import replace
-
-    given = {"text": text, "teacher": teacher, "decay": decay}
-    return replace(preset, **{name: value for name, value in given.items() if value is not None})
 
 
 def introduce(training: HeadsTraining) -> None:

@@ -1,13 +1,16 @@
-"""`forerun train medusa2`: heads and their target trained together. The target becomes another model."""
+"""Heads and their target trained together, for methods that say how. The target becomes another model."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from forerun.cli import heads, options
+from forerun.cli import fields, heads, options
+from forerun.drafting.trained import JointMethod, Trained, Weights
 
 if TYPE_CHECKING:
     from forerun.train.joint import JointTraining
@@ -21,10 +24,6 @@ Target = Annotated[
 Out = Annotated[
     Path,
     typer.Option(metavar="DIR", help="Folder for the result: DIR/model, the new target, and DIR/heads, its heads."),
-]
-InitFrom = Annotated[
-    str | None,
-    typer.Option(metavar="DIR", help="Begin with heads that forerun train medusa has trained: the paper's two stages."),
 ]
 Keep = Annotated[
     str,
@@ -52,19 +51,6 @@ Ramp = Annotated[
         show_default="sine with original, constant with text",
     ),
 ]
-Heads = Annotated[
-    int | None,
-    typer.Option("--heads", min=1, help="How many heads.", rich_help_panel=heads.SHAPE, show_default=heads.PAPER),
-]
-Vocabulary = Annotated[
-    Literal["own", "shared"] | None,
-    typer.Option(
-        metavar="own|shared",
-        help="A projection per head, or the target's for all.",
-        rich_help_panel=heads.SHAPE,
-        show_default="own",
-    ),
-]
 Rank = Annotated[int, typer.Option(min=1, help="Of the target's low-rank adapters.", rich_help_panel=ADAPTERS)]
 Alpha = Annotated[float, typer.Option(help="Adapters count ALPHA / RANK.", rich_help_panel=ADAPTERS)]
 Rate = Annotated[
@@ -87,75 +73,80 @@ HeadRate = Annotated[
 ]
 
 
-def medusa2(
-    target: Target,
-    data: heads.Data,
-    out: Out,
-    run: heads.Run = None,
-    init_from: InitFrom = None,
-    count: Heads = None,
-    layers: heads.Layers = None,
-    tied_layers: heads.Tied = None,
-    vocabulary: Vocabulary = None,
-    keep: Keep = "original",
-    head_weight: HeadWeight = None,
-    ramp: Ramp = None,
-    head_decay: heads.HeadDecay = None,
-    rank: Rank = 32,
-    alpha: Alpha = 16.0,
-    steps: heads.Steps = 1000,
-    rows: heads.Rows = 16,
-    length: heads.Length = 512,
-    parts: heads.Parts = 1,
-    rate: Rate = None,
-    head_rate: HeadRate = None,
-    validate_every: heads.Every = 200,
-    save_every: heads.Every = 100,
-    seed: heads.Seed = 0,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-) -> None:
-    """Train Medusa heads and their target together: more tokens per step, and another target.
+def command(method: Trained) -> Callable[..., None]:
+    """The command that trains heads of this method and their target together."""
+    assert method.joint is not None
+    joined: JointMethod = method.joint
+
+    def train(
+        target: Target,
+        data: heads.Data,
+        out: Out,
+        run: heads.Run = None,
+        init_from: str | None = None,
+        shape: None = None,
+        keep: Keep = "original",
+        head_weight: HeadWeight = None,
+        ramp: Ramp = None,
+        loss: None = None,
+        rank: Rank = 32,
+        alpha: Alpha = 16.0,
+        steps: heads.Steps = 1000,
+        rows: heads.Rows = 16,
+        length: heads.Length = 512,
+        parts: heads.Parts = 1,
+        rate: Rate = None,
+        head_rate: HeadRate = None,
+        validate_every: heads.Every = 200,
+        save_every: heads.Every = 100,
+        seed: heads.Seed = 0,
+        dtype: options.Dtype = "auto",
+        device: options.Device = "auto",
+        **given: Any,
+    ) -> None:
+        from forerun.nn.dtype import device_of
+        from forerun.train import drafters, joint
+
+        _demand_place(out)
+        preset = joint.preset_of(joined, keep)
+        rest = {"parts": parts, "validate_every": validate_every, "save_every": save_every}
+        own = drafters.HeadsRecipe(
+            preset=joined.preset,
+            target=target,
+            data=data,
+            architecture=heads.given_of(method.config, given),
+            weights=replace(preset.heads.weights, **heads.given_of(Weights, given)),
+            schedule=joint.schedule_for(preset, steps, rate, head_rate, **rest),
+            rows=rows,
+            length=length,
+            seed=seed,
+            init_from=init_from,
+            dtype=dtype,
+        )
+        recipe = joint.JointRecipe(
+            heads=own,
+            keep=keep,
+            head_weight=preset.head_weight if head_weight is None else head_weight,
+            ramp=ramp or preset.ramp,
+            rank=rank,
+            alpha=alpha,
+        )
+        training = joint.prepare(recipe, device_of(device))
+        heads.introduce(training.heads)
+        _warn(training, out)
+        figures = training.fit(run or out.with_name(out.name + ".run"), out)
+        heads.report(training.heads, figures, out / joint.HEADS)
+        report(figures, target, out)
+
+    train.__doc__ = f"""{joined.sense}
 
     The target moves through low-rank adapters, merged into DIR/model in the end. That is a new model, close to the old one; what
     it says with DIR/heads is exactly what it says without, which need not be what MODEL says.
     """
-    from dataclasses import replace
-
-    from forerun.nn.dtype import device_of
-    from forerun.train import drafters, joint
-
-    _demand_place(out)
-    preset = joint.preset_of(keep)
-    shape = {"heads": count, "layers": layers, "tied_layers": tied_layers, "vocabulary": vocabulary}
-    rest = {"parts": parts, "validate_every": validate_every, "save_every": save_every}
-    own = drafters.HeadsRecipe(
-        preset="medusa",
-        target=target,
-        data=data,
-        architecture={name: value for name, value in shape.items() if value is not None},
-        weights=preset.heads.weights if head_decay is None else replace(preset.heads.weights, decay=head_decay),
-        schedule=joint.schedule_for(preset, steps, rate, head_rate, **rest),
-        rows=rows,
-        length=length,
-        seed=seed,
-        init_from=init_from,
-        dtype=dtype,
-    )
-    recipe = joint.JointRecipe(
-        heads=own,
-        keep=keep,
-        head_weight=preset.head_weight if head_weight is None else head_weight,
-        ramp=ramp or preset.ramp,
-        rank=rank,
-        alpha=alpha,
-    )
-    training = joint.prepare(recipe, device_of(device))
-    heads.introduce(training.heads)
-    _warn(training, out)
-    figures = training.fit(run or out.with_name(out.name + ".run"), out)
-    heads.report(training.heads, figures, out / joint.HEADS)
-    report(figures, target, out)
+    decay = [one for one in fields.parameters(Weights, heads.LOSS) if one.name == "head_decay"]
+    begin = f"Begin with heads that forerun train {joined.preset} has trained: the paper's two stages."
+    start, shapes = fields.one("init_from", str, begin, metavar="DIR"), fields.parameters(method.config, heads.SHAPE)
+    return fields.replacing(train, init_from=[start], shape=shapes, loss=decay)
 
 
 def _demand_place(out: Path) -> None:

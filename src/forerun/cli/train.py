@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from forerun.cli import heads, joint, options
+from forerun.drafting import registry
 
 app = typer.Typer(help="Train models and drafters.")
 
@@ -159,6 +160,9 @@ def _numbers(text: str | None) -> tuple[int, ...]:
         raise TrainingError(f"--init-layers {text!r} is not a list of layers: write 0,7") from None
 
 
-for preset in heads.HEADS:
-    app.command(preset)(heads.command(preset))
-app.command("medusa2")(joint.medusa2)
+for method in registry.trained().values():
+    for preset in method.presets:
+        app.command(preset)(heads.command(preset))
+for method in registry.trained().values():
+    if method.joint:
+        app.command(method.joint.name)(joint.command(method))

@@ -24,6 +24,8 @@ from forerun.accept.exact import Verdict
 from forerun.accept.lossy import Lenient
 from forerun.drafters.verified import Verified, lenient_of, tentatively
 from forerun.drafting.drafter import Context, Drafter, Tally
+from forerun.drafting.method import Method
+from forerun.drafting.settings import setting
 from forerun.drafting.workshop import Workshop
 from forerun.errors import DrafterError
 from forerun.model import Model, Scores
@@ -176,36 +178,55 @@ def _chain(said: Sequence[_Said], device: torch.device) -> TokenTree:
     return TokenTree.drawn([row.tokens for row in said], topology, laws, device)
 
 
-def build(
-    workshop: Workshop,
-    models: Sequence[str] | None = None,
-    k: Sequence[Sequence[int]] | None = None,
-    leniency: float = 1,
-    last: str | Mapping[str, Any] = "maxgram",
-    parts: Sequence[Mapping[str, Any]] | None = None,
-) -> Drafter:
+@dataclass(frozen=True)
+class Settings:
     """The paper's cascade, or any drafters one behind the other:
 
     {"drafter": "cascade", "models": [LARGE, SMALL], "k": [[5, 14, 10], [0, 1, 10], [0, 0, 10]], "leniency": 1}
     {"drafter": "cascade", "parts": [{"drafter": "small:SMALL", "until": 3}, {"drafter": "lookup", "until": 10}]}
-
-    models: checkpoints from large to small; the last drafter is `last`, Max-Gram. k: one row and column per drafter, upper
-    triangular; without it every model reviews once, and the last drafter adds ten tokens. leniency: of the models' reviews
-    (1 is exact).
     """
-    if (models is None) == (parts is None):
-        raise DrafterError('cascade: give either "models" (with "k") or "parts"')
-    if parts is not None:
-        if k is not None or leniency != 1 or last != "maxgram":
-            raise DrafterError('cascade: "parts" says it all; "k", "leniency" and "last" belong to "models"')
-        if isinstance(parts, str | Mapping) or not isinstance(parts, Sequence) or not parts:
-            raise DrafterError(f'cascade: parts is a list of drafters with "until", at least one, not {parts!r}')
-        return Cascade([_part(workshop, part) for part in parts])
-    if isinstance(models, str) or not isinstance(models, Sequence) or not all(isinstance(m, str) for m in models):
-        raise DrafterError(f'cascade: models is a list of checkpoints such as ["LARGE", "SMALL"], not {models!r}')
-    rule = lenient_of("cascade", leniency)
-    table = _matrix(k, len(models) + 1) if k is not None else _default(len(models) + 1)
-    return _cascade(workshop, list(models), table, rule, last)
+
+    models: Sequence[str] | None = setting(
+        None, "Checkpoints from large to small; the last drafter is `last`.", "models"
+    )
+    k: Sequence[Sequence[int]] | None = setting(
+        None,
+        "One row and column per drafter, upper triangular; without it every model reviews once, and the last drafter adds ten"
+        " tokens.",
+    )
+    leniency: float = setting(1, "Of the models' reviews (1 is exact).")
+    last: str | Mapping[str, Any] = setting("maxgram", "The drafter below all models.", "spec")
+    parts: Sequence[Mapping[str, Any]] | None = setting(
+        None, 'Drafters with "until": how long the whole draft must be before the next one\'s turn.', "parts"
+    )
+
+    def __post_init__(self) -> None:
+        models, parts = self.models, self.parts
+        if (models is None) == (parts is None):
+            raise DrafterError('cascade: give either "models" (with "k") or "parts"')
+        if parts is not None:
+            if self.k is not None or self.leniency != 1 or self.last != "maxgram":
+                raise DrafterError('cascade: "parts" says it all; "k", "leniency" and "last" belong to "models"')
+            if isinstance(parts, str | Mapping) or not isinstance(parts, Sequence) or not parts:
+                raise DrafterError(f'cascade: parts is a list of drafters with "until", at least one, not {parts!r}')
+        elif isinstance(models, str) or not isinstance(models, Sequence) or not all(isinstance(m, str) for m in models):
+            raise DrafterError(f'cascade: models is a list of checkpoints such as ["LARGE", "SMALL"], not {models!r}')
+        else:
+            lenient_of("cascade", self.leniency)
+            _ = self.matrix
+
+    @property
+    def matrix(self) -> list[list[int]]:
+        """k, as the models need it."""
+        size = len(self.models or ()) + 1
+        return _matrix(self.k, size) if self.k is not None else _default(size)
+
+
+def build(workshop: Workshop, settings: Settings) -> Drafter:
+    if settings.parts is not None:
+        return Cascade([_part(workshop, part) for part in settings.parts])
+    rule = lenient_of("cascade", settings.leniency)
+    return _cascade(workshop, list(settings.models or ()), settings.matrix, rule, settings.last)
 
 
 def _part(workshop: Workshop, part: Mapping[str, Any]) -> Part:
@@ -253,3 +274,13 @@ def _matrix(k: Sequence[Sequence[int]], size: int) -> list[list[int]]:
 def _default(size: int) -> list[list[int]]:
     """Each model reviews once, Max-Gram's ten tokens below it and behind it."""
     return [[10 if column == size - 1 else int(row <= column) for column in range(size)] for row in range(size)]
+
+
+METHOD = Method(
+    "cascade",
+    "Drafters one behind the other, each reviewing what the next smaller one drafts.",
+    Settings,
+    build,
+    grows="drawn",
+    example={"models": ["MODEL"], "k": [[2, 3], [0, 4]], "last": "lookup"},
+)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from forerun.accept.exact import Verdict
 from forerun.drafting.drafter import Context, Drafter, Tally
+from forerun.drafting.method import Method
+from forerun.drafting.settings import setting
 from forerun.drafting.workshop import Workshop
 from forerun.errors import DrafterError
 from forerun.model import Scores
@@ -150,10 +152,30 @@ def assembled(trees: Sequence[TokenTree], device: torch.device) -> TokenTree:
     return TokenTree(tokens, topology, device, drawn, laws)
 
 
-def build(workshop: Workshop, sources: Sequence[str | Mapping[str, Any]] = (), enough: int = 1) -> Drafter:
+@dataclass(frozen=True)
+class Settings:
     """{"drafter": "fallback", "sources": ["lookup", "hydra:HEADS"], "enough": 1}, on the command line `lookup | hydra:HEADS`."""
-    if isinstance(sources, str) or not isinstance(sources, Sequence) or len(sources) < 2:
-        raise DrafterError('fallback: sources is a list of at least two drafters, such as ["lookup", "small:PATH"]')
-    if not isinstance(enough, int) or isinstance(enough, bool) or enough < 1:
-        raise DrafterError(f"fallback: enough is a number of tokens, at least 1, not {enough!r}")
-    return Fallback([workshop.build(source) for source in sources], enough)
+
+    sources: Sequence[str | Mapping[str, Any]] = setting((), "At least two drafters, in the order of asking.", "specs")
+    enough: int = setting(1, "A source without luck in it that has fewer nodes is passed over.")
+
+    def __post_init__(self) -> None:
+        sources, enough = self.sources, self.enough
+        if isinstance(sources, str) or not isinstance(sources, Sequence) or len(sources) < 2:
+            raise DrafterError('fallback: sources is a list of at least two drafters, such as ["lookup", "small:PATH"]')
+        if not isinstance(enough, int) or isinstance(enough, bool) or enough < 1:
+            raise DrafterError(f"fallback: enough is a number of tokens, at least 1, not {enough!r}")
+
+
+def build(workshop: Workshop, settings: Settings) -> Drafter:
+    return Fallback([workshop.build(source) for source in settings.sources], settings.enough)
+
+
+METHOD = Method(
+    "fallback",
+    "One drafter in front of another.",
+    Settings,
+    build,
+    grows="drawn",
+    example={"sources": ["lookup", "small:MODEL"]},
+)

@@ -23,8 +23,10 @@ from pathlib import Path
 from torch import Tensor
 
 from forerun.accept.exact import Verdict
-from forerun.drafters.lookup import limits_of
+from forerun.drafters.lookup import demand_limits
 from forerun.drafting.drafter import Context, Drafter, Tally
+from forerun.drafting.method import Method
+from forerun.drafting.settings import setting
 from forerun.drafting.workshop import Workshop
 from forerun.errors import DrafterError
 from forerun.model import Scores
@@ -194,49 +196,61 @@ def merge(merged: Draft, found: Draft, limits: Limits) -> int:
     return len(merged.tokens) - before
 
 
-def build(
-    workshop: Workshop,
-    checkpoint: str | None = None,
-    stores: Sequence[str] | None = None,
-    nodes: int = 16,
-    depth: int = 16,
-    min_match: int = 1,
-    cost: float = 0.08,
-    capacity: int = 262_144,
-    compat: bool = False,
-) -> Drafter:
+@dataclass(frozen=True)
+class Settings:
     """{"drafter": "hierarchy", "stores": ["context", "model", "corpus:STORE"], "nodes": 16, "depth": 16, "cost": 0.08}
 
     stores, in the order in which they are asked: `context`, the request's own text; `model`, what the model said before, or
     `model:FILE` to remember it across runs; `corpus:STORE`, made by `forerun index`. Without them: context and model, and
     `hierarchy:STORE` adds a corpus. The paper's own tables of five-grams are stores too: `grams` of the request's text,
-    `grams:ANSWERS` of what the model said (from `forerun distill`); compat: in the published code's order, the oldest first.
-    capacity: tokens that the model store holds. The other settings are those of `lookup`.
+    `grams:ANSWERS` of what the model said (from `forerun distill`).
     """
-    if stores is None:
-        stores = ["context", "model", *([f"corpus:{checkpoint}"] if checkpoint else [])]
-    elif checkpoint is not None:
-        raise DrafterError("hierarchy: give the corpus as a checkpoint or among the stores, not both")
-    if isinstance(stores, str) or not stores or not all(isinstance(store, str) for store in stores):
-        raise DrafterError(f'hierarchy: stores is a list such as ["context", "model", "corpus:STORE"], not {stores!r}')
-    limits = limits_of("hierarchy", nodes, depth, min_match, cost)
-    if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 2:
-        raise DrafterError(f"hierarchy: capacity is a number of tokens, at least 2, not {capacity!r}")
-    if not isinstance(compat, bool):
-        raise DrafterError(f"hierarchy: compat is true or false, not {compat!r}")
-    return Hierarchy([_store(spec, capacity, compat, workshop) for spec in stores], limits)
+
+    checkpoint: str | None = setting(None, "A corpus, behind the stores that are always there.", "store")
+    stores: Sequence[str] | None = setting(None, "Stores in the order in which they are asked.", "stores")
+    nodes: int = setting(16, "As for lookup.")
+    depth: int = setting(16, "As for lookup.")
+    min_match: int = setting(1, "As for lookup.")
+    cost: float = setting(0.08, "As for lookup.")
+    capacity: int = setting(262_144, "Tokens that the model store holds.")
+    compat: bool = setting(False, "Grams in the published code's order, the oldest first.")
+
+    def __post_init__(self) -> None:
+        stores, capacity, compat = self.stores, self.capacity, self.compat
+        if stores is not None and self.checkpoint is not None:
+            raise DrafterError("hierarchy: give the corpus as a checkpoint or among the stores, not both")
+        if stores is not None and (
+            isinstance(stores, str) or not stores or not all(isinstance(store, str) for store in stores)
+        ):
+            raise DrafterError(
+                f'hierarchy: stores is a list such as ["context", "model", "corpus:STORE"], not {stores!r}'
+            )
+        demand_limits("hierarchy", self)
+        if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 2:
+            raise DrafterError(f"hierarchy: capacity is a number of tokens, at least 2, not {capacity!r}")
+        if not isinstance(compat, bool):
+            raise DrafterError(f"hierarchy: compat is true or false, not {compat!r}")
 
 
-def _store(spec: str, capacity: int, compat: bool, workshop: Workshop) -> Store:
+def build(workshop: Workshop, settings: Settings) -> Drafter:
+    corpus = [f"corpus:{settings.checkpoint}"] if settings.checkpoint else []
+    stores = ["context", "model", *corpus] if settings.stores is None else settings.stores
+    limits = Limits(settings.nodes, settings.depth, settings.min_match, float(settings.cost))
+    return Hierarchy([_store(spec, settings, workshop) for spec in stores], limits)
+
+
+def _store(spec: str, settings: Settings, workshop: Workshop) -> Store:
     name, _, place = spec.partition(":")
     if name == "grams":
-        shape = Shape(compat=compat)
+        shape = Shape(compat=settings.compat)
         return GramStore(shape, table_of(_answers(place, workshop.target.vocab_size), shape) if place else None)
     if name == "context" and not place:
         return ContextStore()
     if name == "model":
         file = Path(place) if place else None
-        return ModelStore(capacity, file, vocabulary=workshop.target.vocab_size, tokenizer=workshop.tokenizer() or None)
+        return ModelStore(
+            settings.capacity, file, vocabulary=workshop.target.vocab_size, tokenizer=workshop.tokenizer() or None
+        )
     if name == "corpus" and place:
         corpus = Corpus.open(place)
         corpus.demand_fit(workshop.target.vocab_size, workshop.tokenizer())
@@ -256,3 +270,6 @@ def _answers(path: str, vocabulary: int) -> Iterator[Sequence[int]]:
 
 def _no_text(text: str) -> Sequence[int]:
     raise DrafterError("a table of grams is made of token ids: give a file of forerun distill")
+
+
+METHOD = Method("hierarchy", "Stores of tokens, the most local first.", Settings, build, grows="certain")

@@ -13,11 +13,15 @@ need be proposed to notice that the text begins to repeat itself. Trees are a fu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from forerun.drafting.drafter import Context, Drafter
-from forerun.drafting.workshop import Workshop, demand_count
+from forerun.drafting.method import Method
+from forerun.drafting.settings import demand_count, setting
+from forerun.drafting.workshop import Workshop
 from forerun.errors import DrafterError
 from forerun.row import Row
 from forerun.slots import Slots
@@ -60,20 +64,38 @@ class Lookup(Drafter):
         return TokenTree.of([draft.tokens for draft in grown], [draft.parents for draft in grown], context.device)
 
 
-def build(workshop: Workshop, nodes: int = 16, depth: int = 16, min_match: int = 1, cost: float = 0.08) -> Drafter:
-    """{"drafter": "lookup", "nodes": 16, "depth": 16, "min_match": 1, "cost": 0.08}
+@dataclass(frozen=True)
+class Settings:
+    """{"drafter": "lookup", "nodes": 16, "depth": 16, "min_match": 1, "cost": 0.08}"""
 
-    nodes: the largest tree. depth: its longest path. min_match: the fewest tokens that must match. cost: the least
-    probability of survival for which a node is proposed; the best value is what one more node adds to a step, as a share of
-    a plain step, times the speed-up (on a 2-core CPU 0.045 times 1.8).
-    """
-    return Lookup(limits_of("lookup", nodes, depth, min_match, cost))
+    nodes: int = setting(16, "The largest tree.")
+    depth: int = setting(16, "Its longest path.")
+    min_match: int = setting(1, "The fewest tokens that must match.")
+    cost: float = setting(
+        0.08,
+        "The least probability of survival for which a node is proposed; the best value is what one more node adds to a step,"
+        " as a share of a plain step, times the speed-up (on a 2-core CPU 0.045 times 1.8).",
+    )
+
+    def __post_init__(self) -> None:
+        demand_limits("lookup", self)
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.nodes, self.depth, self.min_match, float(self.cost))
 
 
-def limits_of(drafter: str, nodes: int, depth: int, min_match: int, cost: float) -> Limits:
-    """The limits of a drafter's description, checked."""
-    for setting, value in (("nodes", nodes), ("depth", depth), ("min_match", min_match)):
-        demand_count(drafter, setting, value)
+def demand_limits(drafter: str, settings: Any) -> None:
+    """DrafterError unless the limits among these settings make sense."""
+    for name in ("nodes", "depth", "min_match"):
+        demand_count(drafter, name, getattr(settings, name))
+    cost = settings.cost
     if isinstance(cost, bool) or not isinstance(cost, int | float) or not 0 < cost < 1:
         raise DrafterError(f"{drafter}: cost is a probability between 0 and 1, not {cost!r}")
-    return Limits(nodes, depth, min_match, float(cost))
+
+
+def build(workshop: Workshop, settings: Settings) -> Drafter:
+    return Lookup(settings.limits)
+
+
+METHOD = Method("lookup", "What followed the last tokens earlier in the text.", Settings, build, grows="certain")

@@ -15,11 +15,14 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from forerun.drafting.drafter import Context, Drafter
-from forerun.drafting.workshop import Workshop, demand_count
+from forerun.drafting.method import Method
+from forerun.drafting.settings import demand_count, setting
+from forerun.drafting.workshop import Workshop
 from forerun.errors import DrafterError
 from forerun.row import Row
 from forerun.slots import Slots
@@ -179,29 +182,34 @@ class MaxGram(Drafter):
         return drafted[: min(end, most)]
 
 
-def build(
-    workshop: Workshop,
-    length: int = 10,
-    store: str | None = None,
-    occurrence: str = "newest",
-    min_match: int = 1,
-    compat: bool = False,
-) -> Drafter:
-    """{"drafter": "maxgram", "length": 10, "store": null, "occurrence": "newest", "min_match": 1, "compat": false}
+@dataclass(frozen=True)
+class Settings:
+    """{"drafter": "maxgram", "length": 10, "store": null, "occurrence": "newest", "min_match": 1, "compat": false}"""
 
-    length: tokens of a chain. store: a file of forerun index, whose table continues where nothing matches; without it nothing
-    is proposed there. occurrence: newest or leftmost, where the longest match is in several places. min_match: the fewest tokens
-    that must match. compat: as the authors' repository, which takes no notice of occurrence and min_match.
-    """
-    for setting, value in (("length", length), ("min_match", min_match)):
-        demand_count("maxgram", setting, value)
-    if occurrence not in OCCURRENCES:
-        raise DrafterError(f"maxgram: occurrence is {' or '.join(OCCURRENCES)}, not {occurrence!r}")
-    if not isinstance(compat, bool):
-        raise DrafterError(f"maxgram: compat is true or false, not {compat!r}")
-    if store is not None and not isinstance(store, str):
-        raise DrafterError(f"maxgram: store is the path of a file of forerun index, not {store!r}")
-    return MaxGram(length, _table(workshop, store), occurrence, min_match, compat)
+    length: int = setting(10, "Tokens of a chain.")
+    store: str | None = setting(
+        None,
+        "A file of forerun index, whose table continues where nothing matches; without it nothing is proposed there.",
+        "store",
+    )
+    occurrence: str = setting("newest", "newest or leftmost, where the longest match is in several places.")
+    min_match: int = setting(1, "The fewest tokens that must match.")
+    compat: bool = setting(False, "As the authors' repository, which takes no notice of occurrence and min_match.")
+
+    def __post_init__(self) -> None:
+        demand_count("maxgram", "length", self.length)
+        demand_count("maxgram", "min_match", self.min_match)
+        if self.occurrence not in OCCURRENCES:
+            raise DrafterError(f"maxgram: occurrence is {' or '.join(OCCURRENCES)}, not {self.occurrence!r}")
+        if not isinstance(self.compat, bool):
+            raise DrafterError(f"maxgram: compat is true or false, not {self.compat!r}")
+        if self.store is not None and not isinstance(self.store, str):
+            raise DrafterError(f"maxgram: store is the path of a file of forerun index, not {self.store!r}")
+
+
+def build(workshop: Workshop, settings: Settings) -> Drafter:
+    table = _table(workshop, settings.store)
+    return MaxGram(settings.length, table, settings.occurrence, settings.min_match, settings.compat)
 
 
 def _table(workshop: Workshop, store: str | None) -> Table:
@@ -212,3 +220,6 @@ def _table(workshop: Workshop, store: str | None) -> Table:
     corpus = Corpus.open(store)
     corpus.demand_fit(workshop.target.vocab_size, workshop.tokenizer())
     return Table(corpus.bigram.data)
+
+
+METHOD = Method("maxgram", "The longest match in the text, copied.", Settings, build, grows="certain")

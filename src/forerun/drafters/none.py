@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from forerun.drafting.drafter import Context, Drafter
+from forerun.drafting.method import Method
 from forerun.drafting.workshop import Workshop
 from forerun.tree import TokenTree
 
@@ -16,6 +19,13 @@ class Nothing(Drafter):
         return TokenTree.root([row.tokens[-1] for row in context.rows], context.device)
 
 
-def build(workshop: Workshop) -> Drafter:
+@dataclass(frozen=True)
+class Settings:
     """{"drafter": "none"}"""
+
+
+def build(workshop: Workshop, settings: Settings) -> Drafter:
     return Nothing()
+
+
+METHOD = Method("none", "Plain decoding, the baseline.", Settings, build, grows="nothing")

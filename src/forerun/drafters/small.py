@@ -10,6 +10,7 @@ Stopping rules see the draft model's bare probabilities (temperature 1, nothing 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -17,9 +18,11 @@ from torch import Tensor
 from forerun.accept.exact import Verdict
 from forerun.drafting.drafter import Context, Drafter
 from forerun.drafting.growth import Chain, Form, ModelExpander, SampledTree, TopTree
-from forerun.drafting.stopping import Fixed
+from forerun.drafting.method import Method
+from forerun.drafting.settings import MOST, setting
+from forerun.drafting.stopping import Fixed, Stopping
 from forerun.drafting.stopping import stopping as stopping_rule
-from forerun.drafting.workshop import MOST, Workshop
+from forerun.drafting.workshop import Workshop
 from forerun.errors import DrafterError
 from forerun.model import Model, Scores
 from forerun.nn.network import Network
@@ -79,14 +82,8 @@ class DraftModel(Drafter):
         return grown.tree
 
 
-def build(
-    workshop: Workshop,
-    checkpoint: str | None = None,
-    length: int | None = None,
-    stopping: Mapping[str, Any] | None = None,
-    tree: Mapping[str, int] | None = None,
-    widths: Sequence[int] | None = None,
-) -> Drafter:
+@dataclass(frozen=True)
+class Settings:
     """{"drafter": "small", "checkpoint": PATH, ...} and one of
 
     "length": N                                          a chain of N tokens (the default, 3)
@@ -94,26 +91,49 @@ def build(
     "tree": {"width": 4, "depth": 5, "nodes": 16}        the best continuations as a tree
     "widths": [3, 2, 1]                                  a sampled tree
     """
-    if sum(option is not None for option in (length, stopping, tree, widths)) > 1:
-        raise DrafterError("small: give only one of length, stopping, tree, widths")
-    for setting, value, kind in (("tree", tree, Mapping), ("stopping", stopping, Mapping), ("widths", widths, list)):
-        if value is not None and not isinstance(value, kind):
-            raise DrafterError(f"small: {setting} is a {'list' if kind is list else 'mapping'}, not {value!r}")
-    network = workshop.network(checkpoint, "small")
-    if tree is not None:
-        shape = {"width": 4, "depth": 5, "nodes": 16, **tree}
+
+    checkpoint: str | None = setting(None, "The draft model, of the target's vocabulary.", "model")
+    length: int | None = setting(None, "A chain of so many tokens (without anything else, 3).")
+    stopping: Mapping[str, Any] | None = setting(None, "A chain that ends itself, by this rule.")
+    tree: Mapping[str, int] | None = setting(None, "The best continuations as a tree: its width, depth and nodes.")
+    widths: Sequence[int] | None = setting(None, "A sampled tree: the children of a node, by depth.")
+
+    def __post_init__(self) -> None:
+        if sum(one is not None for one in (self.length, self.stopping, self.tree, self.widths)) > 1:
+            raise DrafterError("small: give only one of length, stopping, tree, widths")
+        for name, kind in (("tree", Mapping), ("stopping", Mapping), ("widths", list)):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise DrafterError(f"small: {name} is a {'list' if kind is list else 'mapping'}, not {value!r}")
+        shape, widths, length = self.shape, self.widths, self.length
         if set(shape) != {"width", "depth", "nodes"} or not _are_counts(shape.values()):
-            raise DrafterError(f"small: a tree has width, depth and nodes of at least 1, not {dict(tree)}")
-        return DraftModel.on(network, TopTree(**shape))
-    if widths is not None:
-        if not widths or not _are_counts(widths):
+            raise DrafterError(f"small: a tree has width, depth and nodes of at least 1, not {dict(self.tree or {})}")
+        if widths is not None and not (widths and _are_counts(widths)):
             raise DrafterError(f"small: widths are numbers of children per level, at least 1, not {list(widths)}")
-        return DraftModel.on(network, SampledTree(widths))
-    if length is not None and not _are_counts([length]):
-        raise DrafterError(f"small: a length of {length} drafts nothing; give 1 or more, or use the drafter none")
-    rule = stopping_rule(**stopping) if stopping else Fixed(length or 3)
-    return DraftModel.on(network, Chain(rule))
+        if length is not None and not _are_counts([length]):
+            raise DrafterError(f"small: a length of {length} drafts nothing; give 1 or more, or use the drafter none")
+        _ = self.rule
+
+    @property
+    def shape(self) -> dict[str, int]:
+        return {"width": 4, "depth": 5, "nodes": 16, **(self.tree or {})}
+
+    @property
+    def rule(self) -> Stopping:
+        return stopping_rule(**self.stopping) if self.stopping else Fixed(self.length or 3)
+
+
+def build(workshop: Workshop, settings: Settings) -> Drafter:
+    network = workshop.network(settings.checkpoint, "small")
+    if settings.tree is not None:
+        return DraftModel.on(network, TopTree(**settings.shape))
+    if settings.widths is not None:
+        return DraftModel.on(network, SampledTree(settings.widths))
+    return DraftModel.on(network, Chain(settings.rule))
 
 
 def _are_counts(values: Iterable[object]) -> bool:
     return all(isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST for value in values)
+
+
+METHOD = Method("small", "A smaller language model of the same vocabulary.", Settings, build, grows="drawn")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,9 @@ from forerun.accept.exact import Verdict
 from forerun.accept.judge import judge
 from forerun.accept.lossy import Lenient
 from forerun.drafting.drafter import Context, Drafter, Tally
-from forerun.drafting.workshop import Workshop, demand_count
+from forerun.drafting.method import Method
+from forerun.drafting.settings import demand_count, setting
+from forerun.drafting.workshop import Workshop
 from forerun.errors import DrafterError
 from forerun.model import Model, Scores
 from forerun.row import Row, draft_chance
@@ -177,23 +179,29 @@ def _tree(tokens: list[list[int]], spoken: list[list[Tensor]], device: torch.dev
     return TokenTree.drawn_chain(tokens, table)
 
 
-def build(
-    workshop: Workshop,
-    checkpoint: str | None = None,
-    inner: str | Mapping[str, Any] = "lookup",
-    length: int = 5,
-    leniency: float = 1,
-) -> Drafter:
-    """{"drafter": "verified", "checkpoint": PATH, "inner": any drafter, "length": N, "leniency": 1}
+@dataclass(frozen=True)
+class Settings:
+    """{"drafter": "verified", "checkpoint": PATH, "inner": any drafter, "length": N, "leniency": 1}"""
 
-    leniency: above 1, the model keeps tokens that are up to so many times less probable than their drafter thought. What the
-    target says stays exact.
-    """
-    demand_count("verified", "length", length)
-    rule = lenient_of("verified", leniency)
-    network = workshop.network(checkpoint, "verified")
-    drafter = replace(workshop, target=Model(network, 0)).build(inner)
-    return Verified(Model(network, drafter.max_nodes + 1), drafter, length, rule)
+    checkpoint: str | None = setting(None, "The model whose words are proposed.", "model")
+    inner: str | Mapping[str, Any] = setting("lookup", "Any drafter, for that model.", "spec")
+    length: int = setting(5, "Tokens of a proposal, at least.")
+    leniency: float = setting(
+        1,
+        "Above 1, the model keeps tokens that are up to so many times less probable than their drafter thought. What the"
+        " target says stays exact.",
+    )
+
+    def __post_init__(self) -> None:
+        demand_count("verified", "length", self.length)
+        lenient_of("verified", self.leniency)
+
+
+def build(workshop: Workshop, settings: Settings) -> Drafter:
+    network = workshop.network(settings.checkpoint, "verified")
+    drafter = replace(workshop, target=Model(network, 0)).build(settings.inner)
+    rule = lenient_of("verified", settings.leniency)
+    return Verified(Model(network, drafter.max_nodes + 1), drafter, settings.length, rule)
 
 
 def lenient_of(drafter: str, leniency: object) -> Lenient | None:
@@ -201,3 +209,6 @@ def lenient_of(drafter: str, leniency: object) -> Lenient | None:
     if isinstance(leniency, bool) or not isinstance(leniency, int | float) or not 1 <= leniency < math.inf:
         raise DrafterError(f"{drafter}: leniency is a factor of at least 1 (1 is exact), not {leniency!r}")
     return Lenient(float(leniency)) if leniency > 1 else None
+
+
+METHOD = Method("verified", "What a model says, drafted by another drafter.", Settings, build, grows="drawn")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import filecmp
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -89,30 +89,6 @@ class Checkpoint:
             with torch.no_grad():
                 for name, parameter in own.items():
                     parameter.copy_(file.get_tensor(name))
-
-
-LARGEST = 1 << 24
-"""Of any size in an architecture."""
-
-
-def demand_counts(config: Any, names: Sequence[str]) -> None:
-    """DrafterError unless these fields are sizes that something can have."""
-    for name in names:
-        value = getattr(config, name)
-        if type(value) is not int or not 1 <= value <= LARGEST:
-            raise DrafterError(f"heads with {name} {value!r} make no sense: give a whole number of 1 or more")
-
-
-def demand_sense(config: Any) -> None:
-    """DrafterError for an architecture that no heads can have: called when a config is made, by training or from a file."""
-    demand_counts(config, ("width", "vocab_size", "heads", "layers"))
-    if type(config.tied_layers) is not bool:
-        raise DrafterError(f"heads with tied_layers {config.tied_layers!r} make no sense: give true or false")
-    if config.vocabulary not in ("own", "shared"):
-        raise DrafterError(f"heads with the vocabulary {config.vocabulary!r} make no sense: give own or shared")
-    dropout = getattr(config, "dropout", 0.0)
-    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise DrafterError(f"a dropout of {dropout!r} makes no sense: give a share from 0 to less than 1")
 
 
 def load(path: str | None, drafter: str) -> Checkpoint:

@@ -21,7 +21,8 @@ from typing import Any
 
 import yaml
 
-from forerun.drafting.registry import names, unknown
+from forerun.drafting.registry import method, names, unknown
+from forerun.drafting.settings import Kind
 from forerun.errors import DrafterError
 
 Description = Mapping[str, Any]
@@ -88,19 +89,22 @@ def _parsed(text: str, source: str) -> dict[str, Any]:
     return value
 
 
-def _anchored(description: Any, folder: Path, key: str = "") -> Any:
+def _anchored(value: Any, folder: Path, kind: Kind | None = "spec") -> Any:
     """Checkpoints, trees and stores that lie beside the file that names them, wherever the command runs."""
-    if isinstance(description, Mapping):
-        return {key: _anchored(value, folder, key) for key, value in description.items()}
-    if isinstance(description, list):
-        return [_anchored(value, folder, key) for value in description]
-    if isinstance(description, str) and key in _SPECS and not description.lstrip().startswith("{"):
-        return _NAMED.sub(lambda found: _beside(found, folder), description)
-    if isinstance(description, str) and key in _PLACES:
-        kind, colon, place = description.rpartition(":")
+    if isinstance(value, Mapping) and kind in _SPECS:
+        name = value.get("drafter")
+        kinds = method(name).kinds if isinstance(name, str) and name in names() else {}
+        kinds |= {"drafter": "spec"}
+        return {key: _anchored(inside, folder, kinds.get(key)) for key, inside in value.items()}
+    if isinstance(value, list):
+        return [_anchored(inside, folder, kind) for inside in value]
+    if isinstance(value, str) and kind in _SPECS and not value.lstrip().startswith("{"):
+        return _NAMED.sub(lambda found: _beside(found, folder), value)
+    if isinstance(value, str) and kind in _PLACES:
+        before, colon, place = value.rpartition(":")
         if place and (folder / place).exists():
-            return f"{kind}{colon}{folder / place}"
-    return description
+            return f"{before}{colon}{folder / place}"
+    return value
 
 
 def _beside(found: re.Match[str], folder: Path) -> str:
@@ -111,7 +115,7 @@ def _beside(found: re.Match[str], folder: Path) -> str:
 
 
 _NAMED = re.compile(r"(?P<colon>:?)(?P<before>\s*)(?P<name>[^:()|\s]([^:()|]*[^:()|\s])?)")
-_SPECS = {"drafter", "inner", "sources", "last"}
-"""Settings that hold a SPEC, in which any checkpoint or file may be named."""
-_PLACES = {"checkpoint", "tree", "store", "stores", "models"}
-"""Settings that may name files, alone or behind the name of a kind of store."""
+_SPECS: set[Kind | None] = {"spec", "specs", "parts"}
+"""Kinds of settings that hold SPECs, in which any checkpoint or file may be named."""
+_PLACES: set[Kind | None] = {"model", "models", "heads", "store", "stores", "tree"}
+"""Kinds of settings that may name files, alone or behind the name of a kind of store."""

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from forerun.drafting.drafter import Drafter
-from forerun.drafting.registry import module_of, names, unknown
+from forerun.drafting.registry import method
 from forerun.drafting.spec import DEEPEST, Description, describe
 from forerun.errors import DrafterError
 from forerun.model import Model
 from forerun.nn.network import Network
-
-MOST = 1024
-"""Tokens of anything that a drafter counts: what is more is a slip."""
 
 
 @dataclass(frozen=True)
@@ -47,27 +43,13 @@ class Workshop:
         return network
 
 
-def demand_count(drafter: str, setting: str, value: object) -> None:
-    """DrafterError for anything but a number of tokens."""
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST:
-        raise DrafterError(f"{drafter}: {setting} is a whole number of at least 1 and at most {MOST}, not {value!r}")
-
-
 def build(spec: str | Description, workshop: Workshop) -> Drafter:
     """The drafter that a SPEC or description asks for."""
     settings = describe(spec)
     name = settings.pop("drafter", None)
     if name is None:
         raise DrafterError(f'a drafter needs a name: write "drafter": "lookup" or the like beside {sorted(settings)}')
-    if not isinstance(name, str) or name not in names():
-        raise DrafterError(unknown(str(name)))
+    chosen = method(name)
     if not isinstance(settings.get("checkpoint", ""), str):
         raise DrafterError(f"the checkpoint of the drafter {name} is a path, not {settings['checkpoint']!r}")
-    maker = module_of(name).build
-    allowed = list(inspect.signature(maker).parameters)[1:]
-    for key in settings:
-        if key not in allowed:
-            takes = f"it takes {', '.join(allowed)}" if allowed else "it takes no settings"
-            raise DrafterError(f"the drafter {name} has no setting {key!r}: {takes}")
-    drafter: Drafter = maker(workshop, **settings)
-    return drafter
+    return chosen.build(workshop, chosen.checked(settings))

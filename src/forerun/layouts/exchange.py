@@ -1,50 +1,31 @@
-"""Draft heads in the layouts of the outside world, both ways.
+"""Draft heads in the layouts of the outside world, both ways. Ours is `drafting/checkpoint.py`; the others stand beside the
+methods whose heads they hold, as their entries say.
 
-    ours            see `drafters/checkpoint.py`
-    fasterdecoding  Medusa's own: config.json, and medusa_lm_head.safetensors or .pt with "{head}.{layer}.linear.weight";
-                    version "2" has no vocabulary matrices. Read also: heads inside a merged model (Medusa-2)
-    vllm            Medusa as vLLM reads it: "blocks.{head}.layers.{layer}.weight", "lm_heads.{head}.weight"
-    hydra           Hydra's own: config.json and hydra_lm_head.pt
-
-A layout is a table from its tensor names to places in our parameters (places.py). The same table reads and writes, so what one
+A layout is a table from its tensor names to places in our parameters (`Place`). The same table reads and writes, so what one
 way does the other undoes. Tensors keep their number format, and none is skipped silently: one too many, too few or of another
 shape is an error that lists it. What is written is read back and compared bit by bit before it moves into place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from forerun.drafters.hydra.layouts import as_hydra, read_hydra
-from forerun.drafters.hydra.method import HydraConfig
-from forerun.drafters.medusa.layouts import (
-    MERGED_PREFIX,
-    as_fasterdecoding,
-    as_vllm,
-    read_fasterdecoding,
-    read_merged,
-    read_vllm,
-)
-from forerun.drafters.medusa.method import MedusaConfig
 from forerun.drafting import checkpoint as checkpoints
+from forerun.drafting import registry
 from forerun.drafting.checkpoint import TREE, Checkpoint
+from forerun.drafting.trained import Layout
 from forerun.errors import CheckpointError, DrafterError
 from forerun.layouts.files import config_of, folder_of, staged_beside, tensors_of, whole_model, write_parcel
-from forerun.layouts.table import Heads, Parcel, Place, Stored, skeleton
+from forerun.layouts.table import Heads, Place, Stored, skeleton
 from forerun.layouts.target import Base
 from forerun.sources.folder import CONFIG, WEIGHTS
 
-__all__ = ["LAYOUTS", "Base", "Heads", "demand_layout", "demand_new", "read", "write"]
-
-LAYOUTS = ("ours", "fasterdecoding", "vllm", "hydra")
-
-Reader = Callable[[Stored, Base | None], Heads]
+__all__ = ["OURS", "Base", "Heads", "demand_layout", "demand_new", "read", "write"]
 
 
 def read(source: str | Path, base: Base | None = None) -> Heads:
@@ -55,15 +36,13 @@ def read(source: str | Path, base: Base | None = None) -> Heads:
     """
     folder = folder_of(source)
     config = config_of(folder)
-    reader, files, prefix = _recognised(folder, config)
-    return _read(reader, folder, config, files, prefix, base)
+    layout, files = _recognised(folder, config)
+    return _read(layout, folder, config, files, base)
 
 
-def _read(
-    reader: Reader, folder: Path, config: Mapping[str, Any], files: Sequence[Path], prefix: str, base: Base | None
-) -> Heads:
-    tensors = {name: tensor for path in files for name, tensor in tensors_of(path, prefix).items()}
-    heads = reader(Stored(folder, config, tensors), base)
+def _read(layout: Layout, folder: Path, config: Mapping[str, Any], files: Sequence[Path], base: Base | None) -> Heads:
+    tensors = {name: tensor for path in files for name, tensor in tensors_of(path, layout.prefix).items()}
+    heads: Heads = layout.read(Stored(folder, config, tensors), base)
     if base and (heads.config.width, heads.config.vocab_size) != (base.width, base.vocab_size):
         raise DrafterError(
             f"{folder} holds heads for {heads.target} (width {heads.config.width}, {heads.config.vocab_size} tokens), and"
@@ -72,32 +51,34 @@ def _read(
     return heads
 
 
-def _recognised(folder: Path, config: Mapping[str, Any]) -> tuple[Reader, list[Path], str]:
-    """Who reads this folder, from which files, and how the names of its tensors begin."""
+def _recognised(folder: Path, config: Mapping[str, Any]) -> tuple[Layout, list[Path]]:
+    """The layout of this folder, and the files that hold the heads."""
     if "forerun" in config:
-        return _read_ours, [folder / WEIGHTS], ""
-    for stem, reader in (("hydra_lm_head", read_hydra), ("medusa_lm_head", read_fasterdecoding)):
+        return OURS, [folder / WEIGHTS]
+    foreign = registry.layouts()
+    for layout in foreign:
         for suffix in (".safetensors", ".pt"):
-            if (folder / f"{stem}{suffix}").is_file():
-                return reader, [folder / f"{stem}{suffix}"], ""
-    if config.get("model_type") == "medusa" or config.get("architectures") == ["MedusaModel"]:
-        return read_vllm, whole_model(folder), ""
-    if "medusa_num_heads" in config:
-        return read_merged, whole_model(folder), MERGED_PREFIX
+            if layout.stem and (folder / f"{layout.stem}{suffix}").is_file():
+                return layout, [folder / f"{layout.stem}{suffix}"]
+    for layout in foreign:
+        if layout.knows(config):
+            return layout, whole_model(folder)
+    stems = " nor ".join(layout.stem for layout in foreign if layout.stem)
+    titles = " or ".join(one.title for one in registry.trained().values())
     raise CheckpointError(
-        f"{folder} holds no heads that we know (there is neither medusa_lm_head nor hydra_lm_head, and its {CONFIG} does not"
-        " speak of Medusa): give the folder of trained heads"
+        f"{folder} holds no heads that we know (there is neither {stems}, and its {CONFIG} does not speak of {titles}): give"
+        " the folder of trained heads"
     )
 
 
 def _read_ours(stored: Stored, base: Base | None) -> Heads:
     found = checkpoints.read(stored.folder)
-    kinds: dict[str, Any] = {"medusa": MedusaConfig, "hydra": HydraConfig}
+    kinds = registry.trained()
     if found.drafter not in kinds:
         raise DrafterError(
             f"{stored.folder} holds a drafter of the kind {found.drafter}: there is no layout to exchange it in"
         )
-    config = found.config(kinds[found.drafter])
+    config = found.config(kinds[found.drafter].config)
     own = {name: Place(name, tuple(p.shape)) for name, p in skeleton(config).named_parameters()}
     config, tensors = stored.gather(config, own)
     left = "its calibrated tree stays behind: no other layout has a place for one"
@@ -105,14 +86,17 @@ def _read_ours(stored: Stored, base: Base | None) -> Heads:
     return Heads("ours", config, tensors, found.target, found.training, notes)
 
 
+OURS = Layout("ours", "our own", _read_ours)
+
+
 def write(heads: Heads, layout: str, out: Path, base: Base | None = None) -> int:
     """Write heads to the new folder `out`, unless what is read back differs; how many tensors of ours were compared.
 
     Raises DrafterError for heads that the layout has no place for, CheckpointError if the folder cannot be written.
     """
-    demand_layout(layout)
+    chosen = demand_layout(layout)
     demand_new(out)
-    parcel = PARCELS[layout](heads, base) if layout in PARCELS else None
+    parcel = chosen.pack(heads, base) if chosen.pack else None
     with staged_beside(out) as staged:
         if parcel is None:
             about = Checkpoint(staged, heads.drafter, {}, heads.target, heads.training)
@@ -125,38 +109,25 @@ def write(heads: Heads, layout: str, out: Path, base: Base | None = None) -> int
     return len(heads.tensors)
 
 
-PARCELS: Mapping[str, Callable[[Heads, Base | None], Parcel]] = {
-    "fasterdecoding": as_fasterdecoding,
-    "vllm": as_vllm,
-    "hydra": as_hydra,
-}
-
-
 def _read_back(folder: Path, path: Path, heads: Heads, base: Base | None) -> Heads:
-    """What one of the files that were written says."""
+    """What one of the files that were written says. Without a target, the one that the heads imply must do."""
     config = config_of(folder)
-    reader, _, prefix = _recognised(folder, config)
-    return _read(reader, folder, config, [path], prefix, base or _stand_in(heads, folder))
+    layout, _ = _recognised(folder, config)
+    return _read(layout, folder, config, [path], base or layout.implied(heads, folder))
 
 
-def demand_layout(layout: str) -> None:
-    if layout not in LAYOUTS:
-        raise DrafterError(f"there is no layout {layout!r}: choose one of {', '.join(LAYOUTS)}")
+def demand_layout(name: str) -> Layout:
+    """The layout that is written by this name."""
+    written = {layout.name: layout for layout in (OURS, *registry.layouts()) if layout is OURS or layout.pack}
+    if name not in written:
+        raise DrafterError(f"there is no layout {name!r}: choose one of {', '.join(written)}")
+    return written[name]
 
 
 def demand_new(out: Path) -> None:
     """Refuse a folder that holds something: parts of two checkpoints must not mix."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not empty: choose another --out")
-
-
-def _stand_in(heads: Heads, out: Path) -> Base | None:
-    """Without a target, the one that a prefix layer implies: reading it back asks for nothing else."""
-    config = heads.config
-    if isinstance(config, MedusaConfig) or config.prefix is None:
-        return None
-    shape = replace(config.prefix.transformer(config.width), vocab_size=config.vocab_size)
-    return Base(heads.target, out, config.width, config.vocab_size, shape)
 
 
 def _demand_equal(again: Heads, heads: Heads, out: Path) -> None:

@@ -16,12 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from forerun.drafting.registry import layouts
 from forerun.errors import CheckpointError
 from forerun.files import whole_folder
 from forerun.layouts.table import Parcel, Tensors
 from forerun.sources.folder import CONFIG, INDEX, WEIGHTS, brief, checkpoint_folder, opened, weight_files
-
-PUBLISHED_PICKLES = ("medusa_lm_head.pt", "hydra_lm_head.pt", "pytorch_model*.bin")
 
 
 def folder_of(source: str | Path) -> Path:
@@ -30,7 +29,8 @@ def folder_of(source: str | Path) -> Path:
     if Path(source).expanduser().is_dir() or any(folder.glob("*.safetensors")):
         return folder
     try:
-        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=["*.json", *PUBLISHED_PICKLES]))
+        pickles = [*(f"{layout.stem}.pt" for layout in layouts() if layout.stem), "pytorch_model*.bin"]
+        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=["*.json", *pickles]))
     except Exception as error:  # as in `checkpoint_folder`
         raise CheckpointError(
             f"the weights of {source} cannot be had ({brief(error)}): check the connection"

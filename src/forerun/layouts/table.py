@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forerun.drafters.hydra.method import HydraConfig, HydraHeads
-from forerun.drafters.medusa.method import MedusaConfig, MedusaHeads
+from forerun.drafting.heads import HeadsModule
+from forerun.drafting.registry import trained_of
+from forerun.drafting.trained import HeadsConfig, Trained
 from forerun.errors import CheckpointError
 from forerun.layouts.target import Base
 from forerun.sources.folder import CONFIG, difference
@@ -22,7 +23,6 @@ from forerun.sources.folder import CONFIG, difference
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 Tensors = Mapping[str, Tensor]
-Config = MedusaConfig | HydraConfig
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Heads:
     """
 
     layout: str
-    config: Config
+    config: Any
     tensors: Tensors
     target: str
     training: Mapping[str, Any]
@@ -42,7 +42,16 @@ class Heads:
 
     @property
     def drafter(self) -> str:
-        return "medusa" if isinstance(self.config, MedusaConfig) else "hydra"
+        return trained_of(self.config)[0]
+
+    @property
+    def method(self) -> Trained:
+        return trained_of(self.config)[1]
+
+    @property
+    def homes(self) -> str:
+        """The layouts that have a place for heads of this method."""
+        return " or ".join(layout.name for layout in self.method.layouts if layout.pack) or "ours"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -52,17 +61,18 @@ class Heads:
     def parameters(self) -> int:
         return sum(tensor.numel() for tensor in self.tensors.values())
 
-    def module(self) -> MedusaHeads | HydraHeads:
+    def module(self) -> HeadsModule:
         """The heads themselves, in the tensors' number format."""
         made = skeleton(self.config)
         made.load_state_dict(dict(self.tensors), assign=True)
         return made
 
 
-def skeleton(config: Config) -> MedusaHeads | HydraHeads:
+def skeleton(config: HeadsConfig) -> HeadsModule:
     """Heads of this shape, without memory."""
     with torch.device("meta"):
-        return MedusaHeads(config) if isinstance(config, MedusaConfig) else HydraHeads(config)
+        made: HeadsModule = trained_of(config)[1].network(config)
+        return made
 
 
 @dataclass(frozen=True)
@@ -107,7 +117,7 @@ class Stored:
     def lacks_heads(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.folder} holds no heads ({what}): give the folder of trained heads")
 
-    def gather(self, config: Config, table: Table) -> tuple[Any, dict[str, Tensor]]:
+    def gather(self, config: HeadsConfig, table: Table) -> tuple[Any, dict[str, Tensor]]:
         """Our config and tensors. CheckpointError unless the tensors are exactly those of the table."""
         self.demand_same(table)
         dtype = reduce(torch.promote_types, (self.tensors[name].dtype for name in table))
@@ -140,17 +150,17 @@ class Stored:
             raise CheckpointError(difference(self.folder, lines))
 
 
-def _settled(config: Config, tensors: dict[str, Tensor]) -> tuple[Config, dict[str, Tensor]]:
-    """Layers that are equal are tied, and of layers that cannot differ every kind of heads says it in one way."""
+def _settled(config: HeadsConfig, tensors: dict[str, Tensor]) -> tuple[HeadsConfig, dict[str, Tensor]]:
+    """Layers that are equal are tied, and of layers that cannot differ every kind of heads says it in one way, its default."""
     blocks, biases = tensors.get("blocks"), tensors.get("biases")
     if blocks is None or biases is None or len(blocks) == 1:
-        return replace(config, tied_layers=isinstance(config, HydraConfig) or config.layers > 1), tensors
+        return replace(config, tied_layers=type(config).tied_layers or config.layers > 1), tensors
     if not all(torch.equal(layer, stack[0]) for stack in (blocks, biases) for layer in stack):
         return config, tensors
     return replace(config, tied_layers=True), tensors | {"blocks": blocks[:1].clone(), "biases": biases[:1].clone()}
 
 
-def count_note(stored: Stored, kind: str, config: Config) -> tuple[str, ...]:
+def count_note(stored: Stored, kind: str, config: HeadsConfig) -> tuple[str, ...]:
     """What is said about a config with too few heads, which published ones are known to have. One with too many, or with other
     layers than are stored, means that something is missing: CheckpointError."""
     heads, layers = (f"{kind}_num_heads", f"{kind}_num_layers") if kind else ("num_heads", "num_hidden_layers")

@@ -116,10 +116,9 @@ def load_packed(folder: Path, config: TransformerConfig, dtype: torch.dtype, wei
 def _checked(folder: Path, config: TransformerConfig) -> tuple[TransformerConfig, dict[str, Place]]:
     """The config as the weights have it, and the places of its tensors, all of which are there."""
     held = stored(weight_files(folder))
-    if (
-        "medusa_num_heads" in config.source
-    ):  # merged Medusa-2: its heads travel in the model's folder, for forerun convert
-        held = {name: tensor for name, tensor in held.items() if not name.startswith("medusa_head.")}
+    # Heads that were trained with the model (Medusa-2) travel in its folder, as X_head.* beside X_num_heads: for forerun convert.
+    theirs = tuple(f"{key.removesuffix('_num_heads')}_head." for key in config.source if key.endswith("_num_heads"))
+    held = {name: tensor for name, tensor in held.items() if not name.startswith(theirs)}
     # A head that is published although the config ties it may differ; transformers believes the weights, and so do we.
     twice = config.tied and "lm_head.weight" in held
     table = places(replace(config, tied=config.tied and not twice))

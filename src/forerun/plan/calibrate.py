@@ -21,10 +21,9 @@ from typing import Any
 
 import torch
 
-from forerun.drafters.hydra import method as hydra
-from forerun.drafters.medusa import method as medusa
 from forerun.drafters.none import Nothing
 from forerun.drafting import checkpoint as checkpoints
+from forerun.drafting import registry
 from forerun.drafting.heads import HeadDrafter, HeadsModule
 from forerun.engine.engine import Engine
 from forerun.errors import DrafterError, TrainingError
@@ -95,13 +94,12 @@ class Calibration:
 def module_of(path: str) -> HeadsModule:
     """The heads of a checkpoint, whatever their kind."""
     stored = checkpoints.read(path)
-    kinds: dict[str, Callable[[checkpoints.Checkpoint], HeadsModule]] = {
-        "medusa": medusa.module_of,
-        "hydra": hydra.module_of,
-    }
+    kinds = registry.calibrated()
     if stored.drafter not in kinds:
         raise DrafterError(f"{path} holds a drafter of the kind {stored.drafter}, which grows no static tree")
-    return kinds[stored.drafter](stored)
+    kind = kinds[stored.drafter]
+    module: HeadsModule = stored.module(kind.network, kind.config)
+    return module
 
 
 def answers_of(engine: Engine, prompts: Sequence[list[int]], params: SamplingParams) -> list[Sample]:
@@ -128,7 +126,9 @@ def calibrate(
     """
     drafter = engine.drafter
     if not isinstance(drafter, HeadDrafter):
-        raise DrafterError(f"the drafter {drafter.name} grows no static tree: calibrate medusa or hydra heads")
+        raise DrafterError(
+            f"the drafter {drafter.name} grows no static tree: calibrate {' or '.join(registry.calibrated())} heads"
+        )
     _demand_answers(samples, engine.target.vocab_size)
     network = engine.target.network
     module = module.to(network.device, network.dtype)

@@ -1,5 +1,4 @@
-"""Everything that `forerun train medusa|hydra|hydra++` decides before the run begins, and what it leaves when the
-run has ended."""
+"""Everything that a training of heads decides before the run begins, and what it leaves when the run has ended."""
 
 from __future__ import annotations
 
@@ -11,10 +10,10 @@ from typing import Any
 
 import torch
 
-from forerun.drafters.hydra.method import HydraConfig, HydraHeads, PrefixConfig
-from forerun.drafters.medusa.method import MedusaConfig, MedusaHeads
 from forerun.drafting import checkpoint as checkpoints
+from forerun.drafting import registry
 from forerun.drafting.checkpoint import DEFAULT_TREE, Checkpoint
+from forerun.drafting.trained import HeadsConfig, Preset, Weights
 from forerun.errors import TrainingError
 from forerun.nn.dtype import dtype_of
 from forerun.nn.foreign import Foreign
@@ -26,7 +25,6 @@ from forerun.train.answers import Answers
 from forerun.train.distill import Distilled, Sample, read
 from forerun.train.least_squares import least_squares
 from forerun.train.objectives.heads import HeadsObjective
-from forerun.train.presets import PRESETS, Preset, Weights
 from forerun.train.run import Record, Run, Watch
 from forerun.train.schedule import Schedule
 from forerun.train.teacher import Teacher
@@ -83,7 +81,7 @@ class HeadsTraining:
 
     recipe: HeadsRecipe
     objective: HeadsObjective
-    config: MedusaConfig | HydraConfig
+    config: HeadsConfig
     answers: Answers
     distilled: Distilled
 
@@ -138,20 +136,20 @@ class HeadsTraining:
             "schedule": asdict(recipe.schedule),
             "figures": {name: round(value, 4) for name, value in figures.items()},
         }
-        return Checkpoint(out, PRESETS[recipe.preset].drafter, {}, Path(recipe.target).name, training)
+        return Checkpoint(out, registry.preset(recipe.preset)[0], {}, Path(recipe.target).name, training)
 
 
 def prepare(recipe: HeadsRecipe, device: torch.device) -> HeadsTraining:
     """Read everything that a training needs. Raises TrainingError, CheckpointError or DrafterError for what does not
     fit, before anything is written."""
-    preset = PRESETS[recipe.preset]
+    _, _, preset = registry.preset(recipe.preset)
     distilled = read(recipe.data)
     network = load_network(recipe.target, dtype_of(recipe.dtype, device), device, recipe.kernels)
     answers = Answers(distilled.samples, recipe.rows, recipe.length, recipe.seed)
     _demand_data(answers, network, recipe)
     _warn_of_another_target(distilled, recipe)
     teacher = Teacher(network)
-    module, config = _heads(preset, recipe, network)
+    module, config = _heads(recipe, network)
     if recipe.init_from is None:
         module.initialise(teacher.head_VD.float().cpu(), recipe.seed)
     else:
@@ -163,28 +161,14 @@ def prepare(recipe: HeadsRecipe, device: torch.device) -> HeadsTraining:
     return HeadsTraining(recipe, objective, config, answers, distilled)
 
 
-def _heads(preset: Preset, recipe: HeadsRecipe, network: Network) -> tuple[Any, MedusaConfig | HydraConfig]:
+def _heads(recipe: HeadsRecipe, network: Network) -> tuple[Any, HeadsConfig]:
     vocab_size, width = network.input_embedding.shape
-    start = checkpoints.load(recipe.init_from, preset.drafter).architecture if recipe.init_from else {}
+    drafter, method, preset = registry.preset(recipe.preset)
+    start = checkpoints.load(recipe.init_from, drafter).architecture if recipe.init_from else {}
     fields: dict[str, Any] = {**preset.architecture, **start, **recipe.architecture}
-    fields |= {"width": width, "vocab_size": vocab_size}
+    config = method.config(**method.fitted(fields | {"width": width, "vocab_size": vocab_size}, network))
     torch.manual_seed(recipe.seed)
-    if preset.drafter == "medusa":
-        medusa = MedusaConfig(**fields)
-        return MedusaHeads(medusa), medusa
-    if fields.get("prefix") is True:  # heads to go on from bring the shape of their own
-        fields["prefix"] = prefix_like(network)
-    hydra = HydraConfig(**fields)
-    return HydraHeads(hydra), hydra
-
-
-def prefix_like(network: Network) -> PrefixConfig:
-    """A prefix layer of the shape of one of the target's own layers."""
-    cached, layer = network.cache_shape, network.layer_shape
-    kv_heads = cached.kv_heads if layer.heads % cached.kv_heads == 0 else layer.heads
-    return PrefixConfig(
-        layer.heads, kv_heads, cached.head_dim, layer.mlp_width, network.max_length, layer.norm_eps, layer.rope_theta
-    )
+    return method.network(config), config
 
 
 def _demand_data(answers: Answers, network: Network, recipe: HeadsRecipe) -> None:

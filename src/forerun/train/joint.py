@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from forerun.drafters.medusa.method import MedusaConfig
 from forerun.drafting import checkpoint as checkpoints
+from forerun.drafting import registry
 from forerun.drafting.checkpoint import Checkpoint
+from forerun.drafting.trained import Joint, JointMethod
 from forerun.errors import ForerunError, TrainingError
 from forerun.files import whole_folder
 from forerun.nn.save import save_pretrained
@@ -25,7 +26,6 @@ from forerun.sources.folder import CONFIG, DOWNLOADED, INDEX, checkpoint_folder,
 from forerun.train import drafters
 from forerun.train.lora import Adapters
 from forerun.train.objectives.joint import Balance, JointObjective, Moved, Ramp
-from forerun.train.presets import JOINT, Joint
 from forerun.train.run import Record, Run
 from forerun.train.schedule import Schedule
 from forerun.train.teacher import Pupil
@@ -37,7 +37,7 @@ FORMATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class JointRecipe:
-    """A joint training. heads: theirs, and with it target, data and schedule. The rest: see `Joint` in train/presets.py."""
+    """A joint training. heads: theirs, and with it target, data and schedule. The rest: see `Joint` in drafting/trained.py."""
 
     heads: drafters.HeadsRecipe
     keep: str = "original"
@@ -47,11 +47,18 @@ class JointRecipe:
     alpha: float = 16.0
 
 
-def preset_of(keep: str) -> Joint:
+def preset_of(method: JointMethod, keep: str) -> Joint:
     """The paper's settings for what keeps the target."""
-    if keep not in JOINT:
-        raise TrainingError(f"nothing keeps a target by {keep!r}: choose {' or '.join(JOINT)}")
-    return JOINT[keep]
+    if keep not in method.presets:
+        raise TrainingError(f"nothing keeps a target by {keep!r}: choose {' or '.join(method.presets)}")
+    return method.presets[keep]
+
+
+def method_of(recipe: JointRecipe) -> tuple[str, JointMethod]:
+    """The drafter that the heads are for, and what its method says of joint training."""
+    drafter, trained, _ = registry.preset(recipe.heads.preset)
+    assert trained.joint is not None
+    return drafter, trained.joint
 
 
 def schedule_for(preset: Joint, steps: int, rate: float | None, head_rate: float | None, **rest: Any) -> Schedule:
@@ -85,7 +92,9 @@ class JointTraining:
         try:
             with whole_folder(out) as beside:
                 _write_model(self.objective.network, checkpoint_folder(self.recipe.heads.target), beside / MODEL)
-                about = Checkpoint(beside / HEADS, "medusa", {}, f"{out.name}/{MODEL}", self._about(figures))
+                about = Checkpoint(
+                    beside / HEADS, method_of(self.recipe)[0], {}, f"{out.name}/{MODEL}", self._about(figures)
+                )
                 checkpoints.write(self.objective.heads.module, self.heads.config, about)
         except OSError as error:
             raise TrainingError(
@@ -97,7 +106,7 @@ class JointTraining:
     def _about(self, figures: Mapping[str, float]) -> dict[str, Any]:
         recipe, heads = self.recipe, self.recipe.heads
         return {
-            "preset": "medusa2",
+            "preset": method_of(recipe)[1].name,
             "original": Path(heads.target).name,
             "data": self.heads.distilled.header,
             "answers": len(self.heads.answers.samples),
@@ -115,8 +124,8 @@ class JointTraining:
 def prepare(recipe: JointRecipe, device: torch.device) -> JointTraining:
     """Read everything that a joint training needs. Raises TrainingError, CheckpointError or DrafterError for what does not fit,
     before anything is written."""
-    ramp, preset = Ramp.named(recipe.ramp), preset_of(recipe.keep)
-    _demand_ours(recipe.heads.target)
+    ramp, preset = Ramp.named(recipe.ramp), preset_of(method_of(recipe)[1], recipe.keep)
+    _demand_ours(recipe.heads)
     wish = replace(
         recipe.heads,
         architecture=_architecture(recipe.heads),
@@ -133,12 +142,12 @@ def prepare(recipe: JointRecipe, device: torch.device) -> JointTraining:
     return JointTraining(recipe, objective, heads)
 
 
-def _demand_ours(target: str) -> None:
-    folder = checkpoint_folder(target)
+def _demand_ours(recipe: drafters.HeadsRecipe) -> None:
+    target, folder = recipe.target, checkpoint_folder(recipe.target)
     if translate(read_config(folder), folder) is None:
         raise TrainingError(
             f"{target} is not a Llama, Mistral or Qwen, and only those can be changed: leave the target as it is, and train"
-            " heads with forerun train medusa"
+            f" heads with forerun train {recipe.preset}"
         )
 
 
@@ -146,7 +155,8 @@ def _architecture(recipe: drafters.HeadsRecipe) -> dict[str, object]:
     """Of the heads: the paper's, or that of the heads to start from, and what was asked for."""
     if recipe.init_from is None:
         return dict(recipe.architecture)
-    return asdict(checkpoints.load(recipe.init_from, "medusa").config(MedusaConfig)) | dict(recipe.architecture)
+    drafter, trained, _ = registry.preset(recipe.preset)
+    return asdict(checkpoints.load(recipe.init_from, drafter).config(trained.config)) | dict(recipe.architecture)
 
 
 def _write_model(network: Transformer, original: Path, folder: Path) -> None:

@@ -1,1 +1,109 @@
-"""Hydra and Hydra++."""
+"""Hydra and Hydra++ (Ankner et al. 2024, arXiv 2402.05109): heads that see the tokens drafted before theirs. This is their
+entry, which imports nothing heavy; the heads are in `network.py`.
+
+Presets: Hydra++ is the recipe that its authors give for Vicuna-7B (four heads, four blocks, prefix layer, the target's law as the
+only signal, 5e-4, cosine down to a third, weight decay 0.1, dropout 0.2). Hydra: the defaults of its training script; its
+rate and length are not published, so they are Medusa's (a reconstruction).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from forerun.drafting.method import Method, later
+from forerun.drafting.settings import option
+from forerun.drafting.trained import HeadsConfig, HeadSettings, Layout, Preset, Trained, Weights, demand_counts
+from forerun.errors import DrafterError
+
+if TYPE_CHECKING:
+    from forerun.nn.transformer import TransformerConfig
+
+
+@dataclass(frozen=True)
+class PrefixConfig:
+    """The shape of Hydra++'s prefix layer: that of one of the target's own layers."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    max_length: int
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        demand_counts(self, ("heads", "kv_heads", "head_dim", "mlp_width", "max_length"))
+        if self.heads % self.kv_heads or self.head_dim % 2:
+            raise DrafterError(
+                f"a prefix layer of {self.heads} heads of {self.head_dim} with {self.kv_heads} key heads makes no sense"
+            )
+        if not all(isinstance(value, int | float) and value > 0 for value in (self.norm_eps, self.rope_theta)):
+            raise DrafterError(
+                f"a prefix layer with {self.norm_eps!r} and {self.rope_theta!r} in its norm and angles makes no sense"
+            )
+
+    def transformer(self, width: int) -> TransformerConfig:
+        from forerun.nn.transformer import TransformerConfig
+
+        return TransformerConfig(vocab_size=0, width=width, layers=1, **asdict(self))
+
+
+@dataclass(frozen=True)
+class HydraConfig(HeadsConfig):
+    """Layers after the first are one set of weights if tied_layers. prefix: the prefix layer (Hydra++), or None. dropout: in
+    training alone."""
+
+    tied_layers: bool = option(True, "One block, repeated, or each its own weights.", flag="--tied-layers/--own-layers")
+    prefix: PrefixConfig | None = None
+    dropout: float = option(0.0, "In training, before every block and projection (hydra alone).", least=0.0, most=0.99)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise DrafterError(f"a dropout of {self.dropout!r} makes no sense: give a share from 0 to less than 1")
+        if isinstance(self.prefix, Mapping):
+            object.__setattr__(self, "prefix", PrefixConfig(**self.prefix))
+        if not isinstance(self.prefix, PrefixConfig | None):
+            raise DrafterError(f"a prefix layer of {self.prefix!r} makes no sense: give its sizes, or none")
+
+
+METHOD = Method(
+    "hydra",
+    "Heads on the target's last hidden state that see the tokens drafted before theirs.",
+    HeadSettings,
+    later("forerun.drafters.hydra.network:build"),
+    grows="ranks",
+    trained=Trained(
+        title="Hydra",
+        paper="arXiv 2402.05109",
+        config=HydraConfig,
+        network=later("forerun.drafters.hydra.network:HydraHeads"),
+        fitted=later("forerun.drafters.hydra.network:fitted"),
+        presets={
+            "hydra": Preset(
+                "Train Hydra heads: each sees the tokens drafted before its own.", {"heads": 4, "layers": 1}
+            ),
+            "hydra++": Preset(
+                "Train Hydra++ heads: deeper, behind a layer of their own, taught by the target's law.",
+                {"heads": 4, "layers": 4, "tied_layers": True, "prefix": True, "dropout": 0.2},
+                Weights(text=0.0, teacher=1.0),
+                rate=5e-4,
+                warmup=100,
+                floor=0.33,
+                weight_decay=0.1,
+            ),
+        },
+        layouts=(
+            Layout(
+                "hydra",
+                "Hydra's code",
+                later("forerun.drafters.hydra.layouts:read_hydra"),
+                later("forerun.drafters.hydra.layouts:as_hydra"),
+                stem="hydra_lm_head",
+                implied=later("forerun.drafters.hydra.layouts:implied"),
+            ),
+        ),
+    ),
+)

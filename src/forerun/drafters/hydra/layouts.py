@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
-from forerun.drafters.hydra.method import HydraConfig, PrefixConfig
+from forerun.drafters.hydra import HydraConfig, PrefixConfig
 from forerun.errors import DrafterError
 from forerun.layouts.table import (
     Heads,
@@ -159,7 +160,8 @@ def as_hydra(heads: Heads, base: Base | None) -> Parcel:
     config = heads.config
     if not isinstance(config, HydraConfig):
         raise DrafterError(
-            "Medusa's heads do not see drafted tokens, and Hydra's code needs such: convert to fasterdecoding"
+            f"{heads.method.title}'s heads do not see drafted tokens, and Hydra's code needs such: convert to"
+            f" {heads.homes}"
         )
     if config.layers > 2 and not config.tied_layers:
         raise DrafterError(
@@ -183,3 +185,12 @@ def as_hydra(heads: Heads, base: Base | None) -> Parcel:
         "hydra_num_layers": config.layers,
     }
     return Parcel(about, packed(heads, hydra_table(config)), ("hydra_lm_head.pt",))
+
+
+def implied(heads: Heads, folder: Path) -> Base | None:
+    """Without a target, the one that a prefix layer implies: reading it back asks for nothing else."""
+    config = heads.config
+    if config.prefix is None:
+        return None
+    shape = replace(config.prefix.transformer(config.width), vocab_size=config.vocab_size)
+    return Base(heads.target, folder, config.width, config.vocab_size, shape)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forerun.drafters.medusa.method import MedusaConfig
+from forerun.drafters.medusa import MERGED_PREFIX, MedusaConfig
 from forerun.errors import CheckpointError, DrafterError
 from forerun.layouts.table import (
     Heads,
@@ -45,9 +45,9 @@ class Names:
 
 
 FASTERDECODING = Names("#.#.linear", "#.#.weight")
-MERGED = Names("medusa_head.#.#.linear", "medusa_head.#.#.weight")
+MERGED = Names(f"{MERGED_PREFIX}#.#.linear", f"{MERGED_PREFIX}#.#.weight")
 VLLM = Names("blocks.#.layers.#", "lm_heads.#.weight")
-MERGED_PREFIX, VLLM_PREFIX = "medusa_head.", "medusa_heads."
+VLLM_PREFIX = "medusa_heads."
 
 
 def medusa_table(config: MedusaConfig, names: Names, biased: bool = True) -> Table:
@@ -238,6 +238,6 @@ def _medusa_only(heads: Heads, where: str) -> MedusaConfig:
     if isinstance(heads.config, MedusaConfig):
         return heads.config
     raise DrafterError(
-        f"Hydra's heads see the tokens drafted before theirs, and {where} gives heads the target's state alone: keep them as they"
-        " are, or convert to hydra"
+        f"{heads.method.title}'s heads see the tokens drafted before theirs, and {where} gives heads the target's state alone:"
+        f" keep them as they are, or convert to {heads.homes}"
     )

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from forerun.drafting.heads import HeadsModule
+from forerun.drafting.trained import Weights
 from forerun.ranktree import RankTree
 from forerun.train.answers import Answers, Batch
 from forerun.train.lesson import Lesson, chunk, logits_of
 from forerun.train.objectives.descent import Descent
-from forerun.train.presets import Weights
 from forerun.train.ranks import projected, ranks_of
 from forerun.train.schedule import Schedule
 from forerun.train.teacher import Teacher

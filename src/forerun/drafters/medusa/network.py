@@ -8,35 +8,20 @@ target's own frozen projection instead of one per head.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from forerun.drafting.checkpoint import Checkpoint, demand_fit, demand_sense, load, tree_for
+from forerun.drafters.medusa import MedusaConfig
+from forerun.drafting.checkpoint import demand_fit, load, tree_for
 from forerun.drafting.drafter import Drafter
 from forerun.drafting.heads import Head, HeadDrafter, HeadsModule, LastState, drafting
+from forerun.drafting.trained import HeadSettings
 from forerun.drafting.workshop import Workshop
 from forerun.nn.backends.heads import HeadWeights
-
-
-@dataclass(frozen=True)
-class MedusaConfig:
-    """width, vocab_size: the target's. heads: K. layers: residual blocks per head, one set of weights for all if tied_layers.
-    vocabulary: "own" (a projection per head) or "shared" (the target's)."""
-
-    width: int
-    vocab_size: int
-    heads: int = 4
-    layers: int = 1
-    tied_layers: bool = False
-    vocabulary: str = "own"
-
-    def __post_init__(self) -> None:
-        demand_sense(self)
 
 
 class MedusaHeads(HeadsModule):
@@ -98,26 +83,12 @@ class MedusaHeads(HeadsModule):
         )
 
 
-def module_of(checkpoint: Checkpoint) -> MedusaHeads:
-    """The heads of a checkpoint."""
-    return checkpoint.module(MedusaHeads, MedusaConfig)
-
-
-def build(
-    workshop: Workshop,
-    checkpoint: str | None = None,
-    tree: str | list[list[int]] | Mapping[str, Any] | None = None,
-    weights: str = "auto",
-) -> Drafter:
-    """{"drafter": "medusa", "checkpoint": PATH, "tree": TREE, "weights": "auto" | "int8" | "target"}
-
-    tree: the name of a published tree, a file that `forerun calibrate` wrote, or a list of paths of ranks; without it, the one
-    beside the checkpoint, else a small one.
-    """
-    stored = load(checkpoint, "medusa")
-    module = module_of(stored)
+def build(workshop: Workshop, settings: HeadSettings) -> Drafter:
+    """{"drafter": "medusa", "checkpoint": PATH, "tree": TREE, "weights": "auto" | "int8" | "target"}"""
+    stored = load(settings.checkpoint, "medusa")
+    module = stored.module(MedusaHeads, MedusaConfig)
     network = workshop.target.network
     demand_fit(stored, module.config.width, module.config.vocab_size, network)
-    grows = tree_for(stored, tree, module.count, module.config.vocab_size)
-    parts = Head(drafting(module, network, weights), LastState(), grows, network.cache_shape.layers)
+    grows = tree_for(stored, settings.tree, module.count, module.config.vocab_size)
+    parts = Head(drafting(module, network, settings.weights), LastState(), grows, network.cache_shape.layers)
     return HeadDrafter("medusa", parts)

@@ -13,71 +13,22 @@ biases at zero, not at random, so that untrained heads are the target's own outp
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from forerun.drafting.checkpoint import Checkpoint, demand_counts, demand_fit, demand_sense, load, tree_for
+from forerun.drafters.hydra import HydraConfig, PrefixConfig
+from forerun.drafting.checkpoint import demand_fit, load, tree_for
 from forerun.drafting.drafter import Drafter
 from forerun.drafting.heads import Head, HeadDrafter, HeadsModule, LastState, PrefixState, Reader, drafting, format_of
+from forerun.drafting.trained import HeadSettings
 from forerun.drafting.workshop import Workshop
-from forerun.errors import DrafterError
 from forerun.nn.backends.heads import HeadWeights
 from forerun.nn.network import Network
-from forerun.nn.transformer import Transformer, TransformerConfig
-
-
-@dataclass(frozen=True)
-class PrefixConfig:
-    """The shape of Hydra++'s prefix layer: that of one of the target's own layers."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp_width: int
-    max_length: int
-    norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-
-    def __post_init__(self) -> None:
-        demand_counts(self, ("heads", "kv_heads", "head_dim", "mlp_width", "max_length"))
-        if self.heads % self.kv_heads or self.head_dim % 2:
-            raise DrafterError(
-                f"a prefix layer of {self.heads} heads of {self.head_dim} with {self.kv_heads} key heads makes no sense"
-            )
-        if not all(isinstance(value, int | float) and value > 0 for value in (self.norm_eps, self.rope_theta)):
-            raise DrafterError(
-                f"a prefix layer with {self.norm_eps!r} and {self.rope_theta!r} in its norm and angles makes no sense"
-            )
-
-    def transformer(self, width: int) -> TransformerConfig:
-        return TransformerConfig(vocab_size=0, width=width, layers=1, **asdict(self))
-
-
-@dataclass(frozen=True)
-class HydraConfig:
-    """width, vocab_size: the target's. heads: K. layers: blocks per head, those after the first one set of weights if
-    tied_layers. vocabulary: "own" or "shared". prefix: the prefix layer (Hydra++), or None. dropout: in training alone."""
-
-    width: int
-    vocab_size: int
-    heads: int = 4
-    layers: int = 1
-    tied_layers: bool = True
-    vocabulary: str = "own"
-    prefix: PrefixConfig | None = None
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        demand_sense(self)
-        if isinstance(self.prefix, Mapping):
-            object.__setattr__(self, "prefix", PrefixConfig(**self.prefix))
-        if not isinstance(self.prefix, PrefixConfig | None):
-            raise DrafterError(f"a prefix layer of {self.prefix!r} makes no sense: give its sizes, or none")
+from forerun.nn.transformer import Transformer
 
 
 class HydraHeads(HeadsModule):
@@ -166,11 +117,6 @@ class HydraHeads(HeadsModule):
         ]
 
 
-def module_of(checkpoint: Checkpoint) -> HydraHeads:
-    """The heads of a checkpoint."""
-    return checkpoint.module(HydraHeads, HydraConfig)
-
-
 def reader(module: HydraHeads, network: Network, weights: str = "auto") -> Reader:
     """Where the heads' contexts come from, on the target's backend and in the number format of `format_of`."""
     if module.prefix is None:
@@ -179,19 +125,30 @@ def reader(module: HydraHeads, network: Network, weights: str = "auto") -> Reade
     return PrefixState(network.backend.pack(prefix, format_of(network, weights)), module.count + 1)
 
 
-def build(
-    workshop: Workshop,
-    checkpoint: str | None = None,
-    tree: str | list[list[int]] | Mapping[str, Any] | None = None,
-    weights: str = "auto",
-) -> Drafter:
-    """{"drafter": "hydra", "checkpoint": PATH, "tree": TREE, "weights": "auto" | "int8" | "target"}, as for medusa; Hydra++ is a
-    checkpoint with a prefix layer."""
-    stored = load(checkpoint, "hydra")
-    module = module_of(stored)
-    network = workshop.target.network
+def fitted(fields: dict[str, Any], network: Network) -> dict[str, Any]:
+    """The fields of a config, its prefix layer shaped like the target's own if it is only wished for."""
+    if fields.get("prefix") is True:  # heads to go on from bring the shape of their own
+        return fields | {"prefix": prefix_like(network)}
+    return fields
+
+
+def prefix_like(network: Network) -> PrefixConfig:
+    """A prefix layer of the shape of one of the target's own layers."""
+    cached, layer = network.cache_shape, network.layer_shape
+    kv_heads = cached.kv_heads if layer.heads % cached.kv_heads == 0 else layer.heads
+    return PrefixConfig(
+        layer.heads, kv_heads, cached.head_dim, layer.mlp_width, network.max_length, layer.norm_eps, layer.rope_theta
+    )
+
+
+def build(workshop: Workshop, settings: HeadSettings) -> Drafter:
+    """{"drafter": "hydra", "checkpoint": PATH, "tree": TREE, "weights": "auto" | "int8" | "target"}; Hydra++ is a checkpoint
+    with a prefix layer."""
+    stored = load(settings.checkpoint, "hydra")
+    module = stored.module(HydraHeads, HydraConfig)
+    network, weights = workshop.target.network, settings.weights
     demand_fit(stored, module.config.width, module.config.vocab_size, network)
-    grows = tree_for(stored, tree, module.count, module.config.vocab_size)
+    grows = tree_for(stored, settings.tree, module.count, module.config.vocab_size)
     name = "hydra" if module.prefix is None else "hydra++"
     parts = Head(
         drafting(module, network, weights), reader(module, network, weights), grows, network.cache_shape.layers

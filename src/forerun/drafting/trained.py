@@ -1,0 +1,151 @@
+"""What methods whose heads are trained state beyond the rest: architecture, presets, joint training, foreign layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from forerun.drafting.settings import option, setting
+from forerun.errors import DrafterError
+
+LARGEST = 1 << 24
+"""Of any size in an architecture."""
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """Of a drafter with trained heads: {"checkpoint": PATH, "tree": TREE, "weights": "auto" | "int8" | "target"}"""
+
+    checkpoint: str | None = setting(None, "The folder of the heads.", "heads")
+    tree: str | Sequence[Sequence[int]] | Mapping[str, Any] | None = setting(
+        None,
+        "A published tree's name, a file of `forerun calibrate`, or a list of paths of ranks; without it, the tree beside the"
+        " checkpoint, else a small one.",
+        "tree",
+    )
+    weights: str = setting("auto", "auto, int8 or target: the number format of the heads.")
+
+
+@dataclass(frozen=True)
+class HeadsConfig:
+    """An architecture, as a checkpoint holds it. width, vocab_size: the target's. heads: K. layers: blocks per head, one set
+    of weights for all if tied_layers. vocabulary: "own" (a projection per head) or "shared" (the target's)."""
+
+    width: int
+    vocab_size: int
+    heads: int = option(4, "How many heads.", least=1)
+    layers: int = option(1, "Blocks per head.", least=1)
+    tied_layers: bool = option(
+        False, "One block, repeated, or each its own weights.", flag="--tied-layers/--own-layers"
+    )
+    vocabulary: str = option(
+        "own", "A projection per head, or the target's for all.", words=("own", "shared"), shown="own"
+    )
+
+    def __post_init__(self) -> None:
+        """DrafterError for an architecture that no heads can have: made by training or from a file."""
+        demand_counts(self, ("width", "vocab_size", "heads", "layers"))
+        if type(self.tied_layers) is not bool:
+            raise DrafterError(f"heads with tied_layers {self.tied_layers!r} make no sense: give true or false")
+        if self.vocabulary not in ("own", "shared"):
+            raise DrafterError(f"heads with the vocabulary {self.vocabulary!r} make no sense: give own or shared")
+
+
+def demand_counts(config: Any, names: Sequence[str]) -> None:
+    """DrafterError unless these fields are sizes that something can have."""
+    for name in names:
+        value = getattr(config, name)
+        if type(value) is not int or not 1 <= value <= LARGEST:
+            raise DrafterError(f"heads with {name} {value!r} make no sense: give a whole number of 1 or more")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Of the terms of a heads' loss. text: cross-entropy with the next token; teacher: with the target's law. The k-th head
+    counts decay^k (k from 1)."""
+
+    text: float = option(1.0, "Of the next token's log-probability.", least=0.0, flag="--text-weight")
+    teacher: float = option(0.0, "Of the target's whole law there.", least=0.0, flag="--teacher-weight")
+    decay: float = option(1.0, "Head k counts this to the power of k.", least=0.0, flag="--head-decay")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A paper's training as data. sense: one line. architecture: fields of the config, except for those that follow from the
+    target. warmup: a share of the steps, or steps if 1 or more. floor: the share of the rate at the end."""
+
+    sense: str
+    architecture: Mapping[str, object]
+    weights: Weights = field(default_factory=Weights)
+    rate: float = 1e-3
+    warmup: float = 0.1
+    floor: float = 0.0
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Heads trained together with their target, which adapters move (Medusa-2). The loss is keep + head_weight * ramp
+    * heads'.
+
+    heads: their settings; the rate is the backbone's. head_rate: how much faster all of the heads' parameters learn (the
+    published code leaves their biases at the backbone's rate). keep: what holds the target in place, "original" (the
+    divergence from its own original law) or "text" (cross-entropy with the answers). ramp: see `Ramp` in
+    train/objectives/joint.py. rank, alpha: of the adapters."""
+
+    heads: Preset
+    keep: str
+    head_weight: float
+    ramp: str
+    head_rate: float = 4.0
+    rank: int = 32
+    alpha: float = 16.0
+
+
+@dataclass(frozen=True)
+class JointMethod:
+    """A command that trains heads and target together. name: the command's. sense: one line. preset: that of the heads, by
+    name. presets: by what keeps the target."""
+
+    name: str
+    sense: str
+    preset: str
+    presets: Mapping[str, Joint]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How other code stores the heads; it is written by its name.
+
+    sense: whose it is, as in "the layout of ...". stem: the file that heads lie in alone, .safetensors or .pt; without one they
+    lie in a whole model, whose config `knows`, under names that begin with `prefix`. read: (Stored, Base | None) to Heads.
+    pack: (Heads, Base | None) to the Parcel to write; None: a layout that is only read. The target that reading a parcel back
+    asks for is `implied` by the heads, where nobody gave one: (Heads, folder) to Base.
+    """
+
+    name: str
+    sense: str
+    read: Callable[..., Any]
+    pack: Callable[..., Any] | None = None
+    stem: str = ""
+    knows: Callable[[Mapping[str, Any]], bool] = lambda config: False
+    prefix: str = ""
+    implied: Callable[..., Any] = lambda heads, folder: None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Heads that are trained on a target. title: what they are called in sentences. paper: its number, by which methods
+    are listed, the oldest first. config: the record of the architecture, whose options the command line offers. network: from a
+    config to the heads without their weights. fitted: from (fields of a config, the target's network) to the fields with what
+    follows from the target. presets: by name, each a command. joint: with the target together. layouts: of other code."""
+
+    title: str
+    paper: str
+    config: type[HeadsConfig]
+    network: Callable[[Any], Any]
+    presets: Mapping[str, Preset]
+    fitted: Callable[[dict[str, Any], Any], dict[str, Any]] = lambda fields, network: fields
+    joint: JointMethod | None = None
+    layouts: Sequence[Layout] = ()
