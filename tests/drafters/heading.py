@@ -24,6 +24,7 @@ from forerun.drafters.medusa.method import MedusaConfig, MedusaHeads
 from forerun.drafting.drafter import Context
 from forerun.drafting.heads import Head, HeadDrafter, HeadsModule, LastState, Reader, drafting
 from forerun.engine.engine import Engine
+from forerun.engine.requests import Piece
 from forerun.model import Model
 from forerun.nn.network import Network
 from forerun.nn.packed import pack
@@ -181,7 +182,7 @@ def drafter_of(module: HeadsModule, network: Network, tree: RankTree) -> HeadDra
 
 
 def engine_with(module: HeadsModule, network: Network, tree: RankTree, **options: Any) -> Engine:
-    return Engine(Model(network, 1), drafter_of(module, network, tree), **options)
+    return Engine(network, drafter_of(module, network, tree), **options)
 
 
 def slow_head(
@@ -296,14 +297,13 @@ def _future(target: TableNetwork, tokens: tuple[int, ...], count: int) -> tuple[
 # ---- the engine step by step
 
 
-def pieces_of(engine: Engine, prompts: Iterable[Sequence[int]], wishes: SamplingParams) -> Iterator[int]:
-    """Run to the end, a new request at every second step; the number of every step, when it has been made."""
+def pieces_of(engine: Engine, prompts: Iterable[Sequence[int]], wishes: SamplingParams) -> Iterator[list[Piece]]:
+    """Run to the end, a new request at every second step; the pieces of every step, when it has been made."""
     waiting = list(prompts)
     for step in range(10_000):
         if waiting and step % 2 == 0:
             engine.add(waiting.pop(0), wishes)
-        engine.step()
-        yield step
+        yield engine.step()
         if not waiting and engine.is_idle:
             return
 

@@ -81,11 +81,11 @@ def row_of(tokens: Sequence[int], **wishes: Any) -> Row:
 def propose(
     drafter: Hierarchy, rows: Sequence[Row], budget: int = 64, depths: Sequence[int] | None = None
 ) -> TokenTree:
-    return drafter.propose(Context(rows, budget, depths or [64] * len(rows), CPU))
+    return drafter.propose(Context(rows, [budget] * len(rows), depths or [64] * len(rows), CPU))
 
 
 def tell(drafter: Hierarchy, rows: Sequence[Row], tree: TokenTree, kept: list[list[int]]) -> None:
-    context = Context(rows, 64, [64] * len(rows), CPU)
+    context = Context(rows, [64] * len(rows), [64] * len(rows), CPU)
     drafter.observe(context, tree, Verdict(kept, [0] * len(rows), [False] * len(rows)), Scores(torch.zeros(1, 1, 1)))
 
 

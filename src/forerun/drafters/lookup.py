@@ -51,30 +51,43 @@ class Lookup(Drafter):
             view.forget(length)
 
     def propose(self, context: Context) -> TokenTree:
-        nodes, within = context.budget, self._bounds.within
         grown = [
-            view.draft(row.tokens, len(row.tokens) - row.tentative, within(nodes, depth, row.ends))
-            for view, row, depth in zip(self._views, context.rows, context.depths, strict=True)
+            view.draft(row.tokens, len(row.tokens) - row.tentative, limits)
+            for view, row, limits in zip(self._views, context.rows, limits_within(self._bounds, context), strict=True)
         ]
         if all(len(draft.tokens) == 1 for draft in grown):
             return TokenTree.root([row.tokens[-1] for row in context.rows], context.device)
         return TokenTree.of([draft.tokens for draft in grown], [draft.parents for draft in grown], context.device)
 
 
-def build(workshop: Workshop, nodes: int = 16, depth: int = 16, min_match: int = 1, cost: float = 0.08) -> Drafter:
+def build(
+    workshop: Workshop, nodes: int = 16, depth: int = 16, min_match: int = 1, cost: float | None = None
+) -> Drafter:
     """{"drafter": "lookup", "nodes": 16, "depth": 16, "min_match": 1, "cost": 0.08}
 
     nodes: the largest tree. depth: its longest path. min_match: the fewest tokens that must match. cost: the least
-    probability of survival for which a node is proposed; the best value is what one more node adds to a step, as a share of
-    a plain step, times the speed-up (on a 2-core CPU 0.045 times 1.8).
+    probability of survival for which a node is proposed. The best value is what one more node adds to a step, as a share of
+    a plain step, times the speed-up (on a 2-core CPU 0.045 times 1.8). Without it, that is what the engine measures while it
+    runs; where it has measured nothing yet, or where the clock must have no say, a node must survive once in as many proposals
+    as the largest tree has nodes, node 0 included.
     """
     return Lookup(limits_of("lookup", nodes, depth, min_match, cost))
 
 
-def limits_of(drafter: str, nodes: int, depth: int, min_match: int, cost: float) -> Limits:
-    """The limits of a drafter's description, checked."""
+def limits_within(bounds: Bounds, context: Context) -> list[Limits]:
+    """Of every row."""
+    return [
+        bounds.within(budget, depth, row.ends, context.price(slot))
+        for slot, (row, budget, depth) in enumerate(zip(context.rows, context.budgets, context.depths, strict=True))
+    ]
+
+
+def limits_of(drafter: str, nodes: int, depth: int, min_match: int, cost: float | None) -> Limits:
+    """The limits of a drafter's description, checked. Without a cost they follow the price of nodes."""
     for setting, value in (("nodes", nodes), ("depth", depth), ("min_match", min_match)):
         demand_count(drafter, setting, value)
+    if cost is None:
+        return Limits(nodes, depth, min_match, 1 / (nodes + 1), follows_price=True)
     if isinstance(cost, bool) or not isinstance(cost, int | float) or not 0 < cost < 1:
         raise DrafterError(f"{drafter}: cost is a probability between 0 and 1, not {cost!r}")
     return Limits(nodes, depth, min_match, float(cost))

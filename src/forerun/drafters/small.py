@@ -62,8 +62,8 @@ class DraftModel(Drafter):
         """Draft where a row has room for it, in its own text and in the draft model's context."""
         self._places = []  # an interrupted step may have left some
         room = [self.model.max_length - len(row.tokens) for row in context.rows]
-        depths = [max(0, min(pair)) for pair in zip(context.depths, room, strict=True)]
-        if context.budget < 1 or not any(depths):
+        depths = [max(0, min(least)) for least in zip(context.depths, context.budgets, room, strict=True)]
+        if not any(depths):
             return TokenTree.root([row.tokens[-1] for row in context.rows], context.device)
         return self.draft(context, depths)
 
@@ -83,7 +83,7 @@ class Chain(DraftModel):
         rows, chance = context.rows, context.chance()
         is_greedy = all(row.params.is_greedy for row in rows)
         takes_best = is_greedy and not any(row.params.edits_scores for row in rows)
-        longest = min(self.max_nodes, context.budget, max(depths))
+        longest = min(self.max_nodes, max(depths))
         sizes = [1 + min(depth, longest) for depth in depths]
         chains: list[list[int]] = [[row.tokens[-1]] for row in rows]
         steps: list[Tensor] = []
@@ -200,7 +200,7 @@ class TopTree(_Growing):
             if level < deepest:
                 logits = self._read(grown, frontiers, held, context.device)
                 held += logits.shape[1]
-        kept = [self._best(row, min(self.max_nodes, context.budget)) for row in grown]
+        kept = [self._best(row, min(self.max_nodes, most)) for row, most in zip(grown, context.budgets, strict=True)]
         self._places = [row.places for row in kept]
         return TokenTree.of([row.tokens for row in kept], [row.parents for row in kept], context.device)
 
@@ -249,7 +249,7 @@ class SampledTree(_Growing):
             for index, row in enumerate(grown):
                 drawn: list[int] = []
                 for offset, (node, children) in enumerate(zip(frontiers[index], families[index], strict=True)):
-                    if len(row.tokens) + len(children) <= context.budget + 1 and children:
+                    if len(row.tokens) + len(children) <= context.budgets[index] + 1 and children:
                         groups[index][node] = laws_BNV[index, offset]
                         drawn += [row.add(token, node) for token in children]
                 frontiers[index] = drawn

@@ -361,7 +361,7 @@ class HeadDrafter(Drafter):
         ]
         states = reader.contexts() if any(depths) else [None] * len(depths)
         depths = [0 if state is None else depth for state, depth in zip(states, depths, strict=True)]
-        tree = self.head.tree.within(max(depths), context.budget)
+        tree = self.head.tree.within(max(depths), min(context.budgets))
         if tree is None:
             return TokenTree.root(roots, context.device)
         some = next(state for state in states if state is not None)

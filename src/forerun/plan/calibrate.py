@@ -197,7 +197,7 @@ def _timings(
         for place, (one, depth, found) in enumerate(zip(drafters, depths, spans, strict=True)):
             most = (WARM_UP + STEPS + 1) * (1 + depth)
             params = SamplingParams(max_new_tokens=most, temperature=temperature, seed=0, ignore_eos=True)
-            found.append(_step_seconds(Engine(engine.target, one, max_rows=rows), chosen, params))
+            found.append(_step_seconds(engine.beside(one, rows), chosen, params))
             if watch:
                 watch(number * len(drafters) + place + 1, rounds * len(drafters))
     return spans
@@ -216,7 +216,7 @@ def _step_seconds(engine: Engine, prompts: Sequence[list[int]], params: Sampling
     settled = False
     try:
         for place, prompt in enumerate(cut):
-            engine.add(prompt, params, place)
+            engine.add(prompt, params, place, text=False)
         for _ in range(PATIENCE * (WARM_UP + STEPS)):
             begun = time.perf_counter()
             pieces = engine.step()
@@ -226,10 +226,10 @@ def _step_seconds(engine: Engine, prompts: Sequence[list[int]], params: Sampling
                 break
             ended = [piece.prompt_index for piece in pieces if piece.finish_reason]
             for place in ended:
-                engine.add(cut[place], params, place)
+                engine.add(cut[place], params, place, text=False)
             settled = len(pieces) == len(cut) and not ended
     finally:
-        engine.abort()
+        engine.close()
     if not spans:
         raise TrainingError(
             f"a context of {context} tokens has no room for a step to time: choose a model with a longer one"
