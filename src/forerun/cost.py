@@ -57,11 +57,11 @@ class Table:
     """Seconds by the number of tokens that are read, and by the rows that they are read for: points that were measured.
 
     Straight lines between the points; past the last one the last slope goes on, because a flat end would make long drafts look
-    free. Before the first, the first. points: (tokens, seconds) of one row, tokens ascending, such as medians of timings.
+    free. Before the first, the first. points: (tokens, seconds) of so many rows, tokens ascending, such as medians of timings.
     Without them the table is empty, and `learn` fills it.
     """
 
-    def __init__(self, points: Sequence[tuple[int, float]] | None = None):
+    def __init__(self, points: Sequence[tuple[int, float]] | None = None, rows: int = 1):
         self._rows: dict[int, dict[int, _Mean]] = {}
         self._lines: dict[int, tuple[tuple[int, float], ...]] = {}  # the points of so many rows, until more is learned
         if points is None:
@@ -69,7 +69,7 @@ class Table:
         tokens = [tokens for tokens, _ in points]
         if not tokens or tokens != sorted(set(tokens)):
             raise DrafterError(f"a table of costs at {tokens} tokens: give one or more numbers of tokens, ascending")
-        self._rows[1] = {tokens: _Mean(seconds) for tokens, seconds in points}
+        self._rows[rows] = {tokens: _Mean(seconds) for tokens, seconds in points}
 
     @property
     def points(self) -> tuple[tuple[int, float], ...]:

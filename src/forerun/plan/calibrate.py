@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from forerun.cost import Table
 from forerun.drafters.hydra import method as hydra
 from forerun.drafters.medusa import method as medusa
 from forerun.drafters.none import Nothing
@@ -135,13 +136,14 @@ def calibrate(
     projections = [projected(tables[1::2], tree) for tree in trees]
     prompts, temperature = [list(sample.prompt) for sample in samples], samples[0].temperature
     timings = _timings(engine, drafter, trees, prompts, temperature, rows, rounds, watch)
-    plain, *each = ((median(spans), (min(spans), max(spans))) for spans in timings)
+    read = [rows, *(rows * (1 + tree.size) for tree in trees)]
+    costs = Table([(tokens, median(spans)) for tokens, spans in zip(read, timings, strict=True)], rows)
     candidates = tuple(
-        Candidate(tree.size, tokens, seconds, spread)
-        for tree, tokens, (seconds, spread) in zip(trees, projections, each, strict=True)
+        Candidate(tree.size, tokens, costs(rows * (1 + tree.size), rows), (min(spans), max(spans)))
+        for tree, tokens, spans in zip(trees, projections, timings[1:], strict=True)
     )
     best = max(candidates, key=lambda candidate: candidate.tokens_per_second)
-    return Calibration(trees[candidates.index(best)], best, candidates, plain[0], rows, len(samples))
+    return Calibration(trees[candidates.index(best)], best, candidates, costs(rows, rows), rows, len(samples))
 
 
 def _demand_answers(samples: Sequence[Sample], vocab_size: int) -> None:
