@@ -284,7 +284,7 @@ def steps(engine: Engine, tenant: str = "") -> int:
 
 
 def test_what_was_said_makes_the_next_time_faster_but_only_for_the_same_tenant() -> None:
-    engine = engines_of({"drafter": "hierarchy", "stores": ["model"]})
+    engine = engines_of({"drafter": "hierarchy", "stores": ["model"], "cost": 0.08})
     cold, warm = steps(engine, "one"), steps(engine, "one")
     assert warm < 0.5 * cold
     assert steps(engine, "two") == cold
@@ -293,7 +293,7 @@ def test_what_was_said_makes_the_next_time_faster_but_only_for_the_same_tenant()
 
 
 def test_a_memory_outlives_its_engine(tmp_path: Path) -> None:
-    spec = {"drafter": "hierarchy", "stores": [f"model:{tmp_path / 'said.jsonl'}"]}
+    spec = {"drafter": "hierarchy", "stores": [f"model:{tmp_path / 'said.jsonl'}"], "cost": 0.08}
     cold = steps(engines_of(spec))
     assert steps(engines_of(spec)) < 0.5 * cold  # the engine before is gone, and its claim to the file
     warm = engines_of(spec)
