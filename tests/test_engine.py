@@ -698,7 +698,7 @@ def test_an_engine_survives_a_processor_that_raises(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["none", "lookup", "small", "three models"])
-def test_a_stream_that_is_closed_and_an_abort_leave_nothing_behind(name: str) -> None:
+def test_a_stream_or_an_engine_that_is_closed_leaves_nothing_behind(name: str) -> None:
     one = engine(name, max_rows=3)
     stream = one.stream(PROMPTS, SamplingParams(max_new_tokens=40))
     for _ in range(5):

@@ -362,6 +362,7 @@ def test_heads_know_the_text_after_another_source_has_answered_for_long(kind: st
     """More tokens than the layer reads at once, in one row and not in the others."""
     heads = Watching(some_heads(kind), lively(), kernels)
     one = Engine(heads.model.network, Fallback([Bursts(lively(), in_turns), heads]), max_rows=2)
+    heads.model = one.target
     outputs = one.generate(HEADED, SamplingParams(max_new_tokens=130))
     assert [output.token_ids for output in outputs] == [greedy(lively(), prompt, 130) for prompt in HEADED]
     assert 10 < heads.spoken < 100
