@@ -27,7 +27,6 @@ from forerun.bench.run import Measurement, Row, measure, table
 from forerun.bench.suites import CATEGORIES, Prompt
 from forerun.bench.suites import load as load_suite
 from forerun.engine import load as assembly
-from forerun.engine.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,8 @@ def main(
     plain = forerun.load(target, weights=weights)
     engines = {"none": plain}
     for spec in drafter:
-        made = assembly.drafter_for(plain.target, spec, weights=weights, tokenizer=plain.tokenizer)
-        engines[spec] = Engine(plain.target, made, plain.tokenizer, plain.eos)
+        made = assembly.drafter_for(plain.target.network, spec, weights=weights, tokenizer=plain.tokenizer)
+        engines[spec] = plain.beside(made)
     suite = load_suite()
     records: list[dict[str, Any]] = []
     for heat in temperature or [0.0]:

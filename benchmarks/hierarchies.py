@@ -174,8 +174,8 @@ def compare(plain: Engine, paths: dict[str, str], known: Known, setting: Setting
     hierarchies = list(dict.fromkeys([*standard(known.names[:-1]), *([planned] if planned else [])]))
     engines = {"none": plain}
     for one in hierarchies:
-        drafter = assembly.drafter_for(plain.target, one.description(paths))
-        engines[one.name] = Engine(plain.target, drafter, plain.tokenizer, plain.eos)
+        drafter = assembly.drafter_for(plain.target.network, one.description(paths))
+        engines[one.name] = plain.beside(drafter)
     found = measure(engines, setting.prompts, setting.params, setting.rounds)
     rows = {row.drafter: row for row in found.rows}
     tokens = setting.params.max_new_tokens or 1

@@ -164,7 +164,7 @@ def measure(kind: str, make: Make, name: str, text: list[int], count: int) -> Fi
     drafter, memory = Lookup(LIMITS, make), ContextView(make)
     drafter.admit(row, {})
     memory.read(row.tokens, count)
-    context = Context([row], LIMITS.nodes, [LIMITS.depth], DEVICE)
+    context = Context([row], [LIMITS.nodes], [LIMITS.depth], DEVICE)
     studies, lookups, proposals, idle, nodes, said = [], [], [], [], 0, 0
     while said < len(following):
         studies.append(microseconds(lambda: memory.read(row.tokens, len(row.tokens))))

@@ -234,7 +234,7 @@ def walk(mix: Watched, answer: Answer, into: Walked, cost: Cost, laws: Cost, mod
     slot = model.admit(row.limit) if model else 0
     while row.remaining:
         at = len(row.tokens) - row.prompt_length
-        context, begun = Context([row], mix.max_nodes, [row.remaining - 1], CPU), time.thread_time()
+        context, begun = Context([row], [mix.max_nodes], [row.remaining - 1], CPU), time.thread_time()
         tree = mix.propose(context)
         proposed = time.thread_time() - begun
         draft = Draft(list(tree.tokens[0]), list(tree.topology.parents[0]), [])

@@ -137,10 +137,9 @@ def engine_of(
     target: TableNetwork, drafter: object = "none", networks: dict[str, TableNetwork] | None = None, **options: object
 ) -> Engine:
     """An engine over tables; checkpoints in the drafter's description are names in `networks`."""
-    model = Model(target, 1)
     if not isinstance(drafter, Drafter):
-        drafter = build(drafter, Workshop(model, (networks or {}).__getitem__))
-    return Engine(model, drafter, **options)
+        drafter = build(drafter, Workshop(Model(target, 0), (networks or {}).__getitem__))
+    return Engine(target, drafter, **options)
 
 
 def plain(target: TableNetwork, prompt: Sequence[int], count: int) -> list[int]:

@@ -21,7 +21,6 @@ from forerun.check.texts import PlainText, plain_texts
 from forerun.drafters import small
 from forerun.engine.engine import Engine
 from forerun.errors import RequestError
-from forerun.model import Model
 from forerun.sampling import SamplingParams
 from liars import Liar
 
@@ -71,7 +70,7 @@ def test_plain_against_itself_passes_and_the_object_is_whole():
 
 def test_a_drafter_that_lies_about_its_law_fails():
     plain = engine()
-    liar = Engine(Model(target(), 1), Liar(5, token=3))
+    liar = Engine(target(), Liar(5, token=3))
     report = check(plain, liar, PROMPTS, replace(PLAN, tokens=0))
     assert not report.passed and not report.lossy
     assert "law: DIFFERENT" in report.verdicts()[0] and "NOT EXACT" in report.verdicts()[-1]

@@ -27,7 +27,8 @@ from forerun.drafting.drafter import Context, Drafter
 from forerun.drafting.registry import REGISTRY, trained
 from forerun.drafting.spec import describe
 from forerun.drafting.workshop import Workshop, build
-from forerun.engine.engine import Engine, Output, Piece
+from forerun.engine.engine import Engine
+from forerun.engine.requests import Output, Piece
 from forerun.errors import DrafterError, RequestError
 from forerun.model import Model
 from forerun.sampling import Prefix, SamplingParams, edited
@@ -36,10 +37,12 @@ from forerun.tree import Drawn, TokenTree
 VOCAB = 4
 SMALL = {"drafter": "small", "checkpoint": "small"}
 MIDDLE = {"drafter": "verified", "checkpoint": "middle"}
+LOOKUP = {"drafter": "lookup", "cost": 0.08}
+"""Runs are compared here: the clock must have no say in what is proposed."""
 
 DRAFTERS: dict[str, Any] = {
     "none": "none",
-    "lookup": "lookup",
+    "lookup": LOOKUP,
     "maxgram": {"drafter": "maxgram", "length": 5},
     "maxgram, as published": {"drafter": "maxgram", "length": 4, "compat": True},
     "small": {**SMALL, "length": 4},
@@ -78,13 +81,13 @@ DRAFTERS: dict[str, Any] = {
         "parts": [
             {**MIDDLE, "inner": {**SMALL, "length": 1}, "length": 1, "until": 2},
             {**SMALL, "widths": [2, 1], "until": 4},
-            {"drafter": "lookup", "until": 6},
+            {**LOOKUP, "until": 6},
         ],
     },
-    "hierarchy": "hierarchy",
+    "hierarchy": {"drafter": "hierarchy", "cost": 0.08},
     "hierarchy, nothing pays": {"drafter": "hierarchy", "cost": 0.9},
-    "fallback": "lookup | small:small",
-    "fallback, enough": {"drafter": "fallback", "sources": ["lookup", {**SMALL, "length": 3}, "lookup"], "enough": 3},
+    "fallback": {"drafter": "fallback", "sources": [LOOKUP, "small:small"]},
+    "fallback, enough": {"drafter": "fallback", "sources": [LOOKUP, {**SMALL, "length": 3}, LOOKUP], "enough": 3},
     "fallback in a model": "verified:middle(lookup | verified:low(small:small))",
 }
 DETERMINISTIC = ("hierarchy", "lookup", "maxgram", "small, tree")
@@ -694,7 +697,7 @@ def test_an_engine_survives_a_processor_that_raises(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["none", "lookup", "small", "three models"])
-def test_a_stream_that_is_closed_and_an_abort_leave_nothing_behind(name: str) -> None:
+def test_a_stream_or_an_engine_that_is_closed_leaves_nothing_behind(name: str) -> None:
     one = engine(name, max_rows=3)
     stream = one.stream(PROMPTS, SamplingParams(max_new_tokens=40))
     for _ in range(5):
@@ -705,7 +708,7 @@ def test_a_stream_that_is_closed_and_an_abort_leave_nothing_behind(name: str) ->
     one.step()
     one.add([2] * 1200, SamplingParams(max_new_tokens=40))  # longer than a chunk: it is being read
     one.step()
-    one.abort()
+    one.close()
     assert one.is_idle
     outputs = one.generate(PROMPTS, SamplingParams(max_new_tokens=12))
     assert [output.token_ids for output in outputs] == [plain(tables()["target"], prompt, 12) for prompt in PROMPTS]

@@ -172,7 +172,7 @@ def test_more_leniency_never_keeps_less_of_a_chain(
 def some_tree(seed: int, kinds: Sequence[Drawn] = tuple(Drawn)) -> TokenTree:
     wild = Wild(V, 8, seed, kinds)
     rows = [Row([1] * (2 + n), 1, SamplingParams(), key_of(n), 99) for n in range(4)]
-    return wild.propose(Context(rows, 99, [9] * 4, CPU))
+    return wild.propose(Context(rows, [99] * 4, [9] * 4, CPU))
 
 
 @fast

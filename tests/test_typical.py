@@ -18,7 +18,7 @@ from fakes import Near, TableNetwork, Wild, engine_of, plain
 from forerun.accept.exact import Verdict, match
 from forerun.accept.judge import TYPICAL
 from forerun.accept.lossy import Typical, lossy_of, typical
-from forerun.engine.engine import Output
+from forerun.engine.requests import Output
 from forerun.errors import ForerunError
 from forerun.sampling import SamplingParams
 from forerun.tree import Drawn, TokenTree

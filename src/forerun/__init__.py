@@ -12,8 +12,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from forerun.engine.engine import Engine, Output, Piece, Stats, TokenLogprob
+    from forerun.engine.engine import Engine
     from forerun.engine.load import load
+    from forerun.engine.requests import Output, Piece, Stats, TokenLogprob
     from forerun.errors import CheckpointError, DrafterError, ForerunError, RequestError, TrainingError
     from forerun.sampling import SamplingParams
 
@@ -37,7 +38,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "load": "engine.load",
     "SamplingParams": "sampling",
-    **dict.fromkeys(("Engine", "Output", "Piece", "Stats", "TokenLogprob"), "engine.engine"),
+    "Engine": "engine.engine",
+    **dict.fromkeys(("Output", "Piece", "Stats", "TokenLogprob"), "engine.requests"),
     **dict.fromkeys(("CheckpointError", "DrafterError", "ForerunError", "RequestError", "TrainingError"), "errors"),
 }
 

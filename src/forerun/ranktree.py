@@ -159,6 +159,10 @@ class RankTree:
             self._parts[key] = RankTree(paths) if paths else None
         return self._parts[key]
 
+    def nodes_of(self, part: RankTree | None) -> list[int]:
+        """The numbers that the nodes of a part of this tree have here, the root first; None is the root alone."""
+        return [0, *(self._number[path] for path in part.nodes)] if part else [0]
+
     def followed(self, ranks: Sequence[int]) -> int:
         """How deep a text goes down this tree whose next tokens have these ranks, one per level."""
         deep = 0

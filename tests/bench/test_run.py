@@ -7,7 +7,7 @@ import pytest
 from fakes import Near, TableNetwork, engine_of
 from forerun.bench.picture import draw
 from forerun.bench.run import Run, common, measure, table
-from forerun.engine.engine import Stats
+from forerun.engine.requests import Stats
 from forerun.errors import ForerunError, RequestError
 from forerun.sampling import SamplingParams
 
@@ -85,7 +85,7 @@ def test_ctrl_c_ends_the_measurement(monkeypatch):
         raise KeyboardInterrupt
 
     made["small"].add([1])
-    made["small"].abort()
+    made["small"].close()
     monkeypatch.setattr(made["small"].drafter, "propose", lambda context: interrupted())
     with pytest.raises(KeyboardInterrupt):
         measure(made, PROMPTS, SamplingParams(max_new_tokens=5), rounds=1)

@@ -192,7 +192,7 @@ def test_on_the_kernels_and_numbers_of_this_machine(forerun, family, heads, size
 @pytest.mark.parametrize("where", ["answers", "timings"])
 def test_interrupted_it_leaves_nothing(forerun, family, heads, sizes, monkeypatch, where):
     (heads / "tree.json").write_text("[[0], [1]]")
-    step, timing = Engine.step, module._timings
+    step, timing = Engine._step, module._timings
     begun = where == "answers"
 
     def interrupted(self):
@@ -205,7 +205,7 @@ def test_interrupted_it_leaves_nothing(forerun, family, heads, sizes, monkeypatc
         begun = True
         return timing(*given)
 
-    monkeypatch.setattr(Engine, "step", interrupted)
+    monkeypatch.setattr(Engine, "_step", interrupted)
     monkeypatch.setattr(module, "_timings", timings)
     code, out, err = forerun("calibrate", family / "target", "--drafter", f"medusa:{heads}", *FEW)
     assert (code, out) == (130, "") and err.splitlines()[-1] == "forerun: interrupted"

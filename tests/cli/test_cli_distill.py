@@ -164,7 +164,7 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(
 ):
     options = ("--corpus", corpus, "--limit", 9, "--prompt-length", "5,9", "--rows", 2, "--temperature", 0.9)
     whole, *_ = distil(target, "whole.jsonl", *options)
-    step, count = Engine.step, 0
+    step, count = Engine._step, 0
 
     def interrupted(self):
         nonlocal count
@@ -173,7 +173,7 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(
             raise KeyboardInterrupt
         return step(self)
 
-    monkeypatch.setattr(Engine, "step", interrupted)
+    monkeypatch.setattr(Engine, "_step", interrupted)
     code, _, err = forerun("distill", target, "--out", tmp_path / "parts.jsonl", *SHORT, *options)
     monkeypatch.undo()
     before = len(read(tmp_path / "parts.jsonl").samples)

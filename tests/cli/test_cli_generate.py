@@ -15,7 +15,8 @@ import transformers
 from rich.console import Console
 
 from forerun.cli.narration import Scribe
-from forerun.engine.engine import Engine, Piece
+from forerun.engine.engine import Engine
+from forerun.engine.requests import Piece
 
 STATS = {
     "steps", "new_tokens", "tokens_per_step", "accepted", "seconds", "draft_seconds", "verify_seconds", "tokens_per_second",
@@ -143,7 +144,7 @@ def test_several_texts_have_titles(family, forerun):
 @contextmanager
 def interrupting(monkeypatch, at: int):
     """A real SIGINT in the middle of step number `at`."""
-    step, count = Engine.step, 0
+    step, count = Engine._step, 0
 
     def counted(engine):
         nonlocal count
@@ -152,7 +153,7 @@ def interrupting(monkeypatch, at: int):
             signal.raise_signal(signal.SIGINT)
         return step(engine)
 
-    monkeypatch.setattr(Engine, "step", counted)
+    monkeypatch.setattr(Engine, "_step", counted)
     yield
     monkeypatch.undo()
 

@@ -26,6 +26,7 @@ from forerun.drafters.medusa.network import MedusaHeads
 from forerun.drafting.drafter import Context
 from forerun.drafting.heads import Head, HeadDrafter, HeadsModule, LastState, Reader, drafting
 from forerun.engine.engine import Engine
+from forerun.engine.requests import Piece
 from forerun.model import Model
 from forerun.nn.backends.native.transformer import pack
 from forerun.nn.network import Network
@@ -183,7 +184,7 @@ def drafter_of(module: HeadsModule, network: Network, tree: RankTree) -> HeadDra
 
 
 def engine_with(module: HeadsModule, network: Network, tree: RankTree, **options: Any) -> Engine:
-    return Engine(Model(network, 1), drafter_of(module, network, tree), **options)
+    return Engine(network, drafter_of(module, network, tree), **options)
 
 
 def slow_head(
@@ -298,14 +299,13 @@ def _future(target: TableNetwork, tokens: tuple[int, ...], count: int) -> tuple[
 # ---- the engine step by step
 
 
-def pieces_of(engine: Engine, prompts: Iterable[Sequence[int]], wishes: SamplingParams) -> Iterator[int]:
-    """Run to the end, a new request at every second step; the number of every step, when it has been made."""
+def pieces_of(engine: Engine, prompts: Iterable[Sequence[int]], wishes: SamplingParams) -> Iterator[list[Piece]]:
+    """Run to the end, a new request at every second step; the pieces of every step, when it has been made."""
     waiting = list(prompts)
     for step in range(10_000):
         if waiting and step % 2 == 0:
             engine.add(waiting.pop(0), wishes)
-        engine.step()
-        yield step
+        yield engine.step()
         if not waiting and engine.is_idle:
             return
 

@@ -52,7 +52,7 @@ class Saying(Drafter):
         self._token, self.max_nodes = token, length
 
     def propose(self, context: Context) -> TokenTree:
-        sizes = [min(depth, context.budget, self.max_nodes) for depth in context.depths]
+        sizes = [min(*most, self.max_nodes) for most in zip(context.depths, context.budgets, strict=True)]
         chains = [[row.tokens[-1], *[self._token] * size] for row, size in zip(context.rows, sizes, strict=True)]
         return TokenTree.chain(chains, context.device)
 
@@ -93,9 +93,9 @@ def one_step(k: list[list[int]], token: int) -> tuple[list[int], int, list[tuple
         "last": {"drafter": "saying", "token": token},
     }
     engine = engine_of(One(), description, dict.fromkeys(models, One()))
-    (number,) = engine.add([0], SamplingParams(max_new_tokens=100))
+    engine.add([0], SamplingParams(max_new_tokens=100))
     (piece,) = engine.step()
-    drafted = engine._running[number].stats.drafted_tokens
+    drafted = engine._running[0].stats.drafted_tokens
     return piece.token_ids, drafted, [(t.name, t.asked, t.drafted, t.passes) for t in engine.drafter.tallies()]
 
 
@@ -183,7 +183,7 @@ def test_a_cascade_asks_nobody_behind_an_end_and_says_no_more_than_there_is_room
     cascade = Cascade([Part(Saying(token, 2), 3), Part(Saying(token, 7), 8)])
     row = Row([0], 1, SamplingParams(), 0, limit=1 + count, ends=frozenset({1}))
     cascade.admit(row, {})
-    assert cascade.propose(Context([row], 99, [row.remaining - 1], CPU)).tokens == [[0, *said]]
+    assert cascade.propose(Context([row], [99], [row.remaining - 1], CPU)).tokens == [[0, *said]]
     assert row.tokens == [0] and row.tentative == 0
 
 

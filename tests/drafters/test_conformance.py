@@ -168,10 +168,11 @@ class Narrow(Around):
 
     def propose(self, context: Context) -> TokenTree:
         step = next(self.steps)
-        budget = (0, 1, 2, context.budget)[step % 4]
+        wishes = [(0, 1, 2, budget)[(step + row) % 4] for row, budget in enumerate(context.budgets)]
+        budgets = [min(pair) for pair in zip(wishes, context.budgets, strict=True)]
         depths = [0 if (step + row) % 3 == 0 else min(depth, 1 + step % 5) for row, depth in enumerate(context.depths)]
-        tree = super().propose(replace(context, budget=min(budget, context.budget), depths=depths))
-        for row, (size, most) in enumerate(zip(tree.sizes, depths, strict=True)):
+        tree = super().propose(replace(context, budgets=budgets, depths=depths))
+        for row, (size, budget, most) in enumerate(zip(tree.sizes, budgets, depths, strict=True)):
             assert size <= 1 + (budget if most else 0)
             assert deepest(tree.topology.parents[row]) <= most
         return tree

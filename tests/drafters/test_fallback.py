@@ -78,7 +78,7 @@ class Stub(Drafter):
 
 def context_of(count: int, depth: int = 9, **rest: Any) -> Context:
     rows = [Row([0] * (2 + index), 1, SamplingParams(temperature=1.0), key_of(index), 64) for index in range(count)]
-    return Context(rows, rest.pop("budget", 99), [depth] * count, CPU, **rest)
+    return Context(rows, [rest.pop("budget", 99)] * count, [depth] * count, CPU, **rest)
 
 
 def told(one: Fallback, context: Context, tree: TokenTree, kept: list[list[int]]) -> None:
@@ -130,7 +130,7 @@ def test_sources_behind_the_one_that_answered_are_not_asked() -> None:
 def test_a_row_without_room_is_asked_of_nobody() -> None:
     stubs = [Stub("a", [0, 3]), Stub("b", [3, 3])]
     context = context_of(2)
-    tree = Fallback(stubs).propose(Context(context.rows, 99, [0, 9], CPU))
+    tree = Fallback(stubs).propose(Context(context.rows, [99, 99], [0, 9], CPU))
     assert answers(tree) == [(0, 0), (1, 3)] and [stub.asked for stub in stubs] == [[[0, 9]], []]
 
 
@@ -362,7 +362,8 @@ HEADED = [[1, 2, 3], [4], [9, 30, 2, 2, 11, 25, 0, 6, 19, 5, 5, 5, 8]]
 def test_heads_know_the_text_after_another_source_has_answered_for_long(kind: str, kernels: str) -> None:
     """More tokens than the layer reads at once, in one row and not in the others."""
     heads = Watching(some_heads(kind), lively(), kernels)
-    one = Engine(heads.model, Fallback([Bursts(lively(), in_turns), heads]), max_rows=2)
+    one = Engine(heads.model.network, Fallback([Bursts(lively(), in_turns), heads]), max_rows=2)
+    heads.model = one.target
     outputs = one.generate(HEADED, SamplingParams(max_new_tokens=130))
     assert [output.token_ids for output in outputs] == [greedy(lively(), prompt, 130) for prompt in HEADED]
     assert 10 < heads.spoken < 100
@@ -374,7 +375,7 @@ def test_heads_of_a_verified_model_that_nobody_asked_for_long_catch_up(kind: str
     """The model itself is far behind then: more than it reads in passing. Its heads wait for that one pass."""
     inner = Watching(some_heads(kind), relative(0, 0.1), kernels)
     over = Verified(inner.model, inner, 3)
-    one = Engine(Model(lively(), 1), Fallback([Bursts(lively(), in_turns), over]), max_rows=2)
+    one = Engine(lively(), Fallback([Bursts(lively(), in_turns), over]), max_rows=2)
     outputs = one.generate(HEADED, SamplingParams(max_new_tokens=130))
     assert [output.token_ids for output in outputs] == [greedy(lively(), prompt, 130) for prompt in HEADED]
     assert inner.spoken > 20 and inner.silent > 5
@@ -386,7 +387,7 @@ def test_heads_behind_another_source_within_a_verified_model(kind: str) -> None:
     inner = Watching(some_heads(kind), relative(0, 0.1), "torch", scratch=6)
     sources = Fallback([Wild(VOCAB, 3, 1), inner])
     over = Verified(inner.model, Fallback([Bursts(relative(0, 0.1), in_turns), sources]), 6)
-    one = Engine(Model(lively(), 1), over, max_rows=2)
+    one = Engine(lively(), over, max_rows=2)
     wishes = [SamplingParams(temperature=0.7 * n, seed=n, max_new_tokens=100) for n in (0, 1, 0)]
     outputs = one.generate(HEADED, wishes)
     for prompt, output in list(zip(HEADED, outputs, strict=True))[::2]:
@@ -404,7 +405,7 @@ def test_rows_that_stand_still_are_not_read_twice_although_the_heads_are_not_ask
     inner = Watching(some_heads(kind), relative(0, 0.2), "torch", scratch=6)
     below = Fallback([Bursts(relative(0, 0.2), now_and_then), inner])
     over = Cascade([Part(Verified(inner.model, below, 8), 20)])
-    outputs = Engine(Model(lively(), 1), over).generate(HEADED, SamplingParams(max_new_tokens=50))
+    outputs = Engine(lively(), over).generate(HEADED, SamplingParams(max_new_tokens=50))
     assert [output.token_ids for output in outputs] == [greedy(lively(), prompt, 50) for prompt in HEADED]
     assert inner.spoken > 20
 

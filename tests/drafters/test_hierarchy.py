@@ -81,11 +81,11 @@ def row_of(tokens: Sequence[int], **wishes: Any) -> Row:
 def propose(
     drafter: Hierarchy, rows: Sequence[Row], budget: int = 64, depths: Sequence[int] | None = None
 ) -> TokenTree:
-    return drafter.propose(Context(rows, budget, depths or [64] * len(rows), CPU))
+    return drafter.propose(Context(rows, [budget] * len(rows), depths or [64] * len(rows), CPU))
 
 
 def tell(drafter: Hierarchy, rows: Sequence[Row], tree: TokenTree, kept: list[list[int]]) -> None:
-    context = Context(rows, 64, [64] * len(rows), CPU)
+    context = Context(rows, [64] * len(rows), [64] * len(rows), CPU)
     drafter.observe(context, tree, Verdict(kept, [0] * len(rows), [False] * len(rows)), Scores(torch.zeros(1, 1, 1)))
 
 
@@ -284,7 +284,7 @@ def steps(engine: Engine, tenant: str = "") -> int:
 
 
 def test_what_was_said_makes_the_next_time_faster_but_only_for_the_same_tenant() -> None:
-    engine = engines_of({"drafter": "hierarchy", "stores": ["model"]})
+    engine = engines_of({"drafter": "hierarchy", "stores": ["model"], "cost": 0.08})
     cold, warm = steps(engine, "one"), steps(engine, "one")
     assert warm < 0.5 * cold
     assert steps(engine, "two") == cold
@@ -293,7 +293,7 @@ def test_what_was_said_makes_the_next_time_faster_but_only_for_the_same_tenant()
 
 
 def test_a_memory_outlives_its_engine(tmp_path: Path) -> None:
-    spec = {"drafter": "hierarchy", "stores": [f"model:{tmp_path / 'said.jsonl'}"]}
+    spec = {"drafter": "hierarchy", "stores": [f"model:{tmp_path / 'said.jsonl'}"], "cost": 0.08}
     cold = steps(engines_of(spec))
     assert steps(engines_of(spec)) < 0.5 * cold  # the engine before is gone, and its claim to the file
     warm = engines_of(spec)

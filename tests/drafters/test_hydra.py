@@ -324,7 +324,7 @@ def prefix_engine(module: HydraHeads, kernels: str, prompts: Sequence[Sequence[i
     network = on(lively(), kernels)
     told = Told(lambda row, tree: partly_right(row.tokens, tree, prompts, count))
     parts = Head(told, reader(module, network), RankTree([[0], [1], [0, 0], [0, 0, 0], [0, 0, 0, 0]]), 2)
-    return Engine(Model(network, 1), Telling("told", parts), max_rows=rows)
+    return Engine(network, Telling("told", parts), max_rows=rows)
 
 
 @every_kernel
@@ -334,15 +334,16 @@ def test_the_layer_read_piece_by_piece_says_what_it_says_of_the_whole_text(kerne
     one = prefix_engine(module, kernels, prompts, count, rows=3)
     grown: set[int] = set()
     before: dict[int, int] = {}
-    for _ in pieces_of(one, prompts, SamplingParams(max_new_tokens=count)):
+    texts: dict[int, list[int]] = {}
+    for pieces in pieces_of(one, prompts, SamplingParams(max_new_tokens=count)):
+        texts |= {piece.request: piece.output.token_ids for piece in pieces if piece.output}
         demand_contexts_of_the_texts(one, module)
         demand_cache_of_the_texts(one)
         lengths = {request.number: len(request.row.tokens) for request in one._running}
         grown |= {length - before[number] for number, length in lengths.items() if number in before}
         before = lengths
     assert grown == {1, 2, 3, 4, 5}
-    texts = [one._finished[number].new_tokens for number in range(len(prompts))]
-    assert texts == [greedy(lively(), prompt, count) for prompt in prompts]
+    assert [texts[number] for number in range(len(prompts))] == [greedy(lively(), prompt, count) for prompt in prompts]
 
 
 @every_kernel
@@ -416,7 +417,7 @@ every_reader = pytest.mark.parametrize("kind", ["hydra", "hydra++"])
 
 def crowded(inner: Watching, over: Drafter, temperature: float = 0.0) -> Engine:
     """Rows of different lengths come and go beside one another; the texts are right, and the heads both spoke and waited."""
-    one = Engine(Model(lively(), 1), over, max_rows=3)
+    one = Engine(lively(), over, max_rows=3)
     wishes = [SamplingParams(temperature=temperature, seed=n, max_new_tokens=4 + 7 * n) for n in range(len(CROWD))]
     outputs = one.generate(CROWD, wishes)
     if not temperature:
@@ -455,7 +456,7 @@ def test_heads_below_a_verified_model_know_the_prompt_from_the_first_step_on(kin
     row = Row([1, 2, 3] * 8, 24, SamplingParams(), key=0, limit=90)
     over.admit(row, {})
     assert inner.head.reader.known(0) == 23
-    over.propose(Context([row], 9, [9], torch.device("cpu")))
+    over.propose(Context([row], [9], [9], torch.device("cpu")))
     assert inner.silent == 0
 
 
@@ -484,7 +485,7 @@ def test_rows_that_stand_still_for_long_do_not_fill_the_layers_memory(kernels: s
     over = Verified(inner.model, inner, 150)
     reader = inner.head.reader
     assert isinstance(reader, PrefixState)
-    one = Engine(Model(lively(), 1), over)
+    one = Engine(lively(), over)
     wishes = [SamplingParams(max_new_tokens=count) for count in (3, 180)]
     outputs = one.generate([[5, 6, 7] * 60, [1, 2]], wishes)
     for prompt, wish, output in zip([[5, 6, 7] * 60, [1, 2]], wishes, outputs, strict=True):
@@ -501,7 +502,7 @@ def test_heads_whose_memory_was_taken_back_whole_wait_for_the_next_pass(
     module = some_heads(kind)
     heads = drafter_of(module, relative(0, 3.0), TREES["chain"])
     over = Verified(Model(relative(0, 3.0), heads.max_nodes + 1), heads, 12)
-    one = Engine(Model(lively(), 1), over)
+    one = Engine(lively(), over)
     (output,) = one.generate([[1, 2, 3]], SamplingParams(max_new_tokens=40))
     assert output.token_ids == greedy(lively(), [1, 2, 3], 40)
 
@@ -520,7 +521,7 @@ def test_rows_that_leave_take_their_states_along(kind: str, slots: tuple[int, in
     def go_on() -> None:
         """The level above keeps another number of tokens of every row, and adds one of its own."""
         for step in range(4):
-            context = Context(live, 99, [20 - len(row.tokens) % 3 for row in live], torch.device("cpu"))
+            context = Context(live, [99] * len(live), [20 - len(row.tokens) % 3 for row in live], torch.device("cpu"))
             tree = over.propose(context)
             kept = [list(range(1 + (step + n) % size)) for n, size in enumerate(tree.sizes)]
             verdict = Verdict(kept, [step] * len(live), [False] * len(live))

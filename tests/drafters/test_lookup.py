@@ -37,7 +37,7 @@ def row_of(tokens: Sequence[int], tentative: int = 0) -> Row:
 
 
 def propose(drafter: Lookup, rows: Sequence[Row], budget: int = 64, depths: Sequence[int] | None = None) -> TokenTree:
-    return drafter.propose(Context(rows, budget, depths or [64] * len(rows), DEVICE))
+    return drafter.propose(Context(rows, [budget] * len(rows), depths or [64] * len(rows), DEVICE))
 
 
 def fresh(text: Sequence[int], tentative: int = 0, **changes: float) -> TokenTree:

@@ -135,7 +135,7 @@ def row_of(tokens: Sequence[int], ends: frozenset[int] = frozenset()) -> Row:
 
 
 def proposed(drafter: MaxGram, row: Row, budget: int = 64, depth: int = 64) -> list[int]:
-    tree = drafter.propose(Context([row], budget, [depth], torch.device("cpu")))
+    tree = drafter.propose(Context([row], [budget], [depth], torch.device("cpu")))
     return list(tree.tokens[0][: tree.sizes[0]])[1:]
 
 
@@ -166,7 +166,7 @@ def test_a_released_slot_takes_the_last_row() -> None:
         drafter.admit(row, {})
     drafter.release(0)
     rows = [rows[2], rows[1]]
-    tree = drafter.propose(Context(rows, 9, [9, 9], torch.device("cpu")))
+    tree = drafter.propose(Context(rows, [9, 9], [9, 9], torch.device("cpu")))
     assert [list(tokens) for tokens in tree.tokens] == [[5, 6, 5], [3, 4, 3]]
 
 

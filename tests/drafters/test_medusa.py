@@ -189,7 +189,9 @@ def proposing(tree: RankTree, limits: Sequence[int], prompts: Sequence[Sequence[
         slot = model.admit(row.limit)
         rows.append(row)
         drafter.admit(row, model.prefill(row, slot, drafter.reads) or {})
-    return drafter.propose(Context(rows, drafter.max_nodes, [limit - 1 for limit in limits], torch.device("cpu")))
+    return drafter.propose(
+        Context(rows, [drafter.max_nodes] * len(rows), [limit - 1 for limit in limits], torch.device("cpu"))
+    )
 
 
 @every_tree
@@ -216,7 +218,7 @@ def test_no_more_is_proposed_than_the_budget_allows(tree: RankTree) -> None:
     row = Row([1, 2, 3], 3, SamplingParams(), 0, 50)
     drafter.admit(row, model.prefill(row, model.admit(50), drafter.reads) or {})
     for budget in (0, 1, 5, 63, 99):
-        found = drafter.propose(Context([row], budget, [20], torch.device("cpu")))
+        found = drafter.propose(Context([row], [budget], [20], torch.device("cpu")))
         assert found.sizes == (1 + min(budget, tree.size),)
 
 
@@ -280,7 +282,7 @@ def test_a_row_of_a_batch_is_what_it_is_alone(kind: str, kernels: str) -> None:
         for prompt, wish in zip(PROMPTS, wishes, strict=True)
     ]
     nothing = [
-        Engine(Model(network, 1), plain_drafter()).generate([prompt], wish)[0].token_ids
+        Engine(network, plain_drafter()).generate([prompt], wish)[0].token_ids
         for prompt, wish in zip(PROMPTS, wishes, strict=True)
     ]
     assert alone == nothing, "a seed gives the same text with heads and without"
@@ -299,10 +301,11 @@ def plain_drafter() -> Any:
 @every_kernel
 def test_rows_may_come_while_others_run_and_the_cache_is_that_of_the_text(kind: str, kernels: str) -> None:
     one = engine_with(some_heads(kind), on(lively(), kernels), TREES["gaps"], max_rows=3)
-    for _ in pieces_of(one, PROMPTS, SamplingParams(max_new_tokens=12)):
+    outputs: dict[int, list[int]] = {}
+    for pieces in pieces_of(one, PROMPTS, SamplingParams(max_new_tokens=12)):
         demand_cache_of_the_texts(one)
-    outputs = [one._finished[number].new_tokens for number in range(len(PROMPTS))]
-    assert outputs == [greedy(lively(), prompt, 12) for prompt in PROMPTS]
+        outputs |= {piece.request: piece.output.token_ids for piece in pieces if piece.output}
+    assert [outputs[number] for number in range(len(PROMPTS))] == [greedy(lively(), prompt, 12) for prompt in PROMPTS]
 
 
 @every_kind
@@ -441,7 +444,7 @@ def test_the_context_is_the_state_at_the_last_token_that_the_target_has_read() -
         def contexts(self) -> list[Tensor | None]:
             nonlocal seen
             for row, state in zip(one._running, super().contexts(), strict=True):
-                if row.new_tokens:
+                if row.stats.new_tokens:
                     assert state is not None and int(state.argmax()) == row.row.tokens[-1]
                     seen += 1
                 else:
@@ -686,7 +689,7 @@ def test_every_published_tree_can_be_asked_for_by_name(name: str, tmp_path: Path
     workshop = Workshop(Model(lively(), 1), {}.__getitem__)
     drafter = medusa.build(workshop, HeadSettings(written(tmp_path / "heads", "medusa"), name))
     assert drafter.max_nodes == 63
-    outputs = Engine(workshop.target, drafter).generate(PROMPTS, SamplingParams(max_new_tokens=10))
+    outputs = Engine(lively(), drafter).generate(PROMPTS, SamplingParams(max_new_tokens=10))
     assert [output.token_ids for output in outputs] == [greedy(lively(), prompt, 10) for prompt in PROMPTS]
 
 

@@ -629,7 +629,9 @@ class FromStore(Drafter):
             self.store.close(*gone)
 
     def propose(self, context: Context) -> TokenTree:
-        limits = [Limits(min(8, context.budget), depth, 1, 0.02, row.ends) for (row, _), depth in self._paired(context)]
+        limits = [
+            Limits(min(8, *context.budgets), depth, 1, 0.02, row.ends) for (row, _), depth in self._paired(context)
+        ]
         drafts = [
             view.draft(row.tokens, len(row.tokens), within)
             for (row, view), within in zip(self._rows, limits, strict=True)

@@ -179,7 +179,7 @@ def said_by(drafter: Callable[[], Drafter], prompt: Sequence[int], most: int, ca
             one.admit(row, {})
         with ideal_dice({key_of(seed): luck for seed, luck in enumerate(lucks)}):
             for step in range(calls):
-                tree = one.propose(Context(rows, most, [most] * len(rows), CPU, path=(step,)))
+                tree = one.propose(Context(rows, [most] * len(rows), [most] * len(rows), CPU, path=(step,)))
                 for row, tokens in zip(rows, tree.tokens, strict=True):
                     row.tokens += tokens[1:]
         return [tuple(row.tokens[len(prompt) :]) for row in rows]
@@ -205,7 +205,7 @@ def test_what_is_handed_up_is_the_law_of_the_model_that_reviewed() -> None:
     rows = [Row([0, 1, *[2] * length], 1, params, key_of(length), 64) for length in range(6)]
     for row in rows:
         one.admit(row, {})
-    tree = one.propose(Context(rows, 20, [20, 20, 3, 2, 1, 0], CPU))
+    tree = one.propose(Context(rows, [20] * 6, [20, 20, 3, 2, 1, 0], CPU))
     assert tree.laws_BNV is not None and tree.drawn_BN is not None
     assert (tree.drawn_BN == Drawn.WITHOUT_REPLACEMENT).all() and tree.topology.is_chain
     assert tree.sizes[2:] == (4, 3, 2, 1) and min(tree.sizes[:2]) > 4
@@ -350,7 +350,7 @@ def test_rounds_and_proposals_have_the_lengths_they_should(
         row = Row([1, 0], 2, SamplingParams(temperature=1.0), key_of(seed), 64)
         one.admit(row, {})
         begun = len(rounds.seen)
-        (tokens,) = one.propose(Context([row], 50, [50], CPU)).tokens
+        (tokens,) = one.propose(Context([row], [50], [50], CPU)).tokens
         sizes.add(len(tokens) - 1)
         assert one.model.passes == len(rounds.seen) - begun
         assert sum(said for _, said in rounds.seen[begun:]) == len(tokens) - 1
@@ -375,7 +375,7 @@ def test_a_level_writes_nothing_behind_an_end_and_says_no_more_than_there_is_roo
         ]
         for row in rows:
             one.admit(row, {})
-        tree = one.propose(Context(rows, 50, [50, 50, 4], CPU))
+        tree = one.propose(Context(rows, [50] * 3, [50, 50, 4], CPU))
         assert [row.tokens for row in rows] == [[1, 0]] * 3 and [row.tentative for row in rows] == [0, 0, 0]
         for tokens, row in zip(tree.tokens, rows, strict=True):
             assert not row.ends & set(tokens[1:-1])
@@ -390,7 +390,7 @@ def test_a_row_that_has_ended_costs_no_more_rounds() -> None:
     one = Verified(Model(Script(), 1), Nothing(), 6)
     row = Row([0, 1], 2, SamplingParams(), 0, 64, ends=frozenset({1}))
     one.admit(row, {})
-    assert one.propose(Context([row], 50, [50], CPU)).tokens == [[1, 1]]
+    assert one.propose(Context([row], [50], [50], CPU)).tokens == [[1, 1]]
     assert one.model.passes == 1
 
 
@@ -403,7 +403,7 @@ def scripted(
     """A target that says 1 everywhere, and two models that are wrong at these positions."""
     chain = DraftModel.on(Script(low, 1), Chain(Fixed(drafts)))
     one = Verified(Model(Script(middle), drafts + 1), chain, length)
-    return Engine(Model(Script(), 1), one), one, chain
+    return Engine(Script(), one), one, chain
 
 
 def test_passes_of_every_level_are_those_of_a_hand_trace() -> None:
@@ -443,7 +443,7 @@ def test_every_round_is_one_forward_however_the_level_above_decided(length: int)
     low = DraftModel.on(networks["low"], Chain(Fixed(2)))
     lower = Verified(Model(networks["low"], 3), low, 2)
     upper = Verified(Model(networks["middle"], lower.max_nodes + 1), lower, length)
-    engine = Engine(Model(networks["target"], 1), upper)
+    engine = Engine(networks["target"], upper)
     params = SamplingParams(temperature=1.0, seed=4, max_new_tokens=60)
     engine.generate([[1, 2, 0]], params)
     for level in (upper, lower):
@@ -494,7 +494,7 @@ def test_logits_with_memory_are_those_of_the_whole_text_at_every_call(
 ) -> None:
     """Four levels, ragged rows that come and go, rejections wherever they fall."""
     networks, checks = relatives(), Scratchless(monkeypatch)
-    one = Engine(Model(networks["target"], 1), hierarchy(networks, (5, 3, 2)), max_rows=3)
+    one = Engine(networks["target"], hierarchy(networks, (5, 3, 2)), max_rows=3)
     wishes = [
         SamplingParams(temperature=temperature, seed=seed, max_new_tokens=8 + 5 * seed) for seed in range(len(PROMPTS))
     ]
@@ -515,7 +515,7 @@ def test_ragged_rows_of_four_levels_say_what_they_say_alone() -> None:
     ]
 
     def engine() -> Engine:
-        return Engine(Model(networks["target"], 1), hierarchy(networks, (4, 3, 2)), max_rows=4)
+        return Engine(networks["target"], hierarchy(networks, (4, 3, 2)), max_rows=4)
 
     alone = [engine().generate([p], w)[0].token_ids for p, w in zip(PROMPTS, wishes, strict=True)]
     assert [output.token_ids for output in engine().generate(PROMPTS, wishes)] == alone
@@ -530,7 +530,7 @@ def test_a_lenient_level_hands_up_tokens_without_laws() -> None:
     one = hierarchy(networks, (3, 2), Lenient(3.0))
     row = Row([1, 0], 2, SamplingParams(temperature=1.0), key_of(1), 64)
     one.admit(row, {})
-    tree = one.propose(Context([row], 20, [20], CPU))
+    tree = one.propose(Context([row], [20], [20], CPU))
     assert tree.is_deterministic and tree.laws_BNV is None and "lossy" in one.tallies()[0].name
 
 

@@ -82,7 +82,7 @@ def test_a_measured_round_has_the_yields_of_the_engine() -> None:
     workshop = Workshop(Model(TARGET, 1), {}.__getitem__)
     store = build({"drafter": "lookup", "cost": 0.02}, workshop)
     found = look.measured_round(engine, None, store, PROMPTS, GREEDY)
-    again = Engine(Model(TARGET, 1), build({"drafter": "lookup", "cost": 0.02}, workshop), max_rows=1)
+    again = Engine(TARGET, build({"drafter": "lookup", "cost": 0.02}, workshop), max_rows=1)
     outputs = again.generate(PROMPTS, GREEDY)
     steps = sum(output.stats.steps for output in outputs)
     # the last step of an answer may verify more than the answer has room for

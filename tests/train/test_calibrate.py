@@ -469,6 +469,6 @@ def test_drafters_of_the_timings_share_their_heads(monkeypatch):
     monkeypatch.setattr(
         module, "_step_seconds", lambda engine, *_: draftings.append(getattr(engine.drafter, "head", None)) or 1.0
     )
-    running = Engine(Model(lively(), 1), drafter_with(trained("hydra"), lively(), DEFAULT_TREE))
+    running = Engine(lively(), drafter_with(trained("hydra"), lively(), DEFAULT_TREE))
     calibrate(running, trained("hydra"), samples(), rounds=1)
     assert {id(head.drafting) for head in draftings if head} == {id(running.drafter.head.drafting)}

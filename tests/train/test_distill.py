@@ -135,7 +135,7 @@ def test_an_interrupted_run_goes_on_to_the_same_answers(tmp_path, steps, monkeyp
     whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
     monkeypatch.setattr(module, "QUEUED_PER_ROW", 2)  # several queues
     distilled(whole)
-    step, count = Engine.step, 0
+    step, count = Engine._step, 0
 
     def interrupted(self):
         nonlocal count
@@ -144,7 +144,7 @@ def test_an_interrupted_run_goes_on_to_the_same_answers(tmp_path, steps, monkeyp
             raise KeyboardInterrupt
         return step(self)
 
-    monkeypatch.setattr(Engine, "step", interrupted)
+    monkeypatch.setattr(Engine, "_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         distilled(parts)
     before = len(lines(parts)) - 1 if parts.exists() else 0

@@ -49,7 +49,6 @@ from forerun.drafting.heads import HeadsModule, LastState
 from forerun.drafting.trained import Weights
 from forerun.engine.engine import Engine
 from forerun.errors import ForerunError, TrainingError
-from forerun.model import Model
 from forerun.nn.save import save_pretrained
 from forerun.nn.transformer import Transformer
 from forerun.plan.calibrate import module_of
@@ -446,10 +445,9 @@ class Nothing(LastState):
 
 
 def blind_engine(module: HydraHeads) -> Engine:
-    model = Model(cyclic(), 1)
     drafter = drafter_of(deepcopy(module), cyclic(), TREES["chain"])
     drafter.head = replace(drafter.head, reader=Nothing())
-    return Engine(model, drafter)
+    return Engine(cyclic(), drafter)
 
 
 def test_hydra_heads_learn_from_the_newest_token_alone_what_the_engine_shows_them(tmp_path: Path) -> None:
@@ -738,7 +736,7 @@ def own_answers() -> list[Sample]:
     """Of the target to 64 prompts, 2,560 tokens."""
     luck = np.random.default_rng(5)
     prompts = [luck.integers(0, VOCAB, int(luck.integers(2, 9))).tolist() for _ in range(64)]
-    one = Engine(Model(lively(), 1), drafter_of(some_heads("medusa"), lively(), TREES["one"]))
+    one = Engine(lively(), drafter_of(some_heads("medusa"), lively(), TREES["one"]))
     outputs = one.generate(prompts, SamplingParams(max_new_tokens=40))
     return [Sample(tuple(p), tuple(o.token_ids)) for p, o in zip(prompts, outputs, strict=True)]
 

@@ -14,7 +14,9 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from forerun.engine.engine import Engine, Prompt, Stats
+from forerun.engine.engine import Engine
+from forerun.engine.requests import Stats
+from forerun.engine.session import Prompt
 from forerun.errors import RequestError
 from forerun.sampling import SamplingParams
 

@@ -24,7 +24,8 @@ from forerun.check.law import Law, check_law
 from forerun.check.plan import Plan
 from forerun.check.rounding import rounding_bound
 from forerun.check.texts import plain_texts
-from forerun.engine.engine import Engine, Prompt
+from forerun.engine.engine import Engine
+from forerun.engine.session import Prompt
 from forerun.errors import RequestError
 
 __all__ = ["Greedy", "Law", "Plan", "Report", "check"]

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from forerun.check.texts import PlainText, finished, with_rows
-from forerun.engine.engine import Engine, Output
+from forerun.engine.engine import Engine
+from forerun.engine.requests import Output
 from forerun.sampling import SamplingParams
 
 BIT_FOR_BIT = "; no logit moves by a bit when tokens are read together"
@@ -81,13 +82,13 @@ def check_greedy(drafted: Engine, texts: Sequence[PlainText], rows: int, bound: 
     Where there are fewer texts than rows, some are generated twice. After a tie the rest is generated from plain
     decoding's own token, so that all of it is really compared.
     """
-    engine = with_rows(drafted, rows)
     texts = [texts[index % len(texts)] for index in range(max(rows, len(texts)))]
     open_at = dict.fromkeys(range(len(texts)), 0)
     found: list[Divergence] = []
     equal, exact = 0, True
     while open_at:
-        outputs = _continue(engine, [(texts[index], start) for index, start in open_at.items()])
+        with with_rows(drafted, rows):
+            outputs = _continue(drafted, [(texts[index], start) for index, start in open_at.items()])
         later: dict[int, int] = {}
         for (index, start), output in zip(open_at.items(), outputs, strict=True):
             exact &= output.stats.exact
@@ -95,7 +96,7 @@ def check_greedy(drafted: Engine, texts: Sequence[PlainText], rows: int, bound: 
             place = start + _common(output.token_ids, text.new[start:])
             equal += place - start
             if place < len(text.new):
-                found.append(_divergence(engine, index, text, place, output.token_ids[place - start :], bound))
+                found.append(_divergence(drafted, index, text, place, output.token_ids[place - start :], bound))
                 if found[-1].tie and place + 1 < len(text.new):
                     later[index] = place + 1
         open_at = later

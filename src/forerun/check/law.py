@@ -95,7 +95,6 @@ def _law(prompt: int, outcome: Outcome, plain: tuple[Ints, Ints], span: slice, p
 
 def _samples(engine: Engine, prompts: Sequence[Sequence[int]], plan: Plan, arm: int) -> tuple[list[Ints], bool]:
     """Per prompt the new tokens [samples, positions]; and whether all were drawn by an exact rule."""
-    wide = with_rows(engine, ROWS)
     drawn, exact = [], True
     for index, prompt in enumerate(prompts):
         params = replace(
@@ -108,7 +107,8 @@ def _samples(engine: Engine, prompts: Sequence[Sequence[int]], plan: Plan, arm: 
             stop_token_ids=(),
             logprobs=None,
         )
-        outputs = finished(wide, [prompt], [params])
+        with with_rows(engine, ROWS):
+            outputs = finished(engine, [prompt], [params])
         drawn.append(np.asarray([output.token_ids for output in outputs], dtype=np.int64))
         exact &= all(output.stats.exact for output in outputs)
     return drawn, exact

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from forerun.engine.engine import Engine, Output
+from forerun.engine.engine import Engine
+from forerun.engine.requests import Output
 from forerun.sampling import SamplingParams
 
 ALTERNATIVES = 16
@@ -57,6 +59,11 @@ def finished(engine: Engine, prompts: Sequence[Sequence[int]], params: Sequence[
     return outputs
 
 
-def with_rows(engine: Engine, rows: int) -> Engine:
-    """The same engine for so many rows side by side."""
-    return Engine(engine.target, engine.drafter, engine.tokenizer, engine.eos, rows)
+@contextmanager
+def with_rows(engine: Engine, rows: int) -> Iterator[None]:
+    """So many rows side by side, for a while."""
+    before, engine.max_rows = engine.max_rows, rows
+    try:
+        yield
+    finally:
+        engine.max_rows = before

@@ -229,7 +229,7 @@ def _stream(
     """The first prompt's continuation by every drafter, as it comes."""
     from dataclasses import replace
 
-    from forerun.cli.narration import DRAFTED, Narrator, Scribe, summary
+    from forerun.cli.narration import DRAFTED, Scribe, summary
 
     short = replace(params, max_new_tokens=min(SHOWN_TOKENS, params.max_new_tokens or SHOWN_TOKENS))
     console.print(f"The model continues {source}, which it has never seen. Its last lines:\n", highlight=False)
@@ -241,7 +241,7 @@ def _stream(
     for name, engine in engines.items():
         console.print(f"── {name}", style="bold", highlight=False)
         scribe = Scribe(console, as_ids=engine.tokenizer is None)
-        outputs = Narrator(engine, scribe.show).generate([tokens], short)
+        outputs = engine.stream([tokens], short).outputs(scribe.show)
         scribe.close()
         if any(output.finish_reason == "interrupted" for output in outputs):
             raise KeyboardInterrupt

@@ -46,9 +46,9 @@ def quiet() -> None:
 
 
 def beside(engine: Engine, spec: str, machine: Machine) -> Engine:
-    """An engine with the same target and another drafter. Of all the engines on one target only one may have work.
+    """An engine with the same target and another drafter.
 
     Raises DrafterError or CheckpointError as `forerun.load` does.
     """
-    drafter = assembly.drafter_for(engine.target, spec, machine.kernels, machine.weights, engine.tokenizer)
-    return Engine(engine.target, drafter, engine.tokenizer, engine.eos, engine.max_rows, engine.lossy)
+    network = engine.target.network
+    return engine.beside(assembly.drafter_for(network, spec, machine.kernels, machine.weights, engine.tokenizer))

@@ -12,7 +12,8 @@ import typer
 from forerun.cli import options
 
 if TYPE_CHECKING:
-    from forerun.engine.engine import Engine, Output
+    from forerun.engine.engine import Engine
+    from forerun.engine.requests import Output
     from forerun.sampling import SamplingParams
 
 Prompts = Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Texts to continue; - is stdin.")]
@@ -138,11 +139,11 @@ def record(output: Output) -> dict[str, Any]:
 
 
 def _as_text(engine: Engine, texts: list[str], params: SamplingParams) -> list[Output]:
-    from forerun.cli.narration import Narrator, Scribe, on_stdout, parts, summary
+    from forerun.cli.narration import Scribe, on_stdout, parts, summary
 
-    scribe = Scribe(on_stdout(), _titles(len(texts), params.n), as_ids=engine.tokenizer is None)
+    scribe = Scribe(on_stdout(), _titles(len(texts), params.n), params.n, as_ids=engine.tokenizer is None)
     started = time.perf_counter()
-    outputs = Narrator(engine, scribe.show).generate(texts, params)
+    outputs = engine.stream(texts, params).outputs(scribe.show)
     seconds = time.perf_counter() - started
     scribe.close()
     if outputs:

@@ -4,51 +4,35 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.text import Text
 
 from forerun.drafting.drafter import Tally
-from forerun.engine.engine import Engine, Output, Piece
+from forerun.engine.requests import Output, Piece
 
 DRAFTED = "black on light_green"
 """A background, because half of what is drafted is blanks and line ends."""
 WIDTH = 100
 """Columns where no terminal says how wide it is."""
 
-Show = Callable[[Piece], None]
-
-
-class Narrator(Engine):
-    """An engine that shows every piece in the moment it is accepted, whoever drives it."""
-
-    def __init__(self, engine: Engine, show: Show):
-        super().__init__(engine.target, engine.drafter, engine.tokenizer, engine.eos, engine.max_rows, engine.lossy)
-        self._show = show
-
-    def step(self) -> list[Piece]:
-        pieces = super().step()
-        for piece in pieces:
-            self._show(piece)
-        return pieces
-
 
 class Scribe:
     """Writes the pieces of several requests as if they came one after the other: those of a later request wait.
 
-    titles: what to write above each request; none: nothing. as_ids: write token ids, for want of a tokenizer. On a
-    terminal drafted tokens are marked; elsewhere the text goes out as it is.
+    titles: what to write above each request; none: nothing. samples: of every prompt. as_ids: write token ids, for want of a
+    tokenizer. On a terminal drafted tokens are marked; elsewhere the text goes out as it is.
     """
 
-    def __init__(self, console: Console, titles: Sequence[str] = (), as_ids: bool = False):
-        self._console, self._titles, self._as_ids = console, titles, as_ids
+    def __init__(self, console: Console, titles: Sequence[str] = (), samples: int = 1, as_ids: bool = False):
+        self._console, self._titles, self._samples, self._as_ids = console, titles, samples, as_ids
         self._waiting: defaultdict[int, list[Piece]] = defaultdict(list)
         self._turn = 0
         self._begun = -1
 
     def show(self, piece: Piece) -> None:
-        self._waiting[piece.request].append(piece)
+        self._waiting[piece.prompt_index * self._samples + piece.sample].append(piece)
         while pieces := self._waiting.pop(self._turn, []):
             self._write(pieces)
             if pieces[-1].finish_reason is None:

@@ -91,7 +91,7 @@ class Cascade(Drafter):
 
     def propose(self, context: Context) -> TokenTree:
         rows = context.rows
-        most = [min(context.budget, depth) for depth in context.depths]
+        most = [min(limits) for limits in zip(context.budgets, context.depths, strict=True)]
         said = [_Said([row.tokens[-1]], [], []) for row in rows]
         with tentatively(rows):
             for number, part in enumerate(self.parts):
@@ -111,7 +111,7 @@ class Cascade(Drafter):
             ]
         ):
             tree = part.drafter.propose(
-                replace(context, budget=part.drafter.max_nodes, depths=room, path=(*context.path, call))
+                replace(context, budgets=[part.drafter.max_nodes] * len(room), depths=room, path=(*context.path, call))
             )
             for index, row in enumerate(context.rows):
                 if room[index]:

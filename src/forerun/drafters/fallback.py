@@ -64,11 +64,8 @@ class Fallback(Drafter):
         self._trees, depths = {}, list(context.depths)
         for number, source in enumerate(self.sources):
             begun = time.perf_counter()
-            tree = source.propose(
-                replace(
-                    context, depths=depths, budget=min(context.budget, source.max_nodes), path=(*context.path, number)
-                )
-            )
+            budgets = [min(budget, source.max_nodes) for budget in context.budgets]
+            tree = source.propose(replace(context, depths=depths, budgets=budgets, path=(*context.path, number)))
             self._trees[number] = tree
             self._count(number, tree, depths, time.perf_counter() - begun)
             depths = [0 if self._answers(tree, row) else depth for row, depth in enumerate(depths)]

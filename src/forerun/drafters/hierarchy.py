@@ -23,7 +23,7 @@ from pathlib import Path
 from torch import Tensor
 
 from forerun.accept.exact import Verdict
-from forerun.drafters.lookup import demand_limits
+from forerun.drafters.lookup import demand_limits, limits_of, limits_within
 from forerun.drafting.drafter import Context, Drafter, Tally
 from forerun.drafting.method import Method
 from forerun.drafting.settings import setting
@@ -109,24 +109,23 @@ class Hierarchy(Drafter):
 
     def propose(self, context: Context) -> TokenTree:
         grown = [
-            self._draft(seat, row, self._bounds.within(context.budget, depth, row.ends), context.is_nested)
-            for seat, row, depth in zip(self._seats, context.rows, context.depths, strict=True)
+            self._draft(seat, row, limits, context.is_repeatable(row))
+            for seat, row, limits in zip(self._seats, context.rows, limits_within(self._bounds, context), strict=True)
         ]
         if all(len(draft.tokens) == 1 for draft in grown):
             return TokenTree.root([row.tokens[-1] for row in context.rows], context.device)
         return TokenTree.of([draft.tokens for draft in grown], [draft.parents for draft in grown], context.device)
 
-    def _draft(self, seat: _Seat, row: Row, limits: Limits, is_nested: bool) -> Draft:
+    def _draft(self, seat: _Seat, row: Row, limits: Limits, is_repeatable: bool) -> Draft:
         """Store by store, until the budget is full.
 
-        A request that names its seed throws the same dice again when it is repeated. Where something above draws too, a store
-        that remembers what those dice brought the last time would choose with knowledge of them; so it is not asked there.
+        A store that remembers would know what the dice of a repeatable request brought the last time, and choose with knowledge
+        of them; so it is not asked there.
         """
         merged, seat.origins = Draft([row.tokens[-1]], [-1], [1.0]), [-1]
         if limits.depth < 1 or limits.nodes < 1:
             return merged
         firm = len(row.tokens) - row.tentative
-        is_repeatable = is_nested and row.params.seed is not None and not row.params.is_greedy
         for number, (view, patience, tally) in enumerate(zip(seat.views, seat.patience, self._tallies, strict=True)):
             if (number and not patience.asks()) or (is_repeatable and self.stores[number].remembers):
                 continue
@@ -198,7 +197,7 @@ def merge(merged: Draft, found: Draft, limits: Limits) -> int:
 
 @dataclass(frozen=True)
 class Settings:
-    """{"drafter": "hierarchy", "stores": ["context", "model", "corpus:STORE"], "nodes": 16, "depth": 16, "cost": 0.08}
+    """{"drafter": "hierarchy", "stores": ["context", "model", "corpus:STORE"], "nodes": 16, "depth": 16}
 
     stores, in the order in which they are asked: `context`, the request's own text; `model`, what the model said before, or
     `model:FILE` to remember it across runs; `corpus:STORE`, made by `forerun index`. Without them: context and model, and
@@ -211,7 +210,7 @@ class Settings:
     nodes: int = setting(16, "As for lookup.")
     depth: int = setting(16, "As for lookup.")
     min_match: int = setting(1, "As for lookup.")
-    cost: float = setting(0.08, "As for lookup.")
+    cost: float | None = setting(None, "As for lookup.")
     capacity: int = setting(262_144, "Tokens that the model store holds.")
     compat: bool = setting(False, "Grams in the published code's order, the oldest first.")
 
@@ -235,8 +234,7 @@ class Settings:
 def build(workshop: Workshop, settings: Settings) -> Drafter:
     corpus = [f"corpus:{settings.checkpoint}"] if settings.checkpoint else []
     stores = ["context", "model", *corpus] if settings.stores is None else settings.stores
-    limits = Limits(settings.nodes, settings.depth, settings.min_match, float(settings.cost))
-    return Hierarchy([_store(spec, settings, workshop) for spec in stores], limits)
+    return Hierarchy([_store(spec, settings, workshop) for spec in stores], limits_of(settings))
 
 
 def _store(spec: str, settings: Settings, workshop: Workshop) -> Store:

@@ -54,10 +54,9 @@ class Lookup(Drafter):
             view.forget(length)
 
     def propose(self, context: Context) -> TokenTree:
-        nodes, within = context.budget, self._bounds.within
         grown = [
-            view.draft(row.tokens, len(row.tokens) - row.tentative, within(nodes, depth, row.ends))
-            for view, row, depth in zip(self._views, context.rows, context.depths, strict=True)
+            view.draft(row.tokens, len(row.tokens) - row.tentative, limits)
+            for view, row, limits in zip(self._views, context.rows, limits_within(self._bounds, context), strict=True)
         ]
         if all(len(draft.tokens) == 1 for draft in grown):
             return TokenTree.root([row.tokens[-1] for row in context.rows], context.device)
@@ -71,10 +70,12 @@ class Settings:
     nodes: int = setting(16, "The largest tree.")
     depth: int = setting(16, "Its longest path.")
     min_match: int = setting(1, "The fewest tokens that must match.")
-    cost: float = setting(
-        0.08,
-        "The least probability of survival for which a node is proposed; the best value is what one more node adds to a step,"
-        " as a share of a plain step, times the speed-up (on a 2-core CPU 0.045 times 1.8).",
+    cost: float | None = setting(
+        None,
+        "The least probability of survival for which a node is proposed. The best value is what one more node adds to a step, as"
+        " a share of a plain step, times the speed-up (on a 2-core CPU 0.045 times 1.8). Without it, that is what the engine"
+        " measures while it runs; where it has measured nothing yet, or where the clock must have no say, a node must survive"
+        " once in as many proposals as the largest tree has nodes, node 0 included.",
     )
 
     def __post_init__(self) -> None:
@@ -82,7 +83,23 @@ class Settings:
 
     @property
     def limits(self) -> Limits:
-        return Limits(self.nodes, self.depth, self.min_match, float(self.cost))
+        return limits_of(self)
+
+
+def limits_within(bounds: Bounds, context: Context) -> list[Limits]:
+    """Of every row."""
+    return [
+        bounds.within(budget, depth, row.ends, context.price(slot))
+        for slot, (row, budget, depth) in enumerate(zip(context.rows, context.budgets, context.depths, strict=True))
+    ]
+
+
+def limits_of(settings: Any) -> Limits:
+    """The limits among these settings. Without a cost they follow the price of nodes."""
+    nodes, depth, min_match, cost = settings.nodes, settings.depth, settings.min_match, settings.cost
+    if cost is None:
+        return Limits(nodes, depth, min_match, 1 / (nodes + 1), follows_price=True)
+    return Limits(nodes, depth, min_match, float(cost))
 
 
 def demand_limits(drafter: str, settings: Any) -> None:
@@ -90,6 +107,8 @@ def demand_limits(drafter: str, settings: Any) -> None:
     for name in ("nodes", "depth", "min_match"):
         demand_count(drafter, name, getattr(settings, name))
     cost = settings.cost
+    if cost is None:
+        return
     if isinstance(cost, bool) or not isinstance(cost, int | float) or not 0 < cost < 1:
         raise DrafterError(f"{drafter}: cost is a probability between 0 and 1, not {cost!r}")
 

@@ -163,8 +163,8 @@ class MaxGram(Drafter):
 
     def propose(self, context: Context) -> TokenTree:
         chains = [
-            [row.tokens[-1], *self._chain(row, text, min(context.budget, depth))]
-            for row, text, depth in zip(context.rows, self._texts, context.depths, strict=True)
+            [row.tokens[-1], *self._chain(row, text, min(most))]
+            for row, text, *most in zip(context.rows, self._texts, context.budgets, context.depths, strict=True)
         ]
         if all(len(tokens) == 1 for tokens in chains):
             return TokenTree.root([tokens[0] for tokens in chains], context.device)

@@ -74,8 +74,8 @@ class DraftModel(Drafter):
         """Draft where a row has room for it, in its own text and in the draft model's context."""
         self._entries = []  # an interrupted step may have left some
         room = [self.model.max_length - len(row.tokens) for row in context.rows]
-        depths = [max(0, min(pair)) for pair in zip(context.depths, room, strict=True)]
-        if context.budget < 1 or not any(depths):
+        depths = [max(0, min(least)) for least in zip(context.depths, context.budgets, room, strict=True)]
+        if not any(depths):
             return TokenTree.root([row.tokens[-1] for row in context.rows], context.device)
         grown = self.form.grow(ModelExpander(self.model, context.rows, self.form.reads), context, depths)
         self._entries = grown.entries

@@ -79,8 +79,8 @@ class Verified(Drafter):
         begun = time.perf_counter()
         rows = context.rows
         starts = [len(row.tokens) for row in rows]
-        most = min(context.budget, self.max_nodes)
-        depths = [max(0, min(d, most, self.model.max_length - s)) for d, s in zip(context.depths, starts, strict=True)]
+        most = [min(self.max_nodes, *limits) for limits in zip(context.budgets, context.depths, strict=True)]
+        depths = [max(0, min(m, self.model.max_length - s)) for m, s in zip(most, starts, strict=True)]
         spoken: list[list[Tensor]] = [[] for _ in rows]
         number = 0
         with tentatively(rows):
@@ -107,7 +107,8 @@ class Verified(Drafter):
         A row that has said enough goes through the motions with nothing proposed, and what the model says is ignored.
         """
         rows = context.rows
-        within = replace(context, budget=self.inner.max_nodes, depths=[max(0, left - 1) for left in room])
+        budgets, depths = [self.inner.max_nodes] * len(rows), [max(0, left - 1) for left in room]
+        within = replace(context, budgets=budgets, depths=depths, prices=None)  # its nodes cost the target nothing
         tree = self.inner.propose(within)
         scores = self.model.score(tree, rows, self.inner.reads)
         chance = draft_chance(rows, (*context.path, _VERIFY))

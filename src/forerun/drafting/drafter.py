@@ -19,21 +19,33 @@ from forerun.tree import TokenTree
 class Context:
     """What a drafter is told at a step.
 
-    rows: the requests, in slot order. budget: the most nodes it may propose per row, node 0 not counted. depths: the longest
+    rows: the requests, in slot order. budgets: the most nodes it may propose for each, node 0 not counted. depths: the longest
     path per row (a row may have room for fewer tokens; 0: propose nothing for it). path: which level and round of a
-    hierarchy asks, so that every level draws its own luck.
+    hierarchy asks, so that every level draws its own luck. prices: per row, the probability of survival at which a node that
+    the target reads neither gains nor loses time (`cost.NodePrice`); None where nothing has been measured, or where another
+    model than the target reads what is proposed.
     """
 
     rows: Sequence[Row]
-    budget: int
+    budgets: Sequence[int]
     depths: Sequence[int]
     device: torch.device
     path: tuple[int, ...] = field(default=(0,))
+    prices: Sequence[float] | None = None
 
     @property
     def is_nested(self) -> bool:
         """Another drafter asks, not the engine."""
         return len(self.path) > 1
+
+    def is_repeatable(self, row: Row) -> bool:
+        """Something above draws, and the row names its seed: it throws the same dice again when it is repeated, so what is
+        proposed for it must not depend on anything but its own past."""
+        return self.is_nested and row.params.seed is not None and not row.params.is_greedy
+
+    def price(self, slot: int) -> float | None:
+        """What a node of this row must promise; None where the clock knows nothing, or must have no say."""
+        return None if self.prices is None or self.is_repeatable(self.rows[slot]) else self.prices[slot]
 
     def chance(self) -> Dice:
         """Luck that no other step, level or row sees."""

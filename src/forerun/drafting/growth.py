@@ -154,7 +154,7 @@ class Chain:
 
     def grow(self, expander: Expander, context: Context, depths: Sequence[int]) -> Grown:
         rows, pen = context.rows, _Pen(context)
-        longest = min(self.max_nodes, context.budget, max(depths))
+        longest = min(self.max_nodes, max(depths))
         watch = _Watch(self.stopping, rows, [1 + min(depth, longest) for depth in depths])
         chains: list[list[int]] = [[row.tokens[-1]] for row in rows]
         parents, scores = np.zeros((len(rows), 1), np.int64), expander.begin()
@@ -343,7 +343,9 @@ class TopTree:
                     frontiers[index] = []
             if level < deepest:
                 scores = expander.expand(grove.frontier(frontiers))
-        kept = [self._best(tree, min(self.nodes, context.budget)) for tree in grove.trees]
+        kept = [
+            self._best(tree, min(self.nodes, most)) for tree, most in zip(grove.trees, context.budgets, strict=True)
+        ]
         proposal = TokenTree.of([tree.tokens for tree in kept], [tree.parents for tree in kept], context.device)
         return Grown(proposal, [tree.places for tree in kept])
 
@@ -397,7 +399,7 @@ class SampledTree:
             for index, tree in enumerate(grove.trees):
                 drawn: list[int] = []
                 for offset, (node, children) in enumerate(zip(frontiers[index], families[index], strict=True)):
-                    if len(tree.tokens) + len(children) <= context.budget + 1 and children:
+                    if len(tree.tokens) + len(children) <= context.budgets[index] + 1 and children:
                         groups[index][node] = laws_BWV[index, offset]
                         drawn += [tree.add(token, node) for token in children]
                 frontiers[index] = drawn
@@ -446,11 +448,15 @@ class StaticTree:
         return self.ranks.size
 
     def grow(self, expander: Expander, context: Context, depths: Sequence[int]) -> Grown:
-        roots, ranks = [row.tokens[-1] for row in context.rows], self.ranks.within(max(depths), context.budget)
+        roots, ranks = [row.tokens[-1] for row in context.rows], self.ranks.within(max(depths), max(context.budgets))
         if ranks is None:
             return Grown(TokenTree.root(roots, context.device), [[-1] for _ in roots])
-        tree = cut(tokens_of(ranks, expander, roots, context.device).tolist(), ranks, depths, context.device)
-        return Grown(tree, [ranks.entries[:size] for size in tree.sizes])
+        tokens, parts = (
+            tokens_of(ranks, expander, roots, context.device).tolist(),
+            parts_of(ranks, depths, context.budgets),
+        )
+        entries = [[ranks.entries[node] for node in ranks.nodes_of(part)] for part in parts]
+        return Grown(cut(tokens, ranks, parts, context.device), entries)
 
 
 def tokens_of(ranks: RankTree, expander: Expander, roots: Sequence[int], device: torch.device) -> Tensor:
@@ -475,12 +481,16 @@ def _level_frontier(level: Level, paths_WJ: Paths, tokens_BN: Tensor, depth: int
     )
 
 
-def cut(tokens: Sequence[Sequence[int]], ranks: RankTree, depths: Sequence[int], device: torch.device) -> TokenTree:
-    """A static tree of these tokens, of every row the part that it has room for. Nodes are numbered by depth, so the part is
-    the beginning."""
-    if min(depths) >= ranks.depth:
+def parts_of(ranks: RankTree, depths: Sequence[int], budgets: Sequence[int]) -> list[RankTree | None]:
+    """What each row has room for of a static tree; None: of node 0 alone."""
+    return [ranks.within(depth, most) for depth, most in zip(depths, budgets, strict=True)]
+
+
+def cut(
+    tokens: Sequence[Sequence[int]], ranks: RankTree, parts: Sequence[RankTree | None], device: torch.device
+) -> TokenTree:
+    """Static trees of these tokens, of every row its part."""
+    if all(part is ranks for part in parts):
         return TokenTree(tokens, ranks.topology(len(tokens)), device)
-    parts = [ranks.within(depth, ranks.size) for depth in depths]
-    sizes = [1 + (part.size if part else 0) for part in parts]
-    parents = [ranks.parents[:size] for size in sizes]
-    return TokenTree([row[:size] for row, size in zip(tokens, sizes, strict=True)], Topology.of(parents), device)
+    kept = [[row[node] for node in ranks.nodes_of(part)] for row, part in zip(tokens, parts, strict=True)]
+    return TokenTree(kept, Topology.of([part.parents if part else (-1,) for part in parts]), device)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from forerun.accept.exact import Verdict
 from forerun.drafting.drafter import Context, Drafter
-from forerun.drafting.growth import Expander, Frontier, cut, tokens_of
+from forerun.drafting.growth import Expander, Frontier, cut, parts_of, tokens_of
 from forerun.errors import DrafterError
 from forerun.model import CHUNK, Inputs, Model, Scores
 from forerun.native.matrix import Packed
@@ -337,13 +337,13 @@ class HeadDrafter(Drafter):
         ]
         states = reader.contexts() if any(depths) else [None] * len(depths)
         depths = [0 if state is None else depth for state, depth in zip(states, depths, strict=True)]
-        tree = self.head.tree.within(max(depths), context.budget)
+        tree = self.head.tree.within(max(depths), max(context.budgets))
         if tree is None:
             return TokenTree.root(roots, context.device)
         some = next(state for state in states if state is not None)
         context_BD = torch.stack([torch.zeros_like(some) if state is None else state for state in states])
         tokens = self.head.drafting.draft(context_BD, roots, tree)
-        return cut(tokens, tree, depths, context.device)
+        return cut(tokens, tree, parts_of(tree, depths, context.budgets), context.device)
 
     def observe(self, context: Context, tree: TokenTree, verdict: Verdict, scores: Scores) -> None:
         layer, before = self.head.layer, scores.before.get(self.head.layer)

@@ -7,193 +7,144 @@
     emit
 
 Plain decoding is the drafter that proposes nothing. A request waits, is read in chunks while the others go on, joins the
-rows, and leaves when a stop rule holds, in the middle of an accepted block if need be.
+rows, and leaves when a stop rule holds, in the middle of an accepted block if need be, or when it is cancelled.
 """
 
 from __future__ import annotations
 
 import secrets
+import threading
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Sequence
+from functools import partial
+from itertools import count
+from typing import Self
 
 import torch
-from torch import Tensor
 
-from forerun.accept.exact import Verdict
 from forerun.accept.judge import is_exact, judge, rule_of
 from forerun.accept.lossy import Lossy
 from forerun.chance import key_of
+from forerun.cost import NodePrice, Step, Table
 from forerun.drafting.drafter import Context, Drafter
+from forerun.engine.requests import Output, Piece, Request, Stats, TokenLogprob
+from forerun.engine.session import Prompt, Session
 from forerun.engine.text import TextStream
-from forerun.errors import DrafterError, RequestError
+from forerun.errors import RequestError
 from forerun.model import Model, Scores
+from forerun.nn.network import Network
 from forerun.row import Row, final_chance
 from forerun.sampling import SamplingParams
 from forerun.sources.tokenizer import HuggingFaceTokenizer
 from forerun.tree import TokenTree
 
-Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """Natural logarithms of the model's own law at one token: its own, and those of the most probable alternatives."""
-
-    token_id: int
-    logprob: float
-    alternatives: dict[int, float]
-
-
-@dataclass
-class Stats:
-    """What a request cost. Seconds count from its admission; a step is shared by the rows that make it together.
-
-    accepted: mean surviving draft tokens per step. tokens_per_step: new tokens per step, what a user feels.
-    """
-
-    drafter: str
-    rule: str = ""
-    exact: bool = True
-    steps: int = 0
-    new_tokens: int = 0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-    seconds: float = 0.0
-    prefill_seconds: float = 0.0
-    draft_seconds: float = 0.0
-    verify_seconds: float = 0.0
-
-    @property
-    def tokens_per_step(self) -> float:
-        return self.new_tokens / self.steps if self.steps else 0.0
-
-    @property
-    def accepted(self) -> float:
-        return self.accepted_tokens / self.steps if self.steps else 0.0
-
-    @property
-    def other_seconds(self) -> float:
-        return max(0.0, self.seconds - self.prefill_seconds - self.draft_seconds - self.verify_seconds)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """New tokens per second of decoding (reading the prompt is not in it)."""
-        decoding = self.seconds - self.prefill_seconds
-        return self.new_tokens / decoding if decoding > 0 else 0.0
-
-    def as_dict(self) -> dict[str, object]:
-        names = (
-            "steps new_tokens tokens_per_step accepted seconds prefill_seconds draft_seconds verify_seconds other_seconds"
-            " tokens_per_second drafted_tokens accepted_tokens drafter rule exact"
-        )
-        return {name: getattr(self, name) for name in names.split()}
-
-
-@dataclass(frozen=True)
-class Output:
-    """One finished sample. token_ids: the new tokens, the ending one included. text: None without a tokenizer.
-
-    finish_reason: "stop" (end of sequence, stop token or stop string), "length", or "interrupted".
-    """
-
-    text: str | None
-    token_ids: list[int]
-    finish_reason: str
-    logprobs: list[TokenLogprob] | None
-    stats: Stats
-    prompt_index: int = 0
-    sample: int = 0
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What one step added to one sample. drafted[i]: token i came from the drafter (and the target agreed)."""
-
-    request: int
-    prompt_index: int
-    sample: int
-    token_ids: list[int]
-    drafted: list[bool]
-    texts: list[str]
-    finish_reason: str | None = None
-
-    @property
-    def text(self) -> str:
-        return "".join(self.texts)
-
-
-@dataclass
-class _Request:
-    """A row and everything the engine alone needs to know about it."""
-
-    number: int
-    prompt_index: int
-    sample: int
-    row: Row
-    stream: TextStream | None
-    stats: Stats
-    started: float = 0.0
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    hidden: dict[int, list[Tensor]] = field(default_factory=dict)
-    finish_reason: str | None = None
-
-    @property
-    def new_tokens(self) -> list[int]:
-        return self.row.tokens[self.row.prompt_length :]
-
 
 class Engine:
     """A target, a drafter and the rows that are running.
 
-    max_rows: how many requests run side by side; others wait. eos: token ids that end a text unless a request ignores
-    them. lossy: judge requests by this rule; the statistics of those that it touches then say that they are not exact. Use
-    `forerun.load` to make one from a model folder.
+    network: of the target; engines may share it, each has a cache of its own. drafter: this engine's alone, because it knows
+    the rows. max_rows: how many requests run side by side; others wait; it may be changed while the engine is idle. eos: token
+    ids that end a text unless a request ignores them. lossy: judge requests by this rule; the statistics of those that it
+    touches then say that they are not exact. Use `forerun.load` to make one from a model folder.
+
+    Who may call it: any thread may call `add`, `cancel`, `close`, `generate`, `stream` and `step` at any time. There is no
+    thread behind them: whoever waits for pieces drives the loop, one caller at a time, for everybody; pieces go to whoever asked
+    for them, and the requests of all callers run in one batch. What interrupts the driver (Ctrl-C) costs the others a step,
+    which is made again; any other error in a step ends the requests that were in it ("interrupted") and is raised to the driver.
+    Everything else (`drafter.reset`, `max_rows`) is for one who knows that the engine is idle. Of several engines on one network
+    one may be driven at a time.
     """
 
     def __init__(
         self,
-        target: Model,
+        network: Network,
         drafter: Drafter,
         tokenizer: HuggingFaceTokenizer | None = None,
         eos: Iterable[int] = (),
         max_rows: int = 16,
         lossy: Lossy | None = None,
     ):
-        self.target, self.drafter, self.tokenizer, self.lossy = target, drafter, tokenizer, lossy
+        self.target = Model(network, drafter.max_nodes + 1)
+        self.drafter, self.tokenizer, self.lossy = drafter, tokenizer, lossy
         self.eos = frozenset(eos)
         self.max_rows = max_rows
-        target.scratch = max(target.scratch, drafter.max_nodes + 1)
-        self._waiting: deque[_Request] = deque()
-        self._reading: _Request | None = None
-        self._running: list[_Request] = []
-        self._finished: dict[int, _Request] = {}
-        self._count = 0
+        self.costs = Table()
+        self._price = NodePrice(self.costs)
+        self._waiting: OrderedDict[int, Request] = OrderedDict()
+        self._reading: Request | None = None
+        self._running: list[Request] = []
+        self._numbers = count()
+        self._room = (0, 0)  # rows and length to allocate before the next step
+        self._inbox: deque[Piece] = deque()  # of requests that were added by hand
+        self._turn = threading.Condition()  # held for moments only, never during a step
+        self._driving = False
+        self._cancelled: deque[int] = deque()
+        self._spelling = threading.Lock()
 
-    # ---- requests
+    def beside(self, drafter: Drafter, max_rows: int | None = None) -> Engine:
+        """An engine on the same network with a cache and a drafter of its own. max_rows: as here, if not given."""
+        rows = self.max_rows if max_rows is None else max_rows
+        return Engine(self.target.network, drafter, self.tokenizer, self.eos, rows, self.lossy)
 
-    def add(self, prompt: Prompt, params: SamplingParams | None = None, prompt_index: int = 0) -> list[int]:
-        """Queue a prompt; returns one request number per sample. RequestError if it cannot be served."""
+    # ---- for callers
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Output]:
+        """Generate to the end. One output per prompt and sample, in that order. Interrupted (Ctrl-C), it returns what it has,
+        with the finish reason "interrupted"."""
+        return self.stream(prompts, params).outputs()
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        text: bool = True,
+    ) -> Session:
+        """Generate and yield pieces as they are accepted. Closing the iterator drops what is still running of it.
+
+        text: without it only token ids come out, and nothing is spent on spelling them.
+        """
+        return Session(self, prompts, params, text)
+
+    def add(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        prompt_index: int = 0,
+        text: bool = True,
+        inbox: deque[Piece] | None = None,
+    ) -> list[int]:
+        """Queue a prompt; returns one request number per sample. RequestError if it cannot be served.
+
+        inbox: where the pieces go; without one, `step` returns them. text: as for `stream`.
+        """
         params = params or SamplingParams()
         tokens = self.encode(prompt)
-        limit = self._limit(tokens, params)
+        limit = self.limit_of(tokens, params)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos)
+        spell = None
+        if self.tokenizer is not None and (text or params.stop):
+            spell = partial(TextStream, self.tokenizer.backend_tokenizer, tokens, tuple(params.stop))
+        box = self._inbox if inbox is None else inbox
+        requests = []
         for sample in range(params.n):
             row = Row(list(tokens), len(tokens), params, key_of(seed, sample), limit, ends=ends)
             stats = Stats(self.drafter.name, exact=is_exact(self.lossy, row))
-            request = _Request(self._count, prompt_index, sample, row, self._text_stream(tokens, params), stats)
-            self._waiting.append(request)
-            self._count += 1
-        return list(range(self._count - params.n, self._count))
+            requests.append(Request(next(self._numbers), prompt_index, sample, row, stats, box, spell))
+        with self._turn:
+            self._waiting.update((request.number, request) for request in requests)
+        return [request.number for request in requests]
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids of a prompt: text through the tokenizer, ids as they are (checked)."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError("this model has no tokenizer: give the prompt as token ids")
-            prompt = self.tokenizer(prompt)["input_ids"]
+            with self._spelling:
+                prompt = self.tokenizer(prompt)["input_ids"]
         tokens = [int(token) for token in prompt]
         if not tokens:
             raise RequestError("the prompt is empty: give at least one token")
@@ -202,7 +153,8 @@ class Engine:
             raise RequestError(f"token id {outside} is outside the vocabulary of {self.target.vocab_size}")
         return tokens
 
-    def _limit(self, tokens: Sequence[int], params: SamplingParams) -> int:
+    def limit_of(self, tokens: Sequence[int], params: SamplingParams) -> int:
+        """The total length at which a prompt's text must end. RequestError if it cannot be served."""
         context = self.target.max_length
         if len(tokens) >= context:
             raise RequestError(
@@ -217,247 +169,231 @@ class Engine:
             raise RequestError("stop strings need a tokenizer, and this model has none: use stop_token_ids")
         return min(context, len(tokens) + params.max_new_tokens) if params.max_new_tokens else context
 
-    def _text_stream(self, tokens: Sequence[int], params: SamplingParams) -> TextStream | None:
-        if self.tokenizer is None:
-            return None
-        return TextStream(self.tokenizer.backend_tokenizer, tokens, tuple(params.stop))
+    def reserve(self, rows: int, length: int) -> None:
+        """Allocate the target's cache once, before the next step, instead of with every admission."""
+        with self._turn:
+            self._room = max(self._room[0], rows), max(self._room[1], length)
+
+    def cancel(self, *numbers: int) -> None:
+        """End these requests, whether they wait, are being read or run; those that have ended already are left alone.
+
+        Their last pieces say "interrupted" and carry what they have, and come where all their pieces came: at once, or, while
+        another caller makes a step, when that is done. Nothing changes for the other requests.
+        """
+        with self._turn:
+            self._cancelled.extend(numbers)
+            if not self._driving:
+                self._sweep()
+
+    def close(self) -> None:
+        """Cancel every request, and forget the pieces of those that were added by hand. The engine can be used again."""
+        with self._turn:
+            alive = [*self._waiting.values(), *([self._reading] if self._reading else []), *self._running]
+            self.cancel(*(request.number for request in alive))
+            self._inbox.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def is_idle(self) -> bool:
-        return not (self._waiting or self._reading or self._running)
+        """No request is left, and no piece that `step` would return."""
+        return not (self._waiting or self._reading or self._running or self._inbox)
 
-    def abort(self) -> None:
-        """Drop every request; those that run end as "interrupted"."""
-        self._waiting.clear()
-        for request in self._running + ([self._reading] if self._reading else []):
-            request.finish_reason = "interrupted"
-            self._close(request)
-        while self.target.cache.rows:
-            self.target.release(self.target.cache.rows - 1)
-        for slot in reversed(range(len(self._running))):
-            self.drafter.release(slot)
-        self._running, self._reading = [], None
+    def step(self) -> list[Piece]:
+        """Read a chunk of a waiting prompt, then make one step with every row that is ready. Returns what has been said since the
+        last call by the requests that were added by hand."""
+        with self._turn:
+            while self._driving:
+                self._turn.wait()
+            self._driving = True
+        self._drive()
+        return [self._inbox.popleft() for _ in range(len(self._inbox))]
+
+    def await_piece(self, inbox: deque[Piece]) -> None:
+        """Return when there is a piece in this inbox: drive the loop, or wait for the one who does."""
+        while not inbox:
+            with self._turn:
+                while self._driving and not inbox:
+                    self._turn.wait()
+                if inbox:
+                    return
+                self._driving = True
+            self._drive()
 
     # ---- the loop
 
-    @torch.inference_mode()
-    def step(self) -> list[Piece]:
-        """Read a chunk of a waiting prompt, then make one step with every row that is ready."""
-        self._read()
-        return self._decode() if self._running else []
+    def _drive(self) -> None:
+        """One step, by the caller whose turn it is."""
+        try:
+            self._step()
+        except BaseException as error:
+            self._recover(is_wanted=isinstance(error, KeyboardInterrupt))
+            raise
+        finally:
+            with self._turn:
+                self._sweep()
+                self._driving = False
+                self._turn.notify_all()
 
-    def _decode(self) -> list[Piece]:
+    @torch.inference_mode()
+    def _step(self) -> None:
+        self._read()
+        if self._running:
+            self._decode()
+
+    def _decode(self) -> None:
         rows = [request.row for request in self._running]
-        context = Context(
-            rows=rows,
-            budget=self.drafter.max_nodes,
-            depths=[row.remaining - 1 for row in rows],
-            device=self.target.device,
-        )
+        context = self._context(rows)
         begun = time.perf_counter()
         tree = self.drafter.propose(context)
         drafted = time.perf_counter()
         scores = self.target.score(tree, rows, self.drafter.reads)
         scored = time.perf_counter()
         judgement = judge(tree, scores.logits_BNV, rows, final_chance(rows), scores.best_BN, self.lossy)
-        self.target.keep(judgement.verdict.kept)
-        observing = time.perf_counter()
+        kept = judgement.verdict.kept
+        self.target.keep(kept)
+        judged = time.perf_counter()
         self.drafter.observe(context, tree, judgement.verdict, scores)
-        learned = time.perf_counter() - observing
+        step = Step(
+            rows=len(rows),
+            nodes=sum(tree.sizes),
+            context=sum(len(row.tokens) for row in rows),
+            tokens=sum(map(len, kept)),
+            draft_seconds=drafted - begun + time.perf_counter() - judged,
+            verify_seconds=scored - drafted,
+            other_seconds=judged - scored,
+        )
+        self.costs.learn(step)
+        self._price.learn(step)
         for request in self._running:
+            request.stats.add(step)
             if tree.nodes > 1 or not request.stats.rule:
                 request.stats.rule = rule_of(judgement, request.row)
-            request.stats.draft_seconds += drafted - begun + learned
-            request.stats.verify_seconds += scored - drafted
-        return self._emit(tree, scores, judgement.verdict)
+        self._emit(tree, scores, kept, judgement.verdict.next_tokens)
 
-    def _emit(self, tree: TokenTree, scores: Scores, verdict: Verdict) -> list[Piece]:
-        pieces = []
-        for index, request in enumerate(self._running):
-            path = verdict.kept[index]
-            said = [*(tree.tokens[index][node] for node in path[1:]), verdict.next_tokens[index]]
-            request.stats.steps += 1
-            request.stats.drafted_tokens += tree.sizes[index] - 1
-            request.row.step += 1
-            piece = self._append(request, said, len(path) - 1)
-            self._note_logprobs(request, scores, index, path[: len(piece.token_ids)], piece.token_ids)
-            pieces.append(piece)
-        self._dismiss()
-        return pieces
-
-    def _append(self, request: _Request, said: Sequence[int], accepted: int) -> Piece:
-        """Commit what was said up to the first token that ends the text."""
-        row, texts = request.row, []
-        for token in said:
-            row.tokens.append(token)
-            texts.append(request.stream.feed(token) if request.stream else "")
-            request.finish_reason = self._ending(request, token)
-            if request.finish_reason:
-                break
-        if request.finish_reason and request.stream:
-            texts[-1] += request.stream.finish()
-        stats, count = request.stats, len(texts)
-        stats.new_tokens += count
-        stats.accepted_tokens += min(accepted, count)
-        stats.seconds = time.perf_counter() - request.started
-        return Piece(
-            request=request.number,
-            prompt_index=request.prompt_index,
-            sample=request.sample,
-            token_ids=list(said[:count]),
-            drafted=[place < accepted for place in range(count)],
-            texts=texts,
-            finish_reason=request.finish_reason,
+    def _context(self, rows: Sequence[Row]) -> Context:
+        """A lossy rule lets proposals show in the text, so there the clock has no say in them."""
+        price = self._price.value if self.lossy is None else None
+        return Context(
+            rows=rows,
+            budgets=[self.drafter.max_nodes] * len(rows),
+            depths=[row.remaining - 1 for row in rows],
+            device=self.target.device,
+            prices=None if price is None else [price] * len(rows),
         )
 
-    def _ending(self, request: _Request, token: int) -> str | None:
-        if token in request.row.ends:
-            return "stop"
-        if request.stream and request.stream.stopped:
-            return "stop"
-        return "length" if request.row.remaining <= 0 else None
+    def _emit(self, tree: TokenTree, scores: Scores, kept: Sequence[Sequence[int]], next_tokens: Sequence[int]) -> None:
+        for index, request in enumerate(self._running):
+            path = kept[index]
+            said = [*(tree.tokens[index][node] for node in path[1:]), next_tokens[index]]
+            texts = request.commit(said)
+            del said[len(texts) :]
+            self._note_logprobs(request, scores, index, path[: len(said)], said)
+            request.tell(said, texts, drafted=tree.sizes[index] - 1, accepted=len(path) - 1)
+        for slot in reversed(range(len(self._running))):
+            if self._running[slot].is_over:
+                self._release(slot)
 
     @staticmethod
     def _note_logprobs(
-        request: _Request, scores: Scores, index: int, path: Sequence[int], tokens: Sequence[int]
+        request: Request, scores: Scores, index: int, path: Sequence[int], tokens: Sequence[int]
     ) -> None:
-        count = request.row.params.logprobs
-        if count is None:
+        most = request.row.params.logprobs
+        if most is None:
             return
         logprobs = scores.logits_BNV[index, list(path)].float().log_softmax(-1)
         for token, law in zip(tokens, logprobs, strict=True):
-            best = law.topk(min(count, law.shape[-1]))
+            best = law.topk(min(most, law.shape[-1]))
             alternatives = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))
             request.logprobs.append(TokenLogprob(token, float(law[token]), alternatives))
 
-    def _dismiss(self) -> None:
-        """Release the rows that have ended; the last row takes the place of one that leaves, in every part alike."""
-        for slot in reversed(range(len(self._running))):
-            request = self._running[slot]
-            if request.finish_reason is None:
-                continue
-            self._close(request)
-            self.target.release(slot, len(self._running))
-            self.drafter.release(slot)
-            last = self._running.pop()
-            if slot < len(self._running):
-                self._running[slot] = last
+    def _release(self, slot: int) -> None:
+        """Close a slot; the last row takes its place, in every part alike."""
+        self.target.release(slot, len(self._running))
+        self.drafter.release(slot)
+        self._running[slot] = self._running[-1]
+        self._running.pop()
 
-    def _close(self, request: _Request) -> None:
-        if request.started:
-            request.stats.seconds = time.perf_counter() - request.started
-        self._finished[request.number] = request
+    # ---- those who come
 
     def _read(self) -> None:
         """Read prompts: one chunk if rows are waiting for their next token, else until no more rows can join."""
+        rows, length = self._room
+        if rows:
+            self._room = (0, 0)
+            self.target.reserve(min(self.max_rows, rows), length)
         busy = bool(self._running)
-        while self._reading or (self._waiting and len(self._running) < self.max_rows):
-            self._reading = self._reading or self._start(self._waiting.popleft())
+        while request := self._reading or self._next():
             begun = time.perf_counter()
-            ready = self._read_chunk(self._reading)
+            ready = self._read_chunk(request)
             spent = time.perf_counter() - begun
-            for request in [self._reading, *self._running]:
-                request.stats.prefill_seconds += spent
+            for one in [request, *self._running]:
+                one.stats.prefill_seconds += spent
             if ready:
-                self._join(self._reading)
-                self._reading = None
+                self._join(request)
             if busy:
                 return
 
-    def _start(self, request: _Request) -> _Request:
-        request.started = time.perf_counter()
-        self.target.admit(request.row.limit)
-        return request
+    def _next(self) -> Request | None:
+        if not self._waiting or len(self._running) >= self.max_rows:
+            return None
+        _, self._reading = self._waiting.popitem(last=False)
+        self._reading.started = self._reading.started or time.perf_counter()
+        self.target.admit(self._reading.row.limit)
+        return self._reading
 
-    def _read_chunk(self, request: _Request) -> bool:
+    def _read_chunk(self, request: Request) -> bool:
         """One chunk of a prompt into the slot behind the ready rows; True when all but the newest token is read."""
         states = self.target.prefill(request.row, len(self._running), self.drafter.reads)
         for layer, part in (states or {}).items():
             request.hidden.setdefault(layer, []).append(part)
         return self.target.cache.lengths[len(self._running)] >= len(request.row.tokens) - 1
 
-    def _join(self, request: _Request) -> None:
+    def _join(self, request: Request) -> None:
         self._running.append(request)
+        self._reading = None
         self.drafter.admit(request.row, {layer: torch.cat(parts, 1) for layer, parts in request.hidden.items()})
         request.hidden.clear()
 
-    # ---- for callers
+    # ---- those who leave before their end
 
-    def stream(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> Iterator[Piece]:
-        """Generate and yield pieces as they are accepted. Closing the iterator drops what is still running."""
-        self._queue(prompts, params)
-        return self._pieces()
+    def _sweep(self) -> None:
+        """Drop the requests that were cancelled. Nobody is making a step."""
+        while self._cancelled:
+            self._drop(self._cancelled.popleft())
 
-    def _pieces(self) -> Iterator[Piece]:
-        try:
-            while not self.is_idle:
-                yield from self.step()
-        finally:
-            self.abort()
-            self._finished.clear()
+    def _drop(self, number: int) -> None:
+        if request := self._waiting.pop(number, None):
+            request.interrupt()
+        elif self._reading and self._reading.number == number:
+            request, self._reading = self._reading, None
+            self.target.release(len(self._running))
+            request.interrupt()
+        else:
+            for slot, request in enumerate(self._running):
+                if request.number == number:
+                    self._release(slot)
+                    request.interrupt()
+                    return
 
-    def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> list[Output]:
-        """Generate to the end. One output per prompt and sample, in that order. Interrupted (Ctrl-C), it returns what it has,
-        with the finish reason "interrupted"."""
-        numbers = self._queue(prompts, params)
-        try:
-            while not self.is_idle:
-                self.step()
-        except KeyboardInterrupt:
-            self.abort()
-        except BaseException:
-            self.abort()
-            self._finished.clear()
-            raise
-        return [self._output(self._finished.pop(number)) for number in numbers if number in self._finished]
-
-    def _queue(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
-    ) -> list[int]:
-        batch = _as_batch(prompts)
-        each = list(params) if isinstance(params, Sequence) else [params] * len(batch)
-        if len(each) != len(batch):
-            raise RequestError(f"{len(each)} sampling parameters for {len(batch)} prompts: give one, or one for each")
-        planned = [
-            (prompt, self.encode(prompt), one or SamplingParams()) for prompt, one in zip(batch, each, strict=True)
-        ]
-        limits = [self._limit(tokens, one) for _, tokens, one in planned]
-        self.reserve(min(self.max_rows, sum(one.n for *_, one in planned)), max(limits, default=1))
-        return [n for index, (_, tokens, one) in enumerate(planned) for n in self.add(tokens, one, index)]
-
-    def reserve(self, rows: int, length: int) -> None:
-        """Allocate the target's cache once instead of with every admission."""
-        self.target.reserve(rows, length)
-
-    @staticmethod
-    def _output(request: _Request) -> Output:
-        return Output(
-            text=request.stream.text if request.stream else None,
-            token_ids=request.new_tokens,
-            finish_reason=request.finish_reason or "interrupted",
-            logprobs=request.logprobs if request.row.params.logprobs is not None else None,
-            stats=request.stats,
-            prompt_index=request.prompt_index,
-            sample=request.sample,
-        )
-
-
-def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    items = list(prompts)
-    if items and all(isinstance(item, int) for item in items):
-        return [items]  # type: ignore[list-item]
-    return items  # type: ignore[return-value]
-
-
-def check_fit(target: Model, drafter: Drafter) -> None:
-    """DrafterError if the drafter wants hidden states that the target does not have."""
-    layers = target.network.cache_shape.layers
-    outside = [layer for layer in drafter.reads if not 0 <= layer <= layers]
-    if outside:
-        raise DrafterError(f"the drafter {drafter.name} reads layer {outside[0]}, and the target has {layers}")
+    def _recover(self, is_wanted: bool) -> None:
+        """After a step that broke off anywhere: nothing is believed of what the target and the drafter hold of these rows. They
+        go back to what was told of them, and to the head of the queue if they are still wanted; else they have ended."""
+        held = {one.number: one for one in [*self._running, *([self._reading] if self._reading else [])]}
+        slots, self._running, self._reading = len(self._running), [], None
+        while self.target.cache.rows:
+            self.target.release(self.target.cache.rows - 1)
+        for slot in reversed(range(slots)):
+            self.drafter.release(slot)
+        for request in reversed([one for one in held.values() if not one.is_over]):
+            request.rewind()
+            if is_wanted:
+                with self._turn:
+                    self._waiting[request.number] = request
+                    self._waiting.move_to_end(request.number, last=False)
+            else:
+                request.interrupt()

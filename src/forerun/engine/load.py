@@ -9,10 +9,12 @@ from forerun.accept.lossy import lossy_of
 from forerun.drafting.drafter import Drafter
 from forerun.drafting.spec import Description
 from forerun.drafting.workshop import Workshop, build
-from forerun.engine.engine import Engine, check_fit
+from forerun.engine.engine import Engine
+from forerun.errors import DrafterError
 from forerun.model import Model
 from forerun.nn.dtype import device_of, dtype_of
 from forerun.nn.load import load_network
+from forerun.nn.network import Network
 from forerun.sources.tokenizer import HuggingFaceTokenizer, end_tokens, fingerprint_of, tokenizer_of
 
 
@@ -47,14 +49,14 @@ def load(
     place = device_of(device)
     kind = dtype_of(dtype, place)
     lossy = lossy_of(acceptance)
-    target = Model(load_network(str(path), kind, place, kernels, weights), scratch=1)
+    target = load_network(str(path), kind, place, kernels, weights)
     tokenizer = tokenizer_of(path)
     made = drafter_for(target, drafter, kernels, weights, tokenizer)
     return Engine(target, made, tokenizer, end_tokens(path), max_rows, lossy)
 
 
 def drafter_for(
-    target: Model,
+    target: Network,
     drafter: str | Description,
     kernels: str = "auto",
     weights: str = "auto",
@@ -64,9 +66,17 @@ def drafter_for(
 
     tokenizer: the target's; with it, stores that were made with another one are refused.
     """
-    kind, place, chosen = target.network.dtype, target.device, "torch" if kernels == "torch" else "auto"
+    kind, place, chosen = target.dtype, target.device, "torch" if kernels == "torch" else "auto"
     network = cache(lambda path: load_network(path, kind, place, chosen, weights))  # a model may have several places
     fingerprint = cache(lambda: fingerprint_of(tokenizer.backend_tokenizer.get_vocab()) if tokenizer else "")
-    made = build(drafter, Workshop(target, network, fingerprint))
+    made = build(drafter, Workshop(Model(target, 0), network, fingerprint))
     check_fit(target, made)
     return made
+
+
+def check_fit(target: Network, drafter: Drafter) -> None:
+    """DrafterError if the drafter wants hidden states that the target does not have."""
+    layers = target.cache_shape.layers
+    outside = [layer for layer in drafter.reads if not 0 <= layer <= layers]
+    if outside:
+        raise DrafterError(f"the drafter {drafter.name} reads layer {outside[0]}, and the target has {layers}")

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from forerun.cost import Table
 from forerun.drafters.none import Nothing
 from forerun.drafting import checkpoint as checkpoints
 from forerun.drafting import registry
@@ -138,13 +139,14 @@ def calibrate(
     projections = [projected(tables[1::2], tree) for tree in trees]
     prompts, temperature = [list(sample.prompt) for sample in samples], samples[0].temperature
     timings = _timings(engine, drafter, trees, prompts, temperature, rows, rounds, watch)
-    plain, *each = ((median(spans), (min(spans), max(spans))) for spans in timings)
+    read = [rows, *(rows * (1 + tree.size) for tree in trees)]
+    costs = Table([(tokens, median(spans)) for tokens, spans in zip(read, timings, strict=True)], rows)
     candidates = tuple(
-        Candidate(tree.size, tokens, seconds, spread)
-        for tree, tokens, (seconds, spread) in zip(trees, projections, each, strict=True)
+        Candidate(tree.size, tokens, costs(rows * (1 + tree.size), rows), (min(spans), max(spans)))
+        for tree, tokens, spans in zip(trees, projections, timings[1:], strict=True)
     )
     best = max(candidates, key=lambda candidate: candidate.tokens_per_second)
-    return Calibration(trees[candidates.index(best)], best, candidates, plain[0], rows, len(samples))
+    return Calibration(trees[candidates.index(best)], best, candidates, costs(rows, rows), rows, len(samples))
 
 
 def _demand_answers(samples: Sequence[Sample], vocab_size: int) -> None:
@@ -200,7 +202,7 @@ def _timings(
         for place, (one, depth, found) in enumerate(zip(drafters, depths, spans, strict=True)):
             most = (WARM_UP + STEPS + 1) * (1 + depth)
             params = SamplingParams(max_new_tokens=most, temperature=temperature, seed=0, ignore_eos=True)
-            found.append(_step_seconds(Engine(engine.target, one, max_rows=rows), chosen, params))
+            found.append(_step_seconds(engine.beside(one, rows), chosen, params))
             if watch:
                 watch(number * len(drafters) + place + 1, rounds * len(drafters))
     return spans
@@ -219,7 +221,7 @@ def _step_seconds(engine: Engine, prompts: Sequence[list[int]], params: Sampling
     settled = False
     try:
         for place, prompt in enumerate(cut):
-            engine.add(prompt, params, place)
+            engine.add(prompt, params, place, text=False)
         for _ in range(PATIENCE * (WARM_UP + STEPS)):
             begun = time.perf_counter()
             pieces = engine.step()
@@ -229,10 +231,10 @@ def _step_seconds(engine: Engine, prompts: Sequence[list[int]], params: Sampling
                 break
             ended = [piece.prompt_index for piece in pieces if piece.finish_reason]
             for place in ended:
-                engine.add(cut[place], params, place)
+                engine.add(cut[place], params, place, text=False)
             settled = len(pieces) == len(cut) and not ended
     finally:
-        engine.abort()
+        engine.close()
     if not spans:
         raise TrainingError(
             f"a context of {context} tokens has no room for a step to time: choose a model with a longer one"

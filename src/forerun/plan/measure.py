@@ -133,10 +133,10 @@ class Sham(Drafter):
 def target_cost(engine: Engine, text: Text, params: SamplingParams, rounds: int = 24) -> Table:
     """Seconds of a step of the engine by the number of tokens in its tree, drafting not included."""
     sham = Sham(0, engine.target.vocab_size)
-    runner = Engine(engine.target, sham, None, (), 1)
+    runner = engine.beside(sham, max_rows=1)
     _demand_room(engine.target.max_length, text, rounds)
     room = replace(params, max_new_tokens=rounds * len(LENGTHS) * 2, ignore_eos=True, stop=(), stop_token_ids=())
-    runner.add(list(text.tokens), room)
+    runner.add(list(text.tokens), room, text=False)
     runner.step()
 
     def step(tokens: int) -> None:
@@ -146,7 +146,7 @@ def target_cost(engine: Engine, text: Text, params: SamplingParams, rounds: int 
     try:
         return _table(step, rounds)
     finally:
-        runner.abort()
+        runner.close()
 
 
 def verifier_cost(
@@ -220,7 +220,7 @@ def _proposing(
 
     def propose(tokens: int) -> None:
         prepare(tokens)
-        context = Context([row], max(LENGTHS) + 1, [max(LENGTHS) + 1], device)
+        context = Context([row], [max(LENGTHS) + 1], [max(LENGTHS) + 1], device)
         drafter.propose(context)
         drafter.retract([len(row.tokens)])
         row.tokens.append(text.tokens[len(row.tokens) % len(text.tokens)])
@@ -298,8 +298,9 @@ def measured_round(
         drafter: Drafter = recorded
     else:
         drafter = verified = Verified(Model(network, store.max_nodes + 1), recorded, 4)
-    runner = Engine(engine.target, drafter, None, (), 1)
-    outputs = [runner.generate([list(prompt)], replace(params, ignore_eos=True))[0] for prompt in prompts]
+    runner = engine.beside(drafter, max_rows=1)
+    whole = replace(params, ignore_eos=True)
+    outputs = [runner.stream([list(prompt)], whole, text=False).outputs()[0] for prompt in prompts]
     if network is None:
         seconds = sum(o.stats.seconds - o.stats.prefill_seconds for o in outputs) / sum(o.stats.steps for o in outputs)
     else:

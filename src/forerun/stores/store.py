@@ -17,13 +17,15 @@ from forerun.row import Row
 @dataclass(frozen=True)
 class Limits:
     """nodes: most nodes of a tree, node 0 not counted. depth: longest path. min_match: shortest match to follow. cost: the
-    least probability of survival that is worth a node. ends: tokens that end the text, so that nothing follows them."""
+    least probability of survival that is worth a node. ends: tokens that end the text, so that nothing follows them.
+    follows_price: the cost holds only where the engine knows no better."""
 
     nodes: int
     depth: int
     min_match: int
     cost: float
     ends: frozenset[int] = frozenset()
+    follows_price: bool = False
 
 
 class Bounds:
@@ -32,15 +34,18 @@ class Bounds:
 
     def __init__(self, limits: Limits):
         self.limits = limits
-        self._made: dict[tuple[int, int, frozenset[int]], Limits] = {}
+        self._made: dict[tuple[int, int, float, frozenset[int]], Limits] = {}
 
-    def within(self, nodes: int, depth: int, ends: frozenset[int]) -> Limits:
-        key = min(self.limits.nodes, nodes), min(self.limits.depth, depth), ends
+    def within(self, nodes: int, depth: int, ends: frozenset[int], price: float | None = None) -> Limits:
+        """price: what a node must promise as the engine knows it, for limits that follow it."""
+        limits = self.limits
+        cost = limits.cost if price is None or not limits.follows_price else price
+        key = min(limits.nodes, nodes), min(limits.depth, depth), cost, ends
         found = self._made.get(key)
         if found is None:
             if len(self._made) >= _BOUNDS:
                 self._made.clear()
-            found = self._made[key] = replace(self.limits, nodes=key[0], depth=key[1], ends=ends)
+            found = self._made[key] = replace(limits, nodes=key[0], depth=key[1], cost=cost, ends=ends)
         return found
 
 

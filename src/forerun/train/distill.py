@@ -25,7 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from forerun.engine.engine import Engine, Piece
+from forerun.engine.engine import Engine
+from forerun.engine.requests import Piece
 from forerun.errors import TrainingError
 from forerun.sampling import SamplingParams
 from forerun.sources.fingerprint import digest, fingerprint_of_model
@@ -273,11 +274,13 @@ def header_of(
 
 
 def distill(engine: Engine, questions: Questions, sampling: Sampling, ledger: Ledger, watch: Watch) -> Tally:
-    """Ask what the ledger does not know, and enter every answer in the moment it is complete. Acceptance is exact, whatever the
-    engine's own rule: data from a lossy one would not be what the target says.
+    """Ask what the ledger does not know, and enter every answer in the moment it is complete.
 
-    Raises TrainingError if the file cannot be written. Whatever interrupts this, finished answers are in the file.
+    Raises TrainingError if the file cannot be written, or for an engine with a lossy rule: that does not say what the target
+    says. Whatever interrupts this, finished answers are in the file.
     """
+    if engine.lossy is not None:
+        raise TrainingError("a lossy rule does not keep what the target says: distill with an engine that is exact")
     left = [question for question in questions.asked if question.key not in ledger.keys]
     tally = Tally(len(questions.asked), len(questions.asked) - len(left))
     begun = time.perf_counter()
@@ -299,13 +302,11 @@ def _pieces(
     engine: Engine, questions: Sequence[Question], sampling: Sampling
 ) -> Generator[tuple[Piece, Answer | None], None, None]:
     """Every step of every request, and the answer with the step that completes it."""
-    # Ids in, ids out: with a tokenizer the engine would decode every token too.
-    mute = Engine(engine.target, engine.drafter, None, engine.eos, engine.max_rows)
-    size = QUEUED_PER_ROW * mute.max_rows
+    size = QUEUED_PER_ROW * engine.max_rows
     for group in (questions[start : start + size] for start in range(0, len(questions), size)):
         said: list[list[int]] = [[] for _ in group]
         prompts, params = [one.prompt for one in group], [one.params(sampling) for one in group]
-        with contextlib.closing(mute.stream(prompts, params)) as pieces:  # type: ignore[type-var]
+        with engine.stream(prompts, params, text=False) as pieces:
             for piece in pieces:
                 tokens, question = said[piece.prompt_index], group[piece.prompt_index]
                 tokens += piece.token_ids

@@ -1,0 +1,119 @@
+"""Sessions: what one caller asked of an engine, and what comes of it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, Self
+
+from forerun.engine.requests import Output, Piece
+from forerun.errors import RequestError
+from forerun.sampling import SamplingParams
+
+Prompt = str | Sequence[int]
+
+
+class Server(Protocol):
+    """What a session needs of an engine; see there."""
+
+    def encode(self, prompt: Prompt) -> list[int]: ...
+
+    def limit_of(self, tokens: Sequence[int], params: SamplingParams) -> int: ...
+
+    def reserve(self, rows: int, length: int) -> None: ...
+
+    def add(
+        self, prompt: Prompt, params: SamplingParams, prompt_index: int, text: bool, inbox: deque[Piece]
+    ) -> list[int]: ...
+
+    def cancel(self, *numbers: int) -> None: ...
+
+    def await_piece(self, inbox: deque[Piece]) -> None: ...
+
+
+class Session(Iterator[Piece]):
+    """The requests of one call. Iterating yields their pieces as they are accepted, and drives the engine where nobody else does.
+
+    It sees its own requests only. Closing it, or forgetting it, cancels what is left of these; so does an error or Ctrl-C while
+    it is iterated, and who goes on iterating then gets their last pieces. One thread at a time may iterate.
+    """
+
+    def __init__(
+        self,
+        engine: Server,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        text: bool = True,
+    ):
+        self._engine = engine
+        self._inbox: deque[Piece] = deque()
+        self._open: dict[int, None] = {}
+        batch = _as_batch(prompts)
+        each = list(params) if isinstance(params, Sequence) else [params] * len(batch)
+        if len(each) != len(batch):
+            raise RequestError(f"{len(each)} sampling parameters for {len(batch)} prompts: give one, or one for each")
+        planned = [(engine.encode(prompt), one or SamplingParams()) for prompt, one in zip(batch, each, strict=True)]
+        limits = [engine.limit_of(tokens, one) for tokens, one in planned]
+        engine.reserve(sum(one.n for _, one in planned), max(limits, default=1))
+        for index, (tokens, one) in enumerate(planned):
+            self._open.update(dict.fromkeys(engine.add(tokens, one, index, text, self._inbox)))
+
+    def __next__(self) -> Piece:
+        if not self._open:
+            raise StopIteration
+        try:
+            self._engine.await_piece(self._inbox)
+            piece = self._inbox.popleft()
+        except BaseException:
+            self.cancel()
+            raise
+        if piece.finish_reason:
+            del self._open[piece.request]
+        return piece
+
+    def outputs(self, watch: Callable[[Piece], None] = lambda piece: None) -> list[Output]:
+        """Iterate to the end; one output per prompt and sample, in that order. watch: is shown every piece.
+
+        Interrupted (Ctrl-C), it returns the outputs of those that were begun, with the finish reason "interrupted".
+        """
+        found: dict[int, Output] = {}
+        numbers = list(self._open)
+        try:
+            for piece in self:
+                if piece.output:
+                    found[piece.request] = piece.output
+                watch(piece)
+        except KeyboardInterrupt:
+            self.cancel()
+            found |= {piece.request: piece.output for piece in self if piece.output and piece.output.stats.seconds}
+        finally:
+            self.close()
+        return [found[number] for number in numbers if number in found]
+
+    def cancel(self) -> None:
+        """End what is left; the last pieces are still to come."""
+        self._engine.cancel(*self._open)
+
+    def close(self) -> None:
+        """End what is left, and hear no more of it."""
+        if self._open:
+            self.cancel()
+            self._open.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    items = list(prompts)
+    if items and all(isinstance(item, int) for item in items):
+        return [items]  # type: ignore[list-item]
+    return items  # type: ignore[return-value]
