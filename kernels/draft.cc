@@ -19,7 +19,7 @@ class Draft {
     Draft(const fr_heads& heads, const fr_tree& tree, const uint8_t* contexts, const int64_t* roots, int64_t* tokens, int64_t rows,
           Workspace& work, int32_t threads)
         : heads_(heads), tree_(tree), contexts_(contexts), roots_(roots), tokens_(tokens), rows_(rows), work_(work), threads_(threads) {
-        auto& room_of = work.shared;
+        Shared& shared = work.shared;
         stride_ = round_up(heads.width, PANEL);
         const fr_matrix* widest = &heads.head[0].first;
         for (int32_t l = 0; l < tree.levels; ++l) {
@@ -30,16 +30,16 @@ class Draft {
         const fr_matrix inner{widest->format, 0, heads.width, heads.width, round_up(heads.width, widest->format == FR_INT8 ? GROUP : PANEL),
                               nullptr, nullptr};
         const int64_t room = most_ * (chained() ? 1 : tree.levels), written = round_up(heads.width, 16);
-        z_ = inputs_for(*widest, most_, room_of.contexts);
+        z_ = inputs_for(*widest, most_, shared.contexts);
         for (int32_t i = 0; i < 2; ++i) {
-            x_[i] = inputs_for(inner, room, room_of.hidden[i]);
+            x_[i] = inputs_for(inner, room, shared.hidden[i]);
             clear_padding(x_[i], room, written, inner.padded_in);
         }
-        final_ = inputs_for(heads.head[0].vocabulary, room, room_of.final);
+        final_ = inputs_for(heads.head[0].vocabulary, room, shared.final);
         clear_padding(final_, room, written, heads.head[0].vocabulary.padded_in);
-        y_ = room_of.y.get<float>(room * stride_);
+        y_ = shared.y.get<float>(room * stride_);
         for (int64_t row = 0; row < room; ++row) clear(y_ + row * stride_, written);
-        plain_ = room_of.plain.get<float>(rows * stride_);
+        plain_ = shared.plain.get<float>(rows * stride_);
         make_lists();
     }
 

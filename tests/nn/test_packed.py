@@ -20,14 +20,16 @@ from torch import Tensor
 import forerun
 from forerun.bench.suites import load as load_suite
 from forerun.native import library
+from forerun.nn import ops
 from forerun.nn.backends.native.transformer import PackedTransformer, pack
 from forerun.nn.cache import Cache
 from forerun.nn.feed import Feed, Read
+from forerun.nn.formats import Formats
 from forerun.nn.load import load_network
 from forerun.nn.network import Network
 from forerun.nn.transformer import Transformer, TransformerConfig
 from nn.feeding import Tree, some_tokens, some_tree
-from nn.kernel_oracles import BF16, CPU, FP32, INT8, REASON, guarded, instructions, same, threads
+from nn.kernel_oracles import BF16, CPU, FP32, INT8, REASON, guarded, instructions, quantised, same, threads
 from test_reference import GREEDY, MODELS, ROWS, SMALL
 
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -46,6 +48,7 @@ CONFIGS = {
     "wide heads": replace(ODD, layers=2, heads=3, kv_heads=3, head_dim=80, windows=(257, None), tied=True),
 }
 KINDS = [(BF16, BF16), (FP32, FP32), (BF16, INT8), (FP32, INT8)]
+MIXED = Formats(INT8, {"head": BF16, "out": BF16, "1.out": INT8, "1.down": FP32, "2.qkv": FP32, "0.gate_up": BF16})
 NAN = float("nan")
 
 
@@ -65,7 +68,10 @@ def id_of(value: Any) -> str:
 
 
 @pytest.fixture(
-    scope="module", params=[(name, kind) for name in CONFIGS for kind in KINDS], ids=lambda p: f"{p[0]}: {id_of(p[1])}"
+    scope="module",
+    params=[(name, kind) for name in CONFIGS for kind in KINDS]
+    + [("odd sizes", (BF16, MIXED)), ("everything", (FP32, MIXED))],
+    ids=lambda p: f"{p[0]}: {id_of(p[1])}",
 )
 def network(request: pytest.FixtureRequest) -> PackedTransformer:
     name, (dtype, weights) = request.param
@@ -508,6 +514,44 @@ def test_rounded_weights_and_inputs_stay_close(name: str, weights: torch.dtype) 
     ours = Reader(pack(model, weights)).read([text]).logits_BNV
     allowed = 1.05 if weights == BF16 else 5
     assert (ours - exact).abs().mean() < allowed * (theirs - exact).abs().mean()
+
+
+def rounded(x: Tensor, weights: torch.dtype) -> Tensor:
+    """Inputs as a product with such weights sees them."""
+    return quantised(x).float() if weights == INT8 else x.to(weights).float()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_matrix_in_a_format_of_its_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against products in torch, with the matrices and the inputs rounded as the record says."""
+    oracle, text = some_transformer(CONFIGS[name], FP32), some_tokens(30, seed=1)
+    exact = Reader(oracle).read([text]).logits_BNV
+    network = pack(oracle, MIXED)
+    if oracle.config.tied:
+        oracle.head.weight = torch.nn.Parameter(oracle.head.weight.clone(), requires_grad=False)
+    kinds = {}
+    for index, layer in enumerate(network.layers):
+        for matrix, packed in layer.items():
+            weight = oracle.get_submodule(f"blocks.{index}.{matrix}").weight
+            parts = [packed.unpacked(part=part) for part in range(1 + packed.record.gated)]
+            weight.copy_(torch.cat(parts))
+            kinds[weight.data_ptr()] = MIXED.layer(index, matrix)
+    oracle.head.weight.copy_(network.head.unpacked())
+    kinds[oracle.head.weight.data_ptr()] = MIXED.head
+    multiply = ops.linear
+    monkeypatch.setattr(ops, "linear", lambda x, w, bias=None: multiply(rounded(x, kinds[w.data_ptr()]), w, bias))
+    theirs = Reader(oracle).read([text]).logits_BNV
+    ours = Reader(network).read([text]).logits_BNV
+    assert (ours - theirs).abs().mean() < 0.05 * (theirs - exact).abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("exceptions", "said"),
+    [({"tail": BF16}, "no matrix"), ({"x.down": BF16}, "no matrix"), ({"embedding": INT8}, "float")],
+)
+def test_formats_name_matrices(exceptions: dict[str, torch.dtype], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Formats(INT8, exceptions)
 
 
 @pytest.fixture(scope="module")

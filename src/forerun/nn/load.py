@@ -22,6 +22,7 @@ from forerun.native.library import why_not
 from forerun.native.records import WIDEST_HEAD
 from forerun.nn.backends.native.transformer import PackedTransformer
 from forerun.nn.foreign import load_foreign
+from forerun.nn.formats import Formats
 from forerun.nn.network import Network
 from forerun.nn.transformer import Transformer, TransformerConfig
 from forerun.nn.translate import Place, places, translate
@@ -99,7 +100,9 @@ def load_transformer(folder: Path, config: TransformerConfig, dtype: torch.dtype
     return model
 
 
-def load_packed(folder: Path, config: TransformerConfig, dtype: torch.dtype, weights: torch.dtype) -> PackedTransformer:
+def load_packed(
+    folder: Path, config: TransformerConfig, dtype: torch.dtype, weights: torch.dtype | Formats
+) -> PackedTransformer:
     """The same on native kernels."""
     config, table = _checked(folder, config)
     try:

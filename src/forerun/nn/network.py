@@ -13,6 +13,7 @@ from forerun.native.matrix import Packed
 from forerun.nn.backends.heads import DraftHeads, Drafting
 from forerun.nn.cache import Cache, CacheShape
 from forerun.nn.feed import Feed, Read
+from forerun.nn.formats import Formats
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Backend(Protocol):
     @property
     def formats(self) -> frozenset[torch.dtype]: ...
 
-    def pack(self, module: nn.Module, weights: torch.dtype) -> Network:
+    def pack(self, module: nn.Module, weights: torch.dtype | Formats) -> Network:
         """A `Transformer` as a network on this backend. The module belongs to it from then on."""
         ...
 
@@ -69,8 +70,8 @@ class Backend(Protocol):
 class Network(Protocol):
     """Anything that reads a `Feed` and scores it: our `Transformer`, or a `Foreign` model.
 
-    backend: what a forward runs on. weights: their number format (dtype, or int8). max_length: the most tokens a row may have.
-    windows: the sliding-window sizes for which `forward` needs a mask of its own.
+    backend: what a forward runs on. weights: their number format (dtype, or int8), where a matrix is no exception.
+    max_length: the most tokens a row may have. windows: the sliding-window sizes for which `forward` needs a mask of its own.
 
     input_embedding and output_head, [V, D] each: the matrices themselves, for drafters that use the target's. Nobody else's to
     write to. output_head may be packed: `head_matrix` is it as a tensor in `dtype`, and output_shape its shape.

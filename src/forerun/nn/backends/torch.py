@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from forerun.nn.backends.heads import DraftHeads, Drafting
+from forerun.nn.formats import Formats
 from forerun.nn.network import Footprint, Network
 
 
@@ -16,10 +17,11 @@ class TorchBackend:
     keeps_bits = False
     formats = frozenset({torch.bfloat16, torch.float16, torch.float32})
 
-    def pack(self, module: nn.Module, weights: torch.dtype) -> Network:
-        if weights not in self.formats:
-            raise ValueError(f"torch multiplies by no {weights} weights: choose a float")
-        packed: Network = module.to(weights)  # type: ignore[assignment]
+    def pack(self, module: nn.Module, weights: torch.dtype | Formats) -> Network:
+        formats = Formats.of(weights)
+        if formats.default not in self.formats or formats.exceptions:
+            raise ValueError(f"torch has one float for all weights, not {formats}")
+        packed: Network = module.to(formats.default)  # type: ignore[assignment]
         return packed
 
     def heads(self, module: DraftHeads, network: Network, weights: torch.dtype) -> Drafting | None:

@@ -35,6 +35,7 @@ from forerun.nn.backends.native.arena import Arena
 from forerun.nn.backends.native.heads import PackedHeads
 from forerun.nn.cache import Cache, CacheShape
 from forerun.nn.feed import Feed, Read
+from forerun.nn.formats import Formats
 from forerun.nn.network import Footprint, LayerShape, Network
 from forerun.nn.transformer import NO_VOCABULARY, TransformerConfig, rope_tables
 
@@ -65,37 +66,41 @@ def shapes(config: TransformerConfig) -> dict[str, Shape]:
 class PackedTransformer:
     """A `Network` on native kernels. Make one with `load_packed` or `pack`.
 
-    dtype: of the cache, and of the weights unless `weights` says int8. Logits are fp32.
+    dtype: of the cache, and of the weights unless `weights` says otherwise: int8, or a format per matrix. Logits are fp32.
     """
 
     device = CPU
 
-    def __init__(self, config: TransformerConfig, dtype: torch.dtype, weights: torch.dtype | None = None):
+    def __init__(self, config: TransformerConfig, dtype: torch.dtype, weights: torch.dtype | Formats | None = None):
         if config.head_dim > WIDEST_HEAD or dtype not in FORMATS:
             raise ValueError(f"heads of {config.head_dim} in {dtype}: the kernels know {WIDEST_HEAD} in bf16 or fp32")
         self.config, self.dtype = config, dtype
-        self.weights = weights or dtype
-        table = shapes(config)
-        one_layer = sum(padded(Packed.bytes_for(self.weights, s.out, s.in_, s.gated), 64) for s in table.values())
-        head = padded(Packed.bytes_for(self.weights, config.vocab_size, config.width), 64)
-        self._arena = Arena(config.layers * one_layer + head)
-        self.layers = [{name: self._matrix(shape) for name, shape in table.items()} for _ in range(config.layers)]
-        self.head = self._matrix(Shape(config.vocab_size, config.width))
+        self.formats = Formats.of(weights or dtype)
+        table, head = shapes(config), Shape(config.vocab_size, config.width)
+        kinds = [{name: (self.formats.layer(i, name), table[name]) for name in table} for i in range(config.layers)]
+        every = [kind for layer in kinds for kind in layer.values()] + [(self.formats.head, head)]
+        self._arena = Arena(sum(padded(_size(*kind), 64) for kind in every))
+        self.layers = [{name: self._matrix(*kind) for name, kind in layer.items()} for layer in kinds]
+        self.head = self._matrix(self.formats.head, head)
         # A packed head can be read backwards as the embedding; an int8 one would blur it.
         self.embedding: Tensor | None = None
-        if not (config.tied and self.weights == dtype):
-            self.embedding = torch.empty(config.vocab_size, config.width, dtype=dtype)
+        kept = self.formats.embedding(dtype)
+        if not (config.tied and self.formats.head == kept):
+            self.embedding = torch.empty(config.vocab_size, config.width, dtype=kept)
         self.norms = {name: torch.zeros(size) for name, size in _norm_sizes(config).items()}
         self._tables: list[tuple[Tensor, Tensor]] = []
         self._growing = Lock()
         self._record = TransformerRecord()
         self._layer_records = (LayerRecord * config.layers)()
 
-    def _matrix(self, shape: Shape) -> Packed:
-        size = Packed.bytes_for(self.weights, shape.out, shape.in_, shape.gated)
-        return Packed.at(
-            self._arena.take(size), self._arena, self.weights, shape.out, shape.in_, shape.gated, shape.biased
-        )
+    def _matrix(self, dtype: torch.dtype, shape: Shape) -> Packed:
+        address = self._arena.take(_size(dtype, shape))
+        return Packed.at(address, self._arena, dtype, shape.out, shape.in_, shape.gated, shape.biased)
+
+    @property
+    def weights(self) -> torch.dtype:
+        """The format of all matrices that are no exceptions."""
+        return self.formats.default
 
     @property
     def vocab_size(self) -> int:
@@ -128,14 +133,13 @@ class PackedTransformer:
 
     @property
     def footprint(self) -> Footprint:
-        weights = str(self.weights).removeprefix("torch.")
-        runs_on = f"forerun's own transformer, native kernels ({weights} weights)"
+        runs_on = f"forerun's own transformer, native kernels ({self.formats} weights)"
         return Footprint(runs_on, self.parameters, self.nbytes)
 
     @cached_property
     def input_embedding(self) -> Tensor:
         """[V, D]; where the packed head is the embedding too, a copy, made when first asked for."""
-        return self.head.unpacked().to(self.dtype) if self.embedding is None else self.embedding
+        return (self.head.unpacked() if self.embedding is None else self.embedding).to(self.dtype)
 
     @property
     def output_head(self) -> Packed:
@@ -292,13 +296,17 @@ def _integers(feed: Feed) -> np.ndarray:
     return ints
 
 
-def pack(model: nn.Module, weights: torch.dtype | None = None) -> PackedTransformer:
+def pack(model: nn.Module, weights: torch.dtype | Formats | None = None) -> PackedTransformer:
     """A packed copy of a `Transformer`, in its dtype (or with other `weights`)."""
     config: TransformerConfig = model.config  # type: ignore[assignment]
     made = PackedTransformer(config, next(model.parameters()).dtype, weights)
     for name, value in model.named_parameters():
         made.put(name, value.detach().cpu())
     return made.ready()
+
+
+def _size(dtype: torch.dtype, shape: Shape) -> int:
+    return Packed.bytes_for(dtype, shape.out, shape.in_, shape.gated)
 
 
 def _norm_sizes(config: TransformerConfig) -> dict[str, int]:
@@ -317,7 +325,7 @@ class NativeBackend:
     keeps_bits = True
     formats = frozenset(FORMATS)
 
-    def pack(self, module: nn.Module, weights: torch.dtype) -> Network:
+    def pack(self, module: nn.Module, weights: torch.dtype | Formats) -> Network:
         return pack(module, weights)
 
     def heads(self, module: DraftHeads, network: Network, weights: torch.dtype) -> Drafting:
