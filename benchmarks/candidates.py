@@ -17,7 +17,7 @@ from math import exp, log
 from typing import Literal
 
 from forerun.row import Row
-from forerun.stores.places import ENOUGH, PLACES, Numbers, Place, Trust, _Growth
+from forerun.stores.places import ENOUGH, PLACES, Numbers, Occurrence, Trust, _Growth
 from forerun.stores.store import Draft, Limits, Store, View
 
 RANKS = 8
@@ -298,11 +298,11 @@ class WeighedView:
         draft = growth.draft(tokens[-1], found)
         return draft, found[0].length if found else 0, growth.first, growth.chance
 
-    def _places(self, context: Sequence[int]) -> list[Place]:
-        found: list[Place] = []
+    def _places(self, context: Sequence[int]) -> list[Occurrence]:
+        found: list[Occurrence] = []
         known = set[int]()
         for length, here in reversed(list(self._own.matches(context))):
-            found += [Place(at, length) for at in reversed(here) if at not in known]
+            found += [Occurrence(at, length) for at in reversed(here) if at not in known]
             known.update(here)
             if len(found) >= ENOUGH:
                 break

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import forerun
-from forerun.bench.run import Measurement, Row, measure, table
+from forerun.bench.run import Measurement, Summary, measure, table
 from forerun.bench.suites import CATEGORIES, Prompt
 from forerun.bench.suites import load as load_suite
 from forerun.engine import load as assembly
@@ -36,7 +36,7 @@ class Shard:
     prompts: Sequence[Prompt]
     found: Measurement
 
-    def rows(self, category: str | None = None) -> dict[str, Row]:
+    def rows(self, category: str | None = None) -> dict[str, Summary]:
         """By drafter; of one category alone."""
         runs = [run for run in self.found.runs if category in (None, self.prompts[run.prompt].category)]
         return {row.drafter: row for row in table(runs, self.found.rows[0].identical is not None)}

@@ -45,9 +45,9 @@ from forerun.row import Row
 from forerun.sampling import SamplingParams
 from forerun.stores.automaton import ROOT, SEPARATOR, SuffixAutomaton
 from forerun.stores.context import ContextView
+from forerun.stores.follower import Automaton, automaton_of
 from forerun.stores.growth import RANKS
 from forerun.stores.model import ModelStore
-from forerun.stores.reader import Automaton, automaton_of
 from forerun.stores.store import Limits
 from forerun.tree import TokenTree
 

@@ -38,7 +38,7 @@ from forerun.drafters.hierarchy import Hierarchy, Patience
 from forerun.drafting.drafter import Context
 from forerun.engine.engine import Engine
 from forerun.model import Model, Scores
-from forerun.plan.measure import Text, target_cost
+from forerun.plan.measure import Transcript, target_cost
 from forerun.row import Row
 from forerun.sampling import SamplingParams
 from forerun.stores.context import ContextStore
@@ -327,7 +327,7 @@ def by_temperature(answers: Iterable[Answer]) -> Mapping[float, list[Answer]]:
 
 
 def measured_cost(engine: Engine, sample: Sample) -> Cost:
-    text = Text((*sample.prompt, *sample.answer), len(sample.prompt))
+    text = Transcript((*sample.prompt, *sample.answer), len(sample.prompt))
     return target_cost(engine, text, SamplingParams(temperature=sample.temperature))
 
 

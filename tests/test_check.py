@@ -12,7 +12,7 @@ from fakes import Near, TableNetwork, engine_of
 from forerun.accept import exact
 from forerun.accept import judge as judging
 from forerun.accept.exact import Verdict
-from forerun.check import Plan, check
+from forerun.check import Amount, check
 from forerun.check.greedy import check_greedy
 from forerun.check.law import short_prompts
 from forerun.check.rounding import moved, rounding_bound
@@ -25,7 +25,7 @@ from forerun.sampling import SamplingParams
 from liars import Liar
 
 PROMPTS = [[1, 2, 3, 0, 2, 1, 4, 4, 0, 1, 2, 2], [0, 4, 1, 1, 3], [2, 2, 4]]
-PLAN = Plan(tokens=90, rows=(1, 3), length=30, samples=250, prompts=3)
+PLAN = Amount(tokens=90, rows=(1, 3), length=30, samples=250, prompts=3)
 SMALL = {"drafter": "small", "checkpoint": "draft"}
 
 
@@ -182,9 +182,9 @@ def test_texts_are_plain_decoding_and_as_long_as_asked():
 
 
 def test_the_largest_batch_is_full():
-    report = check(engine(), engine("lookup"), PROMPTS, Plan(tokens=60, rows=(3, 5), samples=0))
+    report = check(engine(), engine("lookup"), PROMPTS, Amount(tokens=60, rows=(3, 5), samples=0))
     assert [(part.prompts, part.tokens) for part in report.greedy] == [(3, 60), (5, 100)]
-    assert Plan().greedy_length == 125
+    assert Amount().greedy_length == 125
 
 
 # ---- the statistics
@@ -267,7 +267,7 @@ def test_short_prompts_repeat_every_other_time():
 )
 def test_a_plan_without_sense_is_refused(wrong):
     with pytest.raises(RequestError):
-        Plan(**wrong)
+        Amount(**wrong)
 
 
 def test_without_prompts_there_is_nothing_to_check():

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from forerun.nn.packed import pack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,7 +20,6 @@ from forerun.model import Inputs, Model
 from forerun.nn.cache import Cache
 from forerun.nn.feed import Feed, Read
 from forerun.nn.network import Network
-from forerun.nn.packed import pack
 from forerun.nn.transformer import Transformer, TransformerConfig
 from forerun.row import Row
 from forerun.sampling import SamplingParams

@@ -6,7 +6,7 @@ import pytest
 
 from fakes import Near, TableNetwork, engine_of
 from forerun.bench.picture import draw
-from forerun.bench.run import Run, common, measure, table
+from forerun.bench.run import Timing, common, measure, table
 from forerun.engine.requests import Stats
 from forerun.errors import ForerunError, RequestError
 from forerun.sampling import SamplingParams
@@ -41,10 +41,10 @@ def test_no_round_is_begun_that_would_take_too_long():
     assert result.rounds == 1 and len(result.runs) == 4
 
 
-def made_up(drafter: str, number: int, prompt: int, tokens: list[int], seconds: float) -> Run:
+def made_up(drafter: str, number: int, prompt: int, tokens: list[int], seconds: float) -> Timing:
     stats = Stats(drafter, steps=2, new_tokens=len(tokens), accepted_tokens=len(tokens) - 2, seconds=seconds + 1.0)
     stats.prefill_seconds, stats.verify_seconds, stats.draft_seconds = 1.0, seconds / 2, seconds / 4
-    return Run(drafter, number, prompt, tuple(tokens), stats)
+    return Timing(drafter, number, prompt, tuple(tokens), stats)
 
 
 def test_figures_are_medians_of_rounds_and_the_prompt_does_not_count():

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from forerun.bench.run import Row
+from forerun.bench.run import Summary
 from forerun.bench.suites import Prompt, spread
 from forerun.cli.demo import _beside, same
 
@@ -93,8 +93,8 @@ def test_prompts_are_spread_over_categories():
     assert [prompt.id for prompt in spread(prompts)] == ["a0", "b0", "c0", "a1", "b1", "c1"]
 
 
-def row(identical: bool | None) -> Row:
-    return Row("x", 1, 1, 1, 0, 0, 0, 0, identical, 7, 9, (1, 1), "", True)
+def row(identical: bool | None) -> Summary:
+    return Summary("x", 1, 1, 1, 0, 0, 0, 0, identical, 7, 9, (1, 1), "", True)
 
 
 def test_identical_is_said_honestly():

@@ -19,7 +19,7 @@ from test_cli_options import OPTIONS
 from forerun.errors import TrainingError
 from forerun.train import corpus, recipe
 from forerun.train import run as loop
-from forerun.train.corpus import Source
+from forerun.train.corpus import Distribution
 from forerun.train.objectives.descent import Descent
 from forerun.train.schedule import Schedule
 
@@ -55,11 +55,11 @@ def module(seed: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory) -> Source:
+def sources(tmp_path_factory) -> Distribution:
     root = tmp_path_factory.mktemp("sources")
     for seed in range(120):
         (root / f"m{seed}.py").write_text(module(seed))
-    return Source("made-up", "MIT", root, tuple(PurePosixPath(path.name) for path in sorted(root.iterdir())))
+    return Distribution("made-up", "MIT", root, tuple(PurePosixPath(path.name) for path in sorted(root.iterdir())))
 
 
 @pytest.fixture(scope="module")

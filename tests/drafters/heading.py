@@ -24,7 +24,7 @@ from forerun.drafters.hydra.network import HydraHeads
 from forerun.drafters.medusa import MedusaConfig
 from forerun.drafters.medusa.network import MedusaHeads
 from forerun.drafting.drafter import Context
-from forerun.drafting.heads import Head, HeadDrafter, HeadsModule, LastState, Reader, drafting
+from forerun.drafting.heads import ContextReader, HeadDrafter, HeadParts, HeadsModule, LastState, drafting
 from forerun.engine.engine import Engine
 from forerun.engine.requests import Piece
 from forerun.model import Model
@@ -172,14 +172,15 @@ def all_knowing(vocab: int = 16, heads: int = HEADS, wrong: int = 0) -> MedusaHe
     return module
 
 
-def reader_of(module: HeadsModule, network: Network) -> Reader:
+def follower_of(module: HeadsModule, network: Network) -> ContextReader:
     return hydra.reader(module, network) if isinstance(module, HydraHeads) else LastState()
 
 
 def drafter_of(module: HeadsModule, network: Network, tree: RankTree) -> HeadDrafter:
     """What `build` makes of a checkpoint."""
     return HeadDrafter(
-        "heads", Head(drafting(module, network, "auto"), reader_of(module, network), tree, network.cache_shape.layers)
+        "heads",
+        HeadParts(drafting(module, network, "auto"), follower_of(module, network), tree, network.cache_shape.layers),
     )
 
 
@@ -255,7 +256,7 @@ class Watching(Telling):
 
     def __init__(self, module: HeadsModule, network: Transformer, kernels: str, scratch: int = 1):
         tree = RankTree([[0], [1], [0, 0], [0, 0, 0]])
-        super().__init__("watching", Head(Told(self._say), reader_of(module, on(network, kernels)), tree, 2))
+        super().__init__("watching", HeadParts(Told(self._say), follower_of(module, on(network, kernels)), tree, 2))
         self.model = Model(on(network, kernels), max(scratch, tree.size + 1))
         self._module, self._network = module, network
         self.silent = self.spoken = 0
@@ -283,7 +284,7 @@ class Watching(Telling):
 
 def telling(say: Say, tree: RankTree) -> Telling:
     """For tables: their only layer is layer 1."""
-    return Telling("told", Head(Told(say), LastState(), tree, 1))
+    return Telling("told", HeadParts(Told(say), LastState(), tree, 1))
 
 
 def future(target: TableNetwork, row: Row, count: int) -> list[int]:

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from forerun.row import Row
 from forerun.sampling import SamplingParams
-from forerun.stores.grams import Grams, GramStore, Shape, table_of
+from forerun.stores.grams import Grams, GramShape, GramStore, table_of
 from forerun.stores.store import Draft, Limits
 
-PAPER = Shape()
+PAPER = GramShape()
 WIDE = Limits(nodes=64, depth=16, min_match=1, cost=1e-6)
 
 
@@ -21,7 +21,7 @@ def row_of(tokens: Sequence[int], tentative: int = 0) -> Row:
     return Row(list(tokens), 1, SamplingParams(temperature=0), key=0, limit=1000, tentative=tentative)
 
 
-def drafted(text: Sequence[int], shape: Shape = PAPER, limits: Limits = WIDE) -> Draft:
+def drafted(text: Sequence[int], shape: GramShape = PAPER, limits: Limits = WIDE) -> Draft:
     return GramStore(shape).open(row_of(text)).draft(text, len(text), limits)
 
 
@@ -58,8 +58,8 @@ def test_every_gram_of_the_prompt_is_touched() -> None:
 def test_the_newest_row_comes_first_and_in_the_repository_the_oldest() -> None:
     few = Limits(nodes=4, depth=4, min_match=1, cost=1e-6)
     assert leaves(drafted([*PROMPT, 1], limits=few)) == [[2, 3, 4, 6]]
-    assert leaves(drafted([*PROMPT, 1], Shape(compat=True), few)) == [[2, 3, 4, 5]]
-    assert leaves(drafted([*PROMPT, 1], Shape(rows=1))) == [[2, 3, 4, 6]]
+    assert leaves(drafted([*PROMPT, 1], GramShape(compat=True), few)) == [[2, 3, 4, 5]]
+    assert leaves(drafted([*PROMPT, 1], GramShape(rows=1))) == [[2, 3, 4, 6]]
 
 
 def test_rows_that_begin_alike_share_their_nodes() -> None:
@@ -73,14 +73,14 @@ def test_the_model_tier_counts_responses() -> None:
     assert table.rows(1) == [(2, 3, 4, 5)] and table.rows(2) == [(3, 4, 5, 6)]
     assert len(table_of([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5]], most=1)) == 1
     often, twice = [1, 2, 3, 4, 5], [1, 9, 9, 9, 9]
-    table = table_of([twice * 5, often, often], Shape(width=1))
+    table = table_of([twice * 5, often, often], GramShape(width=1))
     assert table.rows(1) == [(2, 3, 4, 5)], "a gram counts once per response"
     store = GramStore(table=table)
     assert leaves(store.open(row_of([8])).draft([8, 1], 2, WIDE)) == [[2, 3, 4, 5]]
 
 
 def test_tentative_tokens_are_followed_and_not_learned() -> None:
-    view = GramStore(Shape(length=2)).open(row_of([1, 2, 1]))
+    view = GramStore(GramShape(length=2)).open(row_of([1, 2, 1]))
     assert leaves(view.draft([1, 2, 1, 3, 1], 3, WIDE)) == [[2]]
     view.forget(3)
     assert leaves(view.draft([1, 2, 1, 3, 1], 5, WIDE)) == [[3], [2]]
@@ -102,7 +102,7 @@ def test_nothing_follows_an_end_and_one_token_is_all_that_matches() -> None:
     st.sampled_from([0, 0.1]),
 )
 def test_trees_are_valid(text: list[int], nodes: int, depth: int, cost: float) -> None:
-    draft = drafted(text, Shape(length=4), Limits(nodes, depth, 1, cost))
+    draft = drafted(text, GramShape(length=4), Limits(nodes, depth, 1, cost))
     assert draft.tokens[0] == text[-1] and len(draft.tokens) <= nodes + 1
     assert len(set(zip(draft.parents, draft.tokens, strict=True))) == len(draft.tokens)
     assert all(len(path) <= depth for path in leaves(draft))
@@ -114,7 +114,7 @@ def test_trees_are_valid(text: list[int], nodes: int, depth: int, cost: float) -
 @pytest.mark.parametrize("step", [1, 3])
 def test_a_row_grows_as_if_it_had_been_read_at_once(step: int) -> None:
     text = [1, 2, 3, 1, 2, 4, 1, 2, 3, 1, 2, 1]
-    view = GramStore(Shape(length=3)).open(row_of(text[:3]))
+    view = GramStore(GramShape(length=3)).open(row_of(text[:3]))
     for end in range(3, len(text) + 1, step):
         view.draft(text[:end], end, WIDE)
-    assert view.draft(text, len(text), WIDE) == drafted(text, Shape(length=3))
+    assert view.draft(text, len(text), WIDE) == drafted(text, GramShape(length=3))

@@ -51,12 +51,12 @@ from forerun.accept.exact import Verdict
 from forerun.drafters.cascade import Cascade, Part
 from forerun.drafters.hydra import HydraConfig, PrefixConfig
 from forerun.drafters.hydra.network import HydraHeads, reader
-from forerun.drafters.maxgram import MaxGram, Table
+from forerun.drafters.maxgram import MaxGram, Successors
 from forerun.drafters.medusa import MedusaConfig
 from forerun.drafters.medusa.network import MedusaHeads
 from forerun.drafters.verified import Verified
 from forerun.drafting.drafter import Context, Drafter
-from forerun.drafting.heads import Head, HeadsModule, PrefixState, drafting
+from forerun.drafting.heads import HeadParts, HeadsModule, PrefixState, drafting
 from forerun.engine.engine import Engine
 from forerun.model import Model, Scores
 from forerun.nn.cache import Cache
@@ -323,7 +323,7 @@ def prefix_engine(module: HydraHeads, kernels: str, prompts: Sequence[Sequence[i
     """The real layer, and drafts of which now more, now less is accepted."""
     network = on(lively(), kernels)
     told = Told(lambda row, tree: partly_right(row.tokens, tree, prompts, count))
-    parts = Head(told, reader(module, network), RankTree([[0], [1], [0, 0], [0, 0, 0], [0, 0, 0, 0]]), 2)
+    parts = HeadParts(told, reader(module, network), RankTree([[0], [1], [0, 0], [0, 0, 0], [0, 0, 0, 0]]), 2)
     return Engine(network, Telling("told", parts), max_rows=rows)
 
 
@@ -474,7 +474,7 @@ def test_heads_at_the_bottom_of_three_models(kind: str, temperature: float) -> N
 def test_a_verified_model_that_is_asked_again_and_again_reads_no_token_twice(kind: str) -> None:
     """In a cascade it is asked anew without a word from above, and rows that have said enough stand still beside others."""
     inner = Watching(some_heads(kind), relative(0, 0.2), "torch")
-    over = Cascade([Part(Verified(inner.model, inner, 3), 8), Part(MaxGram(4, Table()), 10)])
+    over = Cascade([Part(Verified(inner.model, inner, 3), 8), Part(MaxGram(4, Successors()), 10)])
     crowded(inner, over)
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fakes import TableNetwork, engine_of, plain
-from forerun.drafters.maxgram import MaxGram, Table, Text, chain, repository_chain
+from forerun.drafters.maxgram import History, MaxGram, Successors, chain, repository_chain
 from forerun.drafting.drafter import Context
 from forerun.drafting.workshop import Workshop, build
 from forerun.errors import DrafterError
@@ -20,14 +20,16 @@ from forerun.row import Row
 from forerun.sampling import SamplingParams
 from forerun.stores import index
 
-NONE = Table()
-NEXT = Table([(token + 1) % 10 for token in range(10)])
+NONE = Successors()
+NEXT = Successors([(token + 1) % 10 for token in range(10)])
 relaxed = settings(deadline=None)
 TEXTS = st.integers(1, 5).flatmap(lambda kinds: st.lists(st.integers(0, kinds - 1), min_size=1, max_size=60))
 
 
-def clean(tokens: Sequence[int], count: int, table: Table = NONE, occurrence: str = "newest", **rest: int) -> list[int]:
-    return chain(Text(), tokens, rest.pop("firm", len(tokens)), count, table, occurrence, **rest)
+def clean(
+    tokens: Sequence[int], count: int, table: Successors = NONE, occurrence: str = "newest", **rest: int
+) -> list[int]:
+    return chain(History(), tokens, rest.pop("firm", len(tokens)), count, table, occurrence, **rest)
 
 
 # ---- the hand cases of the paper's repository
@@ -62,7 +64,7 @@ def test_a_longer_match_is_better_than_an_earlier_one() -> None:
 
 def test_the_prompt_counts_twice_in_the_repository() -> None:
     assert repository_chain([4, 5], [4, 5], 2, NEXT)[0] == 4, "the copy wraps from the prompt to the text"
-    assert repository_chain([1], [1, 2], 2, Table([3] * 10)) == [3, 3]
+    assert repository_chain([1], [1, 2], 2, Successors([3] * 10)) == [3, 3]
 
 
 # ---- the match
@@ -81,7 +83,7 @@ def brute_force(text: Sequence[int], firm: int, occurrence: str) -> tuple[int, i
 @given(TEXTS, st.integers(0, 5), st.sampled_from(["newest", "leftmost"]))
 def test_the_match_is_that_of_brute_force(tokens: list[int], tentative: int, occurrence: str) -> None:
     firm = max(1, len(tokens) - tentative)
-    text = Text()
+    text = History()
     text.read(tokens, firm)
     length, behind = brute_force(tokens, firm, occurrence)
     assert text.match(tokens[firm:]) == length
@@ -114,7 +116,7 @@ def test_the_fewest_tokens_that_must_match() -> None:
 
 
 def test_tentative_tokens_are_followed_and_taken_back() -> None:
-    text = Text()
+    text = History()
     assert chain(text, [1, 2, 3, 4, 2, 3], 4, 2, NONE) == [4, 2]
     assert chain(text, [1, 2, 3, 4, 6, 7, 6], 4, 2, NONE) == [], "6 7 is not firm, so it is no place to copy from"
     assert chain(text, [1, 2, 3, 4, 6, 7, 6], 7, 2, NONE) == [7, 6]
@@ -123,8 +125,8 @@ def test_tentative_tokens_are_followed_and_taken_back() -> None:
 
 
 def test_a_damaged_table_names_no_token_outside_the_vocabulary() -> None:
-    assert Table([5, -7, 1]).fill(2, 4) == [1]
-    assert Table([5, -7, 1]).fill(0, 4) == [] == Table([1]).fill(9, 4)
+    assert Successors([5, -7, 1]).fill(2, 4) == [1]
+    assert Successors([5, -7, 1]).fill(0, 4) == [] == Successors([1]).fill(9, 4)
 
 
 # ---- the drafter

@@ -62,7 +62,7 @@ from forerun.drafters.medusa.network import MedusaHeads
 from forerun.drafting import checkpoint
 from forerun.drafting.checkpoint import Checkpoint
 from forerun.drafting.drafter import Context
-from forerun.drafting.heads import Head, HeadDrafter, LastState, drafting, format_of
+from forerun.drafting.heads import HeadDrafter, HeadParts, LastState, drafting, format_of
 from forerun.drafting.trained import HeadSettings
 from forerun.drafting.workshop import Workshop
 from forerun.engine.engine import Engine
@@ -558,7 +558,7 @@ def table_heads(kind: str, tree: RankTree, vocab: int = 3) -> HeadDrafter:
         for weight in module.parameters():
             weight.copy_(torch.randn(weight.shape, generator=generator))
     weights = torch.randn(2, vocab, vocab, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    return HeadDrafter("heads", Head(TorchHeads(module, *weights), LastState(), tree, 1))
+    return HeadDrafter("heads", HeadParts(TorchHeads(module, *weights), LastState(), tree, 1))
 
 
 @pytest.mark.parametrize("kind", ["medusa", "medusa, shared", "hydra", "hydra, deep"])

@@ -23,8 +23,8 @@ from forerun.row import Row
 from forerun.sampling import SamplingParams
 from forerun.slots import Slots
 from forerun.stores.automaton import SEPARATOR, SuffixAutomaton
+from forerun.stores.follower import Automaton, automaton_of
 from forerun.stores.model import LEFT, ModelStore
-from forerun.stores.reader import Automaton, automaton_of
 from forerun.stores.said import SaidFile
 from forerun.stores.store import Draft, Limits, View
 from forerun.tree import TokenTree

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 
 from forerun.native import library
 from forerun.stores.automaton import ROOT, SEPARATOR, Cursor, SuffixAutomaton
+from forerun.stores.follower import PlainFollower
 from forerun.stores.growth import OWN_TEXT, STUDIED
-from forerun.stores.reader import PlainReader
 from forerun.stores.store import Limits
 from nn.kernel_oracles import some_examples
 
 if not library.is_there():
     pytest.skip("there are no native kernels here", allow_module_level=True)
-from forerun.stores.native import FEW, NativeAutomaton, NativeReader
+from forerun.stores.native import FEW, NativeAutomaton, NativeFollower
 
 KINDS = (2, 3, 4, 6, 40, 300)
 SPREAD = (1, 65_537, 7_158_277)
@@ -228,8 +228,8 @@ def steps(text: Sequence[int], seed: int) -> list[tuple[int, int]]:
 @some_examples
 @given(texts(900), st.integers(0, 2**32), LIMITS)
 def test_drafts_from_the_own_text_are_the_same(text: list[int], seed: int, limits: Limits) -> None:
-    one = PlainReader(SuffixAutomaton(), True, OWN_TEXT, [0.0] * 9)
-    other = NativeReader(NativeAutomaton(), True, OWN_TEXT, [0.0] * 9)
+    one = PlainFollower(SuffixAutomaton(), True, OWN_TEXT, [0.0] * 9)
+    other = NativeFollower(NativeAutomaton(), True, OWN_TEXT, [0.0] * 9)
     known = 0
     for firm, tentative in steps(text, seed):
         new, root = text[known : firm + tentative], text[firm + tentative - 1]
@@ -246,8 +246,8 @@ def test_drafts_from_another_text_are_the_same(
 ) -> None:
     held = [token for one in store for token in [*one, SEPARATOR]]
     odds = [random.Random(seed).gauss(0, 0.3) for _ in range(9)]
-    one = PlainReader(SuffixAutomaton(held), False, OWN_TEXT, odds)
-    other = NativeReader(NativeAutomaton(held), False, OWN_TEXT, odds)
+    one = PlainFollower(SuffixAutomaton(held), False, OWN_TEXT, odds)
+    other = NativeFollower(NativeAutomaton(held), False, OWN_TEXT, odds)
     known = 0
     for firm, tentative in steps(text, seed):
         new, root = text[known : firm + tentative], text[firm + tentative - 1]
@@ -259,7 +259,7 @@ def test_drafts_from_another_text_are_the_same(
 
 
 def test_a_view_refuses_what_is_no_token_and_goes_on() -> None:
-    reader = NativeReader(NativeAutomaton(), True, OWN_TEXT, [0.0] * 9)
+    reader = NativeFollower(NativeAutomaton(), True, OWN_TEXT, [0.0] * 9)
     limits = Limits(8, 8, 1, 0.05)
     reader.read([1, 2, 3, 1])
     with pytest.raises(ValueError, match="tokens are numbers"):

@@ -12,7 +12,7 @@ import pytest
 
 from forerun.errors import TrainingError
 from forerun.train import corpus
-from forerun.train.corpus import Document, Source
+from forerun.train.corpus import Distribution, Document
 
 WORDS = ("alpha", "beta", "gamma", "delta", "omega", "sigma", "theta", "kappa", "table", "index", "value", "token")
 
@@ -39,10 +39,10 @@ def many() -> list[Document]:
     return [document(made_up(seed), f"{seed}.py") for seed in range(400)]
 
 
-def source_with(folder: Path, **files: str) -> Source:
+def source_with(folder: Path, **files: str) -> Distribution:
     for name, text in files.items():
         (folder / f"{name}.py").write_text(text, encoding="utf-8", newline="")
-    return Source("made-up", "MIT", folder, tuple(PurePosixPath(f"{name}.py") for name in files))
+    return Distribution("made-up", "MIT", folder, tuple(PurePosixPath(f"{name}.py") for name in files))
 
 
 def test_normalised_text_has_no_licence_no_tabs_and_one_line_end():

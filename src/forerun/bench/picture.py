@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from forerun.bench.run import Row
+from forerun.bench.run import Summary
 from forerun.errors import ForerunError
 
 PARTS = (("draft", "#8fbf7f"), ("verify", "#4878a8"), ("other", "#b0b0b0"))
@@ -17,7 +17,7 @@ def demand_matplotlib() -> None:
     _figure_class()
 
 
-def draw(rows: Sequence[Row], title: str, kind: str = "png") -> bytes:
+def draw(rows: Sequence[Summary], title: str, kind: str = "png") -> bytes:
     """The picture's file (png, svg or pdf). Left: tokens per second, with the range over rounds; right: seconds per token."""
     figure = _figure_class()(figsize=(10, 1.6 + 0.55 * len(rows)), layout="constrained")
     speed, cost = figure.subplots(1, 2, sharey=True)
@@ -32,7 +32,7 @@ def draw(rows: Sequence[Row], title: str, kind: str = "png") -> bytes:
     return content.getvalue()
 
 
-def _draw_speed(axes: Any, rows: Sequence[Row]) -> None:
+def _draw_speed(axes: Any, rows: Sequence[Summary]) -> None:
     speeds = [row.tokens_per_second for row in rows]
     reach = [
         [row.tokens_per_second - row.spread[0] for row in rows],
@@ -45,7 +45,7 @@ def _draw_speed(axes: Any, rows: Sequence[Row]) -> None:
     axes.set_xlabel("tokens per second: median, slowest and fastest round", fontsize=8)
 
 
-def _draw_cost(axes: Any, rows: Sequence[Row]) -> None:
+def _draw_cost(axes: Any, rows: Sequence[Summary]) -> None:
     starts = [0.0] * len(rows)
     for name, colour in PARTS:
         widths = [1e3 * getattr(row, f"{name}_seconds") / max(1, row.new_tokens) for row in rows]

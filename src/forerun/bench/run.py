@@ -22,7 +22,7 @@ from forerun.sampling import SamplingParams
 
 
 @dataclass(frozen=True)
-class Run:
+class Timing:
     """One prompt, generated once: a raw row."""
 
     drafter: str
@@ -36,7 +36,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Row:
+class Summary:
     """What a drafter cost over all prompts. Seconds are totals of one round; every figure is the median over rounds.
 
     speedup: tokens_per_second over the baseline's. tokens_per_step counts the target's own token of every step, accepted
@@ -68,8 +68,8 @@ class Row:
 class Measurement:
     """A row per drafter, in the order given, and the runs behind them."""
 
-    rows: tuple[Row, ...]
-    runs: tuple[Run, ...]
+    rows: tuple[Summary, ...]
+    runs: tuple[Timing, ...]
 
     @property
     def rounds(self) -> int:
@@ -81,10 +81,10 @@ def measure(
     prompts: Sequence[Prompt],
     params: SamplingParams,
     rounds: int = 3,
-    watch: Callable[[Run], None] | None = None,
+    watch: Callable[[Timing], None] | None = None,
     seconds: float = math.inf,
 ) -> Measurement:
-    """Run every engine over every prompt, `rounds` times. The first engine is the baseline.
+    """Timing every engine over every prompt, `rounds` times. The first engine is the baseline.
 
     watch: called after every run. seconds: no round is begun that would end later than that. Raises RequestError when
     there is nothing to measure.
@@ -101,7 +101,7 @@ def measure(
 
 def _runs(
     engines: Mapping[str, Engine], prompts: Sequence[Prompt], params: SamplingParams, rounds: int, seconds: float
-) -> Iterator[Run]:
+) -> Iterator[Timing]:
     started = time.perf_counter()
     for number in range(rounds):
         spent = time.perf_counter() - started
@@ -114,25 +114,25 @@ def _runs(
                 (output,) = engine.generate([prompt], params)
                 if output.finish_reason == "interrupted":  # the engine answers Ctrl-C with half a text; half a
                     raise KeyboardInterrupt  # measurement is of no use
-                yield Run(name, number, index, tuple(output.token_ids), output.stats)
+                yield Timing(name, number, index, tuple(output.token_ids), output.stats)
 
 
-def table(runs: Sequence[Run], greedy: bool = True) -> tuple[Row, ...]:
+def table(runs: Sequence[Timing], greedy: bool = True) -> tuple[Summary, ...]:
     """One row per drafter, in order of appearance; the first is the baseline. greedy: equal tokens are to be expected."""
     names = list(dict.fromkeys(run.drafter for run in runs))
     texts = {run.prompt: run.token_ids for run in reversed(runs) if run.drafter == names[0]}
-    rows: list[Row] = []
+    rows: list[Summary] = []
     for name in names:
         own = [run for run in runs if run.drafter == name]
         rows.append(_row(own, texts, rows[0].tokens_per_second if rows else None, greedy))
     return tuple(rows)
 
 
-def _row(runs: Sequence[Run], texts: Mapping[int, Sequence[int]], baseline: float | None, greedy: bool) -> Row:
+def _row(runs: Sequence[Timing], texts: Mapping[int, Sequence[int]], baseline: float | None, greedy: bool) -> Summary:
     rounds = [_Total([run.stats for run in runs if run.round == number]) for number in {run.round for run in runs}]
     speeds = [total.tokens_per_second for total in rounds]
     first = [run for run in runs if run.round == runs[0].round]
-    return Row(
+    return Summary(
         drafter=runs[0].drafter,
         tokens_per_second=median(speeds),
         speedup=median(speeds) / baseline if baseline else 1.0,

@@ -19,16 +19,16 @@ from typing import Any
 
 import torch
 
+from forerun.check.amount import Amount
 from forerun.check.greedy import Greedy, check_greedy
 from forerun.check.law import Law, check_law
-from forerun.check.plan import Plan
 from forerun.check.rounding import rounding_bound
 from forerun.check.texts import plain_texts
 from forerun.engine.engine import Engine
 from forerun.engine.session import Prompt
 from forerun.errors import RequestError
 
-__all__ = ["Greedy", "Law", "Plan", "Report", "check"]
+__all__ = ["Amount", "Greedy", "Law", "Report", "check"]
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ class Report:
         }
 
 
-def check(plain: Engine, drafted: Engine, prompts: Sequence[Prompt], plan: Plan | None = None) -> Report:
+def check(plain: Engine, drafted: Engine, prompts: Sequence[Prompt], plan: Amount | None = None) -> Report:
     """Compare two engines on the same target, one with and one without a drafter. Both must be idle.
 
     Raises RequestError for prompts that do not fit the context, or a plan without content.
     """
-    plan = plan or Plan()
+    plan = plan or Amount()
     tokens = [plain.encode(prompt) for prompt in prompts]
     if not tokens:
         raise RequestError("there are no prompts to check on: give at least one")

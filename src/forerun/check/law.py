@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from forerun.check.plan import Plan
+from forerun.check.amount import Amount
 from forerun.check.statistics import Ints, Outcome, compare, distance, places
 from forerun.check.texts import finished, with_rows
 from forerun.engine.engine import Engine
@@ -60,7 +60,7 @@ class Law:
 
 
 def check_law(
-    plain: Engine, drafted: Engine, prompts: Sequence[Sequence[int]], plan: Plan
+    plain: Engine, drafted: Engine, prompts: Sequence[Sequence[int]], plan: Amount
 ) -> tuple[tuple[Law, ...], bool]:
     """Sample both engines with different seeds and compare. Also says whether the drafter calls itself exact.
 
@@ -79,7 +79,7 @@ def check_law(
     return tuple(laws), arms[-1][1]
 
 
-def _law(prompt: int, outcome: Outcome, plain: tuple[Ints, Ints], span: slice, plan: Plan) -> Law:
+def _law(prompt: int, outcome: Outcome, plain: tuple[Ints, Ints], span: slice, plan: Amount) -> Law:
     return Law(
         prompt=prompt,
         first=span.start + 1,
@@ -93,7 +93,7 @@ def _law(prompt: int, outcome: Outcome, plain: tuple[Ints, Ints], span: slice, p
     )
 
 
-def _samples(engine: Engine, prompts: Sequence[Sequence[int]], plan: Plan, arm: int) -> tuple[list[Ints], bool]:
+def _samples(engine: Engine, prompts: Sequence[Sequence[int]], plan: Amount, arm: int) -> tuple[list[Ints], bool]:
     """Per prompt the new tokens [samples, positions]; and whether all were drawn by an exact rule."""
     drawn, exact = [], True
     for index, prompt in enumerate(prompts):

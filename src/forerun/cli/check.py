@@ -42,7 +42,7 @@ def check(
     the two logits is within the rounding that was measured here; in fp32 that is next to nothing. Law: sampled tokens
     (--temperature and so on) follow plain sampling's law, by a permutation test. A drafter that calls itself lossy fails.
     """
-    from forerun.check import Plan
+    from forerun.check import Amount
     from forerun.check import check as examine
     from forerun.cli import engines
     from forerun.cli.files import print_json
@@ -50,7 +50,7 @@ def check(
     from forerun.sampling import SamplingParams
 
     law = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    plan = Plan(tokens=tokens, rows=_sizes(rows), length=max_new_tokens, samples=samples, params=law, seed=seed or 0)
+    plan = Amount(tokens=tokens, rows=_sizes(rows), length=max_new_tokens, samples=samples, params=law, seed=seed or 0)
     describe(drafter)  # a wrong name is cheaper to find before the model is read
     prompts = _prompts(prompt_file)
     machine = engines.Machine(dtype, device, kernels, weights)

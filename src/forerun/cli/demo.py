@@ -14,7 +14,7 @@ import typer
 from forerun.cli import options
 
 if TYPE_CHECKING:
-    from forerun.bench.run import Measurement, Row
+    from forerun.bench.run import Measurement, Summary
     from forerun.cli.engines import Machine
     from forerun.engine.engine import Engine
     from forerun.sampling import SamplingParams
@@ -261,7 +261,7 @@ def _measure(
         return measure(engines, texts, params, rounds or ROUNDS, lambda run: progress.advance(task), patience)
 
 
-def _print_table(console: Any, rows: Sequence[Row], title: str) -> None:
+def _print_table(console: Any, rows: Sequence[Summary], title: str) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -284,7 +284,7 @@ def _print_table(console: Any, rows: Sequence[Row], title: str) -> None:
     console.print(table)
 
 
-def same(row: Row) -> str:
+def same(row: Summary) -> str:
     """The last column: yes, no with the tokens that were equal before the first difference, or a dash for sampling."""
     if row.identical is None:
         return "-"
@@ -303,7 +303,7 @@ def _write_json(path: Path, result: Measurement, about: dict[str, Any]) -> None:
         write_whole(path, json.dumps(value, indent=1).encode() + b"\n")
 
 
-def _write_plot(path: Path, rows: Sequence[Row], title: str) -> None:
+def _write_plot(path: Path, rows: Sequence[Summary], title: str) -> None:
     from forerun.bench.picture import draw
     from forerun.cli.files import write_whole
 

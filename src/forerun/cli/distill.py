@@ -117,7 +117,7 @@ def distill(
     engine = engines.load(target, drafter, engines.Machine(dtype, device, kernels, weights), rows)
     if corpus is not None:
         demand_tokenizer(corpus, engine)
-    reader = _Reader(engine, rendering, chat)
+    reader = _Encoder(engine, rendering, chat)
     ids = [reader.ids(opening) for opening in source.openings]
     header = header_of(target, engine, sampling, source.header, reader.template)
     questions = deal(ids, sampling, engine.target.max_length)
@@ -151,14 +151,14 @@ class Opening:
 
 
 @dataclass(frozen=True)
-class Source:
+class Openings:
     """Openings, and what the file of answers says about where they come from."""
 
     openings: list[Opening]
     header: dict[str, Any]
 
 
-def _source(wish: _Wish, seed: int) -> Source:
+def _source(wish: _Wish, seed: int) -> Openings:
     from forerun.errors import RequestError
 
     given = [wish.file is not None, wish.builtin, wish.corpus is not None]
@@ -171,10 +171,10 @@ def _source(wish: _Wish, seed: int) -> Source:
     openings = source.openings[: wish.limit]
     if wish.template and not wish.chat and not any(opening.messages for opening in openings):
         raise RequestError('--template has nothing to render: add --chat, or give rows with "messages"')
-    return Source(openings, source.header)
+    return Openings(openings, source.header)
 
 
-def _from_corpus(wish: _Wish, seed: int) -> Source:
+def _from_corpus(wish: _Wish, seed: int) -> Openings:
     from forerun.errors import RequestError
     from forerun.sources.fingerprint import fingerprint
     from forerun.train.distill import windows
@@ -193,7 +193,7 @@ def _from_corpus(wish: _Wish, seed: int) -> Source:
         "fingerprint": fingerprint([wish.corpus / "train.bin"]),
         "prompt_length": [low, high],
     }
-    return Source(openings, header)
+    return Openings(openings, header)
 
 
 def _lengths(text: str) -> tuple[int, int]:
@@ -206,16 +206,16 @@ def _lengths(text: str) -> tuple[int, int]:
     return low, high
 
 
-def _from_suite() -> Source:
+def _from_suite() -> Openings:
     from forerun.bench import suites
     from forerun.sources.fingerprint import digest
 
     prompts = suites.load()
     openings = [Opening(f"the built-in suite, {prompt.id}", prompt.prompt) for prompt in prompts]
-    return Source(openings, {"kind": "builtin", "fingerprint": digest([prompt.prompt for prompt in prompts])})
+    return Openings(openings, {"kind": "builtin", "fingerprint": digest([prompt.prompt for prompt in prompts])})
 
 
-def _from_file(path: Path) -> Source:
+def _from_file(path: Path) -> Openings:
     from forerun.errors import RequestError
     from forerun.sources.fingerprint import digest
 
@@ -232,7 +232,7 @@ def _from_file(path: Path) -> Source:
     openings = [parse(line, where) if path.suffix == ".jsonl" else Opening(where, line) for where, line in told]
     if not openings:
         raise RequestError(f"{path} holds no prompts: write one per line")
-    return Source(openings, {"kind": "prompts", "name": path.name, "fingerprint": digest(text)})
+    return Openings(openings, {"kind": "prompts", "name": path.name, "fingerprint": digest(text)})
 
 
 KINDS = "prompt", "messages", "prompt_ids"
@@ -298,7 +298,7 @@ def _template(path: Path | None) -> _Template | None:
         raise RequestError(f"cannot read the chat template {path}: {error}") from None
 
 
-class _Reader:
+class _Encoder:
     """Openings to ids with the target's tokenizer. template: what the header says about the one that was used, if any."""
 
     def __init__(self, engine: Engine, template: _Template | None, chat: bool):

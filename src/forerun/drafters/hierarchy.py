@@ -34,7 +34,7 @@ from forerun.row import Row
 from forerun.slots import Slots
 from forerun.stores.context import ContextStore
 from forerun.stores.corpus import Corpus, CorpusStore
-from forerun.stores.grams import GramStore, Shape, table_of
+from forerun.stores.grams import GramShape, GramStore, table_of
 from forerun.stores.model import ModelStore
 from forerun.stores.store import Bounds, Draft, Limits, Store, View
 from forerun.stores.texts import find
@@ -240,7 +240,7 @@ def build(workshop: Workshop, settings: Settings) -> Drafter:
 def _store(spec: str, settings: Settings, workshop: Workshop) -> Store:
     name, _, place = spec.partition(":")
     if name == "grams":
-        shape = Shape(compat=settings.compat)
+        shape = GramShape(compat=settings.compat)
         return GramStore(shape, table_of(_answers(place, workshop.target.vocab_size), shape) if place else None)
     if name == "context" and not place:
         return ContextStore()

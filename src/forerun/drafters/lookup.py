@@ -26,7 +26,7 @@ from forerun.errors import DrafterError
 from forerun.row import Row
 from forerun.slots import Slots
 from forerun.stores.context import ContextStore
-from forerun.stores.reader import Automaton, automaton_of
+from forerun.stores.follower import Automaton, automaton_of
 from forerun.stores.store import Bounds, Limits, View
 from forerun.tree import TokenTree
 

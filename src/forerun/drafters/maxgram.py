@@ -26,14 +26,14 @@ from forerun.drafting.workshop import Workshop
 from forerun.errors import DrafterError
 from forerun.row import Row
 from forerun.slots import Slots
-from forerun.stores.reader import automaton_of
+from forerun.stores.follower import automaton_of
 from forerun.tree import TokenTree
 
 OCCURRENCES = ("newest", "leftmost")
 BYTES = 4
 
 
-class Table:
+class Successors:
     """The most frequent successor of every token of a vocabulary. Where none is known a number outside of it stands."""
 
     def __init__(self, successors: Sequence[int] = ()):
@@ -56,7 +56,7 @@ class Table:
         return filled
 
 
-class Text:
+class History:
     """The firm text of one row, and where its ends came before."""
 
     def __init__(self) -> None:
@@ -94,11 +94,11 @@ class Text:
 
 
 def chain(
-    text: Text,
+    text: History,
     tokens: Sequence[int],
     firm: int,
     count: int,
-    table: Table,
+    table: Successors,
     occurrence: str = "newest",
     min_match: int = 1,
 ) -> list[int]:
@@ -114,7 +114,7 @@ def chain(
     return copied
 
 
-def repository_chain(prompt: Sequence[int], sequence: Sequence[int], count: int, table: Table) -> list[int]:
+def repository_chain(prompt: Sequence[int], sequence: Sequence[int], count: int, table: Successors) -> list[int]:
     """What `mag.py` of the authors' repository returns (commit 05b22e1), peculiarities and all; up to 2 `count` - 1 tokens."""
     extended = list(sequence)
     extended += _after_leftmost([*prompt, *sequence[:-1]], extended, count)
@@ -142,14 +142,16 @@ class MaxGram(Drafter):
 
     name = "maxgram"
 
-    def __init__(self, length: int, table: Table, occurrence: str = "newest", min_match: int = 1, compat: bool = False):
+    def __init__(
+        self, length: int, table: Successors, occurrence: str = "newest", min_match: int = 1, compat: bool = False
+    ):
         self.length, self._table, self._occurrence, self._min_match = length, table, occurrence, min_match
         self._compat = compat
         self.max_nodes = 2 * length - 1 if compat else length
-        self._texts: Slots[Text] = Slots()
+        self._texts: Slots[History] = Slots()
 
     def admit(self, row: Row, hidden: Mapping[int, Tensor]) -> None:
-        text = Text()
+        text = History()
         if not self._compat:
             text.read(row.tokens, len(row.tokens) - row.tentative)
         self._texts.admit(text)
@@ -170,7 +172,7 @@ class MaxGram(Drafter):
             return TokenTree.root([tokens[0] for tokens in chains], context.device)
         return TokenTree.of(chains, [list(range(-1, len(tokens) - 1)) for tokens in chains], context.device)
 
-    def _chain(self, row: Row, text: Text, most: int) -> list[int]:
+    def _chain(self, row: Row, text: History, most: int) -> list[int]:
         if most == 0 or row.tokens[-1] in row.ends:
             return []
         if self._compat:
@@ -212,14 +214,14 @@ def build(workshop: Workshop, settings: Settings) -> Drafter:
     return MaxGram(settings.length, table, settings.occurrence, settings.min_match, settings.compat)
 
 
-def _table(workshop: Workshop, store: str | None) -> Table:
+def _table(workshop: Workshop, store: str | None) -> Successors:
     from forerun.stores.corpus import Corpus
 
     if store is None:
-        return Table()
+        return Successors()
     corpus = Corpus.open(store)
     corpus.demand_fit(workshop.target.vocab_size, workshop.tokenizer())
-    return Table(corpus.bigram.data)
+    return Successors(corpus.bigram.data)
 
 
 METHOD = Method("maxgram", "The longest match in the text, copied.", Settings, build, grows="certain")

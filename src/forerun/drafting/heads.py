@@ -136,7 +136,7 @@ def drafting(module: HeadsModule, network: Network, weights: str) -> Drafting:
     return in_one_go or TorchHeads(module, network.input_embedding, network.head_matrix())
 
 
-class Reader(Protocol):
+class ContextReader(Protocol):
     """Turns the target's states into contexts, row by row in slot order."""
 
     def admit(self, row: Row, states_1SD: Tensor | None) -> None:
@@ -301,12 +301,12 @@ class PrefixState(LastState):
 
 
 @dataclass(frozen=True)
-class Head:
+class HeadParts:
     """A drafter's working parts: how it drafts, what it makes of the target's states, the tree it grows, and the
     layer it reads."""
 
     drafting: Drafting
-    reader: Reader
+    reader: ContextReader
     tree: RankTree
     layer: int
 
@@ -314,7 +314,7 @@ class Head:
 class HeadDrafter(Drafter):
     """Heads grow the same tree at every step, cut to what a row has room for."""
 
-    def __init__(self, name: str, head: Head):
+    def __init__(self, name: str, head: HeadParts):
         self.name, self.head = name, head
         self.reads = frozenset({head.layer})
         self.max_nodes = head.tree.size

@@ -21,7 +21,7 @@ from forerun.drafting.checkpoint import TREE, Checkpoint
 from forerun.drafting.trained import Layout
 from forerun.errors import CheckpointError, DrafterError
 from forerun.layouts.files import config_of, folder_of, staged_beside, tensors_of, whole_model, write_parcel
-from forerun.layouts.table import Heads, Place, Stored, skeleton
+from forerun.layouts.table import Heads, Place, Published, skeleton
 from forerun.layouts.target import Base
 from forerun.sources.folder import CONFIG, WEIGHTS
 
@@ -42,7 +42,7 @@ def read(source: str | Path, base: Base | None = None) -> Heads:
 
 def _read(layout: Layout, folder: Path, config: Mapping[str, Any], files: Sequence[Path], base: Base | None) -> Heads:
     tensors = {name: tensor for path in files for name, tensor in tensors_of(path, layout.prefix).items()}
-    heads: Heads = layout.read(Stored(folder, config, tensors), base)
+    heads: Heads = layout.read(Published(folder, config, tensors), base)
     if base and (heads.config.width, heads.config.vocab_size) != (base.width, base.vocab_size):
         raise DrafterError(
             f"{folder} holds heads for {heads.target} (width {heads.config.width}, {heads.config.vocab_size} tokens), and"
@@ -71,7 +71,7 @@ def _recognised(folder: Path, config: Mapping[str, Any]) -> tuple[Layout, list[P
     )
 
 
-def _read_ours(stored: Stored, base: Base | None) -> Heads:
+def _read_ours(stored: Published, base: Base | None) -> Heads:
     found = checkpoints.read(stored.folder)
     kinds = registry.trained()
     if found.drafter not in kinds:

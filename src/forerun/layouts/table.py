@@ -107,7 +107,7 @@ def packed(heads: Heads, table: Table) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class Stored:
+class Published:
     """What a folder holds: its config.json, and the tensors of some of its files."""
 
     folder: Path
@@ -160,7 +160,7 @@ def _settled(config: HeadsConfig, tensors: dict[str, Tensor]) -> tuple[HeadsConf
     return replace(config, tied_layers=True), tensors | {"blocks": blocks[:1].clone(), "biases": biases[:1].clone()}
 
 
-def count_note(stored: Stored, kind: str, config: HeadsConfig) -> tuple[str, ...]:
+def count_note(stored: Published, kind: str, config: HeadsConfig) -> tuple[str, ...]:
     """What is said about a config with too few heads, which published ones are known to have. One with too many, or with other
     layers than are stored, means that something is missing: CheckpointError."""
     heads, layers = (f"{kind}_num_heads", f"{kind}_num_layers") if kind else ("num_heads", "num_hidden_layers")
@@ -179,7 +179,7 @@ def count_note(stored: Stored, kind: str, config: HeadsConfig) -> tuple[str, ...
     return (f"its {CONFIG} says {said} heads ({heads}), and {config.heads} are stored: {config.heads} it is",)
 
 
-def target_of(stored: Stored, base: Base | None) -> str:
+def target_of(stored: Published, base: Base | None) -> str:
     named = stored.config.get("base_model_name_or_path")
     return named if isinstance(named, str) and named else base.name if base else "unknown"
 
@@ -189,7 +189,7 @@ def name_for_others(heads: Heads, base: Base | None) -> str:
     return base.name if base and "/" not in heads.target else heads.target
 
 
-def origin(stored: Stored, layout: str) -> dict[str, Any]:
+def origin(stored: Published, layout: str) -> dict[str, Any]:
     return {"converted_from": layout, "source": stored.folder.resolve().name}
 
 

@@ -25,7 +25,7 @@ from forerun.nn.foreign import load_foreign
 from forerun.nn.formats import Formats
 from forerun.nn.network import Network
 from forerun.nn.transformer import Transformer, TransformerConfig
-from forerun.nn.translate import Place, places, translate
+from forerun.nn.translate import Slice, places, translate
 from forerun.sources.folder import Stored, checkpoint_folder, difference, opened, read_config, stored, weight_files
 
 KERNELS = ("auto", "native", "torch")
@@ -116,7 +116,7 @@ def load_packed(
     return model.ready()
 
 
-def _checked(folder: Path, config: TransformerConfig) -> tuple[TransformerConfig, dict[str, Place]]:
+def _checked(folder: Path, config: TransformerConfig) -> tuple[TransformerConfig, dict[str, Slice]]:
     """The config as the weights have it, and the places of its tensors, all of which are there."""
     held = stored(weight_files(folder))
     # Heads that were trained with the model (Medusa-2) travel in its folder, as X_head.* beside X_num_heads: for forerun convert.
@@ -143,7 +143,7 @@ def _tensors(folder: Path, names: Collection[str]) -> Iterator[tuple[str, Tensor
                 yield name, file.get_tensor(name)
 
 
-def _demand_same(folder: Path, table: Mapping[str, Place], held: Mapping[str, Stored]) -> None:
+def _demand_same(folder: Path, table: Mapping[str, Slice], held: Mapping[str, Stored]) -> None:
     lines = [f"missing     {name} {_shape(table[name].shape)}" for name in table if name not in held]
     lines += [f"unexpected  {name} {_shape(held[name].shape)}" for name in held if name not in table]
     for name in table.keys() & held.keys():

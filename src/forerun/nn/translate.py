@@ -99,7 +99,7 @@ def _windows(fields: Mapping[str, Any]) -> tuple[int | None, ...]:
 
 
 @dataclass(frozen=True)
-class Place:
+class Slice:
     """Where a published tensor lives: rows `begin .. begin + shape[0]` of one of our parameters."""
 
     parameter: str
@@ -110,30 +110,30 @@ class Place:
         return model.get_parameter(self.parameter).detach()[self.begin : self.begin + self.shape[0]]
 
 
-def places(config: TransformerConfig) -> dict[str, Place]:
+def places(config: TransformerConfig) -> dict[str, Slice]:
     """The published name of every tensor, and its place. All four families use the same names."""
     table = {
-        "model.embed_tokens.weight": Place("embedding.weight", (config.vocab_size, config.width)),
-        "model.norm.weight": Place("final_norm", (config.width,)),
+        "model.embed_tokens.weight": Slice("embedding.weight", (config.vocab_size, config.width)),
+        "model.norm.weight": Slice("final_norm", (config.width,)),
     }
     if not config.tied:
-        table["lm_head.weight"] = Place("head.weight", (config.vocab_size, config.width))
+        table["lm_head.weight"] = Slice("head.weight", (config.vocab_size, config.width))
     for layer in range(config.layers):
         for name, place in _places_in_layer(config).items():
             table[f"model.layers.{layer}.{name}"] = replace(place, parameter=f"blocks.{layer}.{place.parameter}")
     return table
 
 
-def _places_in_layer(config: TransformerConfig) -> dict[str, Place]:
+def _places_in_layer(config: TransformerConfig) -> dict[str, Slice]:
     width, mlp = config.width, config.mlp_width
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
     table = {
-        "input_layernorm.weight": Place("attention_norm", (width,)),
-        "post_attention_layernorm.weight": Place("mlp_norm", (width,)),
+        "input_layernorm.weight": Slice("attention_norm", (width,)),
+        "post_attention_layernorm.weight": Slice("mlp_norm", (width,)),
     }
     if config.qk_norm:
-        table["self_attn.q_norm.weight"] = Place("q_norm", (config.head_dim,))
-        table["self_attn.k_norm.weight"] = Place("k_norm", (config.head_dim,))
+        table["self_attn.q_norm.weight"] = Slice("q_norm", (config.head_dim,))
+        table["self_attn.k_norm.weight"] = Slice("k_norm", (config.head_dim,))
     for name, ours, begin, rows, columns, biased in (
         ("self_attn.q_proj", "qkv", 0, queries, width, config.qkv_bias),
         ("self_attn.k_proj", "qkv", queries, keys, width, config.qkv_bias),
@@ -143,9 +143,9 @@ def _places_in_layer(config: TransformerConfig) -> dict[str, Place]:
         ("mlp.up_proj", "gate_up", mlp, mlp, width, config.mlp_bias),
         ("mlp.down_proj", "down", 0, width, mlp, config.mlp_bias),
     ):
-        table[f"{name}.weight"] = Place(f"{ours}.weight", (rows, columns), begin)
+        table[f"{name}.weight"] = Slice(f"{ours}.weight", (rows, columns), begin)
         if biased:
-            table[f"{name}.bias"] = Place(f"{ours}.bias", (rows,), begin)
+            table[f"{name}.bias"] = Slice(f"{ours}.bias", (rows,), begin)
     return table
 
 

@@ -43,7 +43,7 @@ CHUNK = 64
 
 
 @dataclass(frozen=True)
-class Text:
+class Transcript:
     """What the target said: prompt and answer."""
 
     tokens: tuple[int, ...]
@@ -54,10 +54,10 @@ class Text:
         return len(self.tokens) - self.prompt_length
 
 
-def texts_of(engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Text]:
+def texts_of(engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Transcript]:
     """The target's own answers. engine: any exact drafter will do."""
     outputs = engine.generate([list(prompt) for prompt in prompts], params)
-    return [Text((*prompts[o.prompt_index], *o.token_ids), len(prompts[o.prompt_index])) for o in outputs]
+    return [Transcript((*prompts[o.prompt_index], *o.token_ids), len(prompts[o.prompt_index])) for o in outputs]
 
 
 # ---- acceptance
@@ -73,7 +73,7 @@ class Agreement:
     positions: int
 
 
-def agreement(networks: Sequence[Network], texts: Sequence[Text], params: SamplingParams) -> Agreement:
+def agreement(networks: Sequence[Network], texts: Sequence[Transcript], params: SamplingParams) -> Agreement:
     """Of every pair of models, on the same texts."""
     count = len(networks)
     found: dict[tuple[int, int], list[Tensor]] = {(low, high): [] for high in range(count) for low in range(high)}
@@ -90,7 +90,7 @@ def agreement(networks: Sequence[Network], texts: Sequence[Text], params: Sampli
 
 
 @torch.inference_mode()
-def answer_laws(network: Network, text: Text, params: SamplingParams) -> Tensor:
+def answer_laws(network: Network, text: Transcript, params: SamplingParams) -> Tensor:
     """The laws [answer, V] by which a model would have drawn each token of an answer, penalties left out."""
     model = Model(network, CHUNK)
     row = Row(list(text.tokens[: text.prompt_length]), text.prompt_length, params, 0, len(text.tokens))
@@ -130,7 +130,7 @@ class Sham(Drafter):
         return TokenTree.drawn_chain(tokens, law.to(context.device))
 
 
-def target_cost(engine: Engine, text: Text, params: SamplingParams, rounds: int = 24) -> Table:
+def target_cost(engine: Engine, text: Transcript, params: SamplingParams, rounds: int = 24) -> Table:
     """Seconds of a step of the engine by the number of tokens in its tree, drafting not included."""
     sham = Sham(0, engine.target.vocab_size)
     runner = engine.beside(sham, max_rows=1)
@@ -150,7 +150,7 @@ def target_cost(engine: Engine, text: Text, params: SamplingParams, rounds: int 
 
 
 def verifier_cost(
-    network: Network, text: Text, params: SamplingParams, target: Network | None = None, rounds: int = 24
+    network: Network, text: Transcript, params: SamplingParams, target: Network | None = None, rounds: int = 24
 ) -> Table:
     """Seconds of one round of a model in the middle of a hierarchy, by the number of tokens that it reads.
 
@@ -165,7 +165,7 @@ def verifier_cost(
 
 
 def writer_cost(
-    network: Network, text: Text, params: SamplingParams, target: Network | None = None, rounds: int = 24
+    network: Network, text: Transcript, params: SamplingParams, target: Network | None = None, rounds: int = 24
 ) -> Table:
     """Seconds for which a draft model writes so many tokens, one after the other. target: as for `verifier_cost`."""
     chain = DraftModel.on(network, Chain(Fixed(max(LENGTHS))))
@@ -178,7 +178,7 @@ def writer_cost(
     return _table(propose, rounds, tuple(n for n in LENGTHS if n <= 9), _reading(target, text))
 
 
-def _reading(network: Network | None, text: Text) -> Callable[[], object]:
+def _reading(network: Network | None, text: Transcript) -> Callable[[], object]:
     """Reads the last token of a text, again and again."""
     if network is None:
         return lambda: None
@@ -187,7 +187,7 @@ def _reading(network: Network | None, text: Text) -> Callable[[], object]:
     return lambda: model.next_scores([row])
 
 
-def reading_seconds(network: Network, text: Text) -> float:
+def reading_seconds(network: Network, text: Transcript) -> float:
     """Seconds for which a draft model reads a prompt, which happens in the first step."""
     seconds = []
     for _ in range(3):
@@ -201,7 +201,7 @@ def reading_seconds(network: Network, text: Text) -> float:
     return median(seconds)
 
 
-def _demand_room(context: int, text: Text, rounds: int) -> None:
+def _demand_room(context: int, text: Transcript, rounds: int) -> None:
     """Every timing moves the text on by a token, or by as many as were accepted by chance."""
     wanted = len(text.tokens) + 2 * (rounds + 2) * len(LENGTHS) + max(LENGTHS)
     if wanted > context:
@@ -212,7 +212,7 @@ def _demand_room(context: int, text: Text, rounds: int) -> None:
 
 
 def _proposing(
-    drafter: Drafter, text: Text, params: SamplingParams, device: torch.device, prepare: Callable[[int], object]
+    drafter: Drafter, text: Transcript, params: SamplingParams, device: torch.device, prepare: Callable[[int], object]
 ) -> Callable[[int], None]:
     """One proposal after the other, behind a text that grows by one token each time, as if all of it had been rejected."""
     row = Row(list(text.tokens), text.prompt_length, params, key_of(0), len(text.tokens) + 4096)
@@ -305,6 +305,6 @@ def measured_round(
         seconds = sum(o.stats.seconds - o.stats.prefill_seconds for o in outputs) / sum(o.stats.steps for o in outputs)
     else:
         tally = verified.tallies()[0]
-        reading = sum(reading_seconds(network, Text(tuple(prompt), len(prompt))) for prompt in prompts)
+        reading = sum(reading_seconds(network, Transcript(tuple(prompt), len(prompt))) for prompt in prompts)
         seconds = max(0.0, tally.seconds - reading) / max(1, tally.asked)
     return Round(pmf(recorded.yields), seconds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from forerun.row import Row
-from forerun.stores.reader import Automaton, automaton_of, reader_of
+from forerun.stores.follower import Automaton, automaton_of, follower_of
 from forerun.stores.store import Draft, Limits, Store, View
 
 
@@ -32,7 +32,7 @@ class ContextView:
 
     def _restart(self) -> None:
         self.automaton = self._make()
-        self._reader, self._known = reader_of(self.automaton, own=True), 0
+        self._reader, self._known = follower_of(self.automaton, own=True), 0
 
     def read(self, tokens: Sequence[int], firm: int) -> None:
         """Catch up with the first `firm` tokens of the row."""

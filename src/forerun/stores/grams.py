@@ -20,7 +20,7 @@ FALL = 0.5
 
 
 @dataclass(frozen=True)
-class Shape:
+class GramShape:
     """length: tokens of a gram, its key included (the paper's N). width: most grams per key (G). rows: most of them drafted.
 
     compat: the repository's order, oldest first, which loses the best rows when the tree is full; else the newest first.
@@ -61,7 +61,7 @@ def grams_of(tokens: Sequence[int], length: int) -> Iterable[Gram]:
     return (tuple(tokens[start : start + length]) for start in range(len(tokens) - length + 1))
 
 
-def table_of(responses: Iterable[Sequence[int]], shape: Shape = Shape(), most: int = 100_000) -> Grams:
+def table_of(responses: Iterable[Sequence[int]], shape: GramShape = GramShape(), most: int = 100_000) -> Grams:
     """The table of the model tier: the `most` grams that are in most responses, those of most responses touched last.
 
     Of equally frequent grams those found first are kept, and touched last.
@@ -102,7 +102,7 @@ def tree_of(root: int, rows: Iterable[Gram], limits: Limits) -> Draft:
 class GramStore(Store):
     """The context tier, or with a table the model tier."""
 
-    def __init__(self, shape: Shape = Shape(), table: Grams | None = None):
+    def __init__(self, shape: GramShape = GramShape(), table: Grams | None = None):
         self.shape, self._table = shape, table
         self.name = "grams" if table is None else "model grams"
 
@@ -117,7 +117,7 @@ class GramStore(Store):
 class GramView:
     """Looks into a table that does not change."""
 
-    def __init__(self, shape: Shape, table: Grams):
+    def __init__(self, shape: GramShape, table: Grams):
         self.shape, self.table = shape, table
 
     def draft(self, tokens: Sequence[int], firm: int, limits: Limits) -> Draft:
@@ -137,7 +137,7 @@ class GramView:
 class OwnGramView(GramView):
     """Fills its table from the row's firm text."""
 
-    def __init__(self, shape: Shape):
+    def __init__(self, shape: GramShape):
         super().__init__(shape, Grams(shape.width))
         self._read = 0
 

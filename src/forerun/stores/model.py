@@ -18,8 +18,8 @@ from typing import NamedTuple
 from forerun.errors import DrafterError
 from forerun.row import Row
 from forerun.stores.automaton import ROOT, SEPARATOR
+from forerun.stores.follower import Automaton, Follower, automaton_of, follower_of
 from forerun.stores.growth import Weights
-from forerun.stores.reader import Automaton, Reader, automaton_of, reader_of
 from forerun.stores.said import Said, SaidFile
 from forerun.stores.store import Draft, Limits, Store, View
 
@@ -35,7 +35,7 @@ TRUST = 0.25
 """How much a row that ends moves the odds that its tenant's next rows start with."""
 
 
-class _Text(NamedTuple):
+class _Entry(NamedTuple):
     tenant: str
     tokens: bytes  # int32: small, and a key of a dict
 
@@ -58,7 +58,7 @@ class _Memory:
         self._keys: list[int] = []
         self._size = 0
 
-    def add(self, key: int, text: _Text) -> None:
+    def add(self, key: int, text: _Entry) -> None:
         ids = text.ids
         ids.append(SEPARATOR)
         self.automaton.extend(ids)
@@ -103,8 +103,8 @@ class ModelStore(Store):
         if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 2:
             raise DrafterError(f"a model store holds a whole number of tokens, at least 2, not {capacity!r}")
         self._capacity, self._make, self._lock = capacity, make, Lock()
-        self._texts: OrderedDict[int, _Text] = OrderedDict()  # the least recently used first
-        self._keys: dict[_Text, int] = {}
+        self._texts: OrderedDict[int, _Entry] = OrderedDict()  # the least recently used first
+        self._keys: dict[_Entry, int] = {}
         self._memories: dict[str, _Memory] = {}
         self._size = self._next_key = self._version = 0
         self._file: SaidFile | None = None
@@ -138,7 +138,7 @@ class ModelStore(Store):
         with self._lock:
             view.finish(row.tokens, firm)
             said = row.tokens[row.prompt_length : firm][1 - self._capacity :]
-            if said and self._add(_Text(row.params.tenant, array("i", said).tobytes())):
+            if said and self._add(_Entry(row.params.tenant, array("i", said).tobytes())):
                 self._write(lambda file: file.append(Said(row.params.tenant, said)))
 
     def reset(self, tenant: str | None = None) -> None:
@@ -181,7 +181,7 @@ class ModelStore(Store):
 
     # ---- texts
 
-    def _add(self, text: _Text) -> bool:
+    def _add(self, text: _Entry) -> bool:
         """False: it is there already."""
         known = self._keys.get(text)
         if known is not None:
@@ -192,7 +192,7 @@ class ModelStore(Store):
             self._grow(text.tenant, [(key, text)])
         return True
 
-    def _keep(self, text: _Text) -> int:
+    def _keep(self, text: _Entry) -> int:
         key = self._next_key
         self._next_key += 1
         self._texts[key] = text
@@ -200,7 +200,7 @@ class ModelStore(Store):
         self._size += text.size
         return key
 
-    def _drop(self, key: int) -> _Text:
+    def _drop(self, key: int) -> _Entry:
         text = self._texts.pop(key)
         del self._keys[text]
         self._size -= text.size
@@ -219,7 +219,7 @@ class ModelStore(Store):
 
     def _build(self, tenants: Iterable[str]) -> None:
         """Read the texts of these tenants again, the most recently used last."""
-        left: dict[str, list[tuple[int, _Text]]] = {tenant: [] for tenant in tenants}
+        left: dict[str, list[tuple[int, _Entry]]] = {tenant: [] for tenant in tenants}
         for key, text in self._texts.items():
             if text.tenant in left:
                 left[text.tenant].append((key, text))
@@ -228,7 +228,7 @@ class ModelStore(Store):
             if texts:
                 self._grow(tenant, texts, before.odds if before else (0.0,) * 9)
 
-    def _grow(self, tenant: str, texts: Iterable[tuple[int, _Text]], odds: Sequence[float] = (0.0,) * 9) -> None:
+    def _grow(self, tenant: str, texts: Iterable[tuple[int, _Entry]], odds: Sequence[float] = (0.0,) * 9) -> None:
         memory = self._memories.get(tenant)
         try:
             if memory is None:
@@ -256,7 +256,7 @@ class ModelStore(Store):
 
     def _load(self, texts: Sequence[Said]) -> None:
         for said in texts:
-            text = _Text(said.tenant, array("i", said.tokens[1 - self._capacity :]).tobytes())
+            text = _Entry(said.tenant, array("i", said.tokens[1 - self._capacity :]).tobytes())
             if text in self._keys:
                 self._texts.move_to_end(self._keys[text])
             elif text.tokens:
@@ -295,7 +295,7 @@ class ModelView:
     def __init__(self, store: ModelStore, row: Row):
         self._store, self._tenant = store, row.params.tenant
         self._known = len(row.tokens) - row.tentative
-        self._reader: Reader | None = None
+        self._reader: Follower | None = None
         self._automaton: Automaton | None = None  # the reader's
         self._odds: Sequence[float] | None = None  # of a reader that is gone
         self._version = 0
@@ -327,7 +327,7 @@ class ModelView:
             memory.learn(reader.odds)
         self._known = firm
 
-    def _ready(self, tokens: Sequence[int], firm: int) -> Reader | None:
+    def _ready(self, tokens: Sequence[int], firm: int) -> Follower | None:
         """The reader, where the tokens known so far lead in the automaton of today; None: the tenant has none."""
         self.forget(firm)
         memory = self._store.memory(self._tenant)
@@ -349,7 +349,7 @@ class ModelView:
     def _find_again(self, memory: _Memory, tokens: Sequence[int]) -> None:
         if memory.automaton is not self._automaton:
             odds = self._odds or memory.odds if self._reader is None else self._reader.odds
-            self._reader = reader_of(memory.automaton, False, SAID, odds)
+            self._reader = follower_of(memory.automaton, False, SAID, odds)
             self._automaton = memory.automaton
         assert self._reader is not None
         near = tokens[max(0, self._known - FOUND_AGAIN) : self._known]

@@ -109,8 +109,8 @@ class NativeAutomaton:
         return found[:many]
 
 
-class NativeReader:
-    """`Reader`, see there: one call per draft."""
+class NativeFollower:
+    """`Follower`, see there: one call per draft."""
 
     def __init__(self, automaton: NativeAutomaton, own: bool, weights: Weights, odds: Sequence[float]):
         self.automaton, self._prior = automaton, priors(weights)  # the record has only their addresses

@@ -45,7 +45,7 @@ class Numbers(NamedTuple):
     vocabulary: int
 
 
-class Place(NamedTuple):
+class Occurrence(NamedTuple):
     """Where a text ends like the row: the position, and how many tokens agree."""
 
     position: int
@@ -132,9 +132,9 @@ def _ending_in(corpus: Numbers, token: int) -> tuple[int, int]:
     return first, min(max(corpus.starts[token + 1], first), entries)
 
 
-def places(corpus: Numbers, end: Sequence[int], min_match: int) -> list[Place]:
+def places(corpus: Numbers, end: Sequence[int], min_match: int) -> list[Occurrence]:
     """Where texts end like these tokens (the newest first), the longest matches first; none below `min_match`."""
-    found = list[Place]()
+    found = list[Occurrence]()
     if not end:
         return found
     first, last = _ending_in(corpus, end[0])
@@ -153,7 +153,7 @@ def places(corpus: Numbers, end: Sequence[int], min_match: int) -> list[Place]:
         for number in range(taken):
             entry = low + number * fresh // taken
             entry += 0 if entry - low < before else inner[1] - inner[0]
-            found.append(Place(position_of(corpus, entry), length))
+            found.append(Occurrence(position_of(corpus, entry), length))
         inner = (low, high)
     return found
 
@@ -172,11 +172,11 @@ class _Growth:
 
     def __init__(self, corpus: Numbers, trust: Trust, limits: Limits):
         self._corpus, self._odds, self._limits = corpus, trust.odds, limits
-        self._heap: list[tuple[float, int, int, int, int, list[Place]]] = []
+        self._heap: list[tuple[float, int, int, int, int, list[Occurrence]]] = []
         self._considered = 0
         self.first, self.chance = -1, 0.0
 
-    def draft(self, root: int, found: list[Place]) -> Draft:
+    def draft(self, root: int, found: list[Occurrence]) -> Draft:
         limits, heap = self._limits, self._heap
         draft = Draft([root], [-1], [1.0])
         if found and limits.depth > 0 and root not in limits.ends:
@@ -191,7 +191,7 @@ class _Growth:
                 self._expand(node, depth, -key, there)
         return draft
 
-    def _expand(self, node: int, depth: int, rest: float, there: list[Place]) -> None:
+    def _expand(self, node: int, depth: int, rest: float, there: list[Occurrence]) -> None:
         """Consider the children of a node whose places these are."""
         parent, children = rest, self._children(depth, there)
         total = sum(own for own, _, _ in children.values())
@@ -206,9 +206,9 @@ class _Growth:
                 heappush(self._heap, (-share, self._considered, node, depth + 1, token, behind))
                 self._considered += 1
 
-    def _children(self, depth: int, there: list[Place]) -> dict[int, tuple[int, int, list[Place]]]:
+    def _children(self, depth: int, there: list[Occurrence]) -> dict[int, tuple[int, int, list[Occurrence]]]:
         """Per next token: its weight, its longest match, its places."""
-        corpus, groups = self._corpus, dict[int, list[Place]]()
+        corpus, groups = self._corpus, dict[int, list[Occurrence]]()
         for place in there:
             at = place.position + 1 + depth
             token = corpus.tokens[at] if at < len(corpus.tokens) else corpus.vocabulary

@@ -58,7 +58,7 @@ _SPACE_MARK = "\u2581"  # SentencePiece writes a space so; a text that holds it 
 
 
 @dataclass(frozen=True)
-class Source:
+class Distribution:
     """One distribution on this machine: where its files lie and under which licence."""
 
     distribution: str
@@ -102,10 +102,10 @@ class Split:
 # -- what is on this machine ------------------------------------------------------------------------------------------
 
 
-def installed(exclude: Iterable[str] = ("forerun",)) -> list[Source]:
+def installed(exclude: Iterable[str] = ("forerun",)) -> list[Distribution]:
     """The standard library and every installed distribution that holds Python files, by name."""
     skipped = {name.lower() for name in exclude}
-    found: dict[str, Source] = {}
+    found: dict[str, Distribution] = {}
     for distribution in importlib.metadata.distributions():
         source = _source_of(distribution)
         if source.files and source.distribution.lower() not in skipped:
@@ -113,17 +113,17 @@ def installed(exclude: Iterable[str] = ("forerun",)) -> list[Source]:
     return [standard_library(), *(found[name] for name in sorted(found))]
 
 
-def standard_library() -> Source:
+def standard_library() -> Distribution:
     """The running interpreter's own library, without a cap: it is the best written part of the corpus."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = tuple(PurePosixPath(path.relative_to(root).as_posix()) for path in sorted(root.rglob("*.py")))
-    return Source(STDLIB, "PSF-2.0", root, tuple(filter(_is_wanted, files)), cap_bytes=None)
+    return Distribution(STDLIB, "PSF-2.0", root, tuple(filter(_is_wanted, files)), cap_bytes=None)
 
 
-def _source_of(distribution: importlib.metadata.Distribution) -> Source:
+def _source_of(distribution: importlib.metadata.Distribution) -> Distribution:
     files = sorted(PurePosixPath(file) for file in distribution.files or () if file.suffix == ".py")
     name = distribution.metadata["Name"]
-    return Source(
+    return Distribution(
         name,
         licence_of(distribution.metadata),
         Path(str(distribution.locate_file(""))),
@@ -178,7 +178,7 @@ def is_prose_or_code(text: str) -> bool:
     return sum(map(text.count, "0123456789")) + 2 * text.count("\\x") < DIGIT_SHARE * visible
 
 
-def collect(sources: Iterable[Source]) -> list[Document]:
+def collect(sources: Iterable[Distribution]) -> list[Document]:
     """Every usable file of the sources, cleaned, in hash order; at most `cap_bytes` of each source, chosen by hash."""
     documents = [
         document for source in sources for document in _capped(_unlike(_documents_of(source)), source.cap_bytes)
@@ -186,12 +186,12 @@ def collect(sources: Iterable[Source]) -> list[Document]:
     return sorted({document.digest: document for document in reversed(documents)}.values(), key=_order)
 
 
-def _documents_of(source: Source) -> list[Document]:
+def _documents_of(source: Distribution) -> list[Document]:
     read = (_read(source, path) for path in source.files)
     return sorted((document for document in read if document), key=_order)
 
 
-def _read(source: Source, path: PurePosixPath) -> Document | None:
+def _read(source: Distribution, path: PurePosixPath) -> Document | None:
     try:
         raw = (source.root / path).read_bytes()
         text = normalise(raw.decode("utf-8")) if len(raw) <= MAX_BYTES else ""

@@ -13,7 +13,7 @@ from forerun.layouts.table import (
     Heads,
     Parcel,
     Place,
-    Stored,
+    Published,
     Table,
     count_note,
     matching,
@@ -64,7 +64,7 @@ def _prefix_table(config: HydraConfig) -> Table:
     }
 
 
-def read_hydra(stored: Stored, base: Base | None) -> Heads:
+def read_hydra(stored: Published, base: Base | None) -> Heads:
     with_prefix = _demand_known_hydra(stored)
     notes = _left_out(stored, base)
     kept = {name: tensor for name, tensor in stored.tensors.items() if not _is_unused(name)}
@@ -75,7 +75,7 @@ def read_hydra(stored: Stored, base: Base | None) -> Heads:
     return Heads("hydra", config, tensors, target_of(stored, base), origin(stored, "hydra"), notes)
 
 
-def _demand_known_hydra(stored: Stored) -> bool:
+def _demand_known_hydra(stored: Published) -> bool:
     """DrafterError for heads that are not Hydra's in our sense; whether there is a prefix layer."""
     config, name = stored.config, stored.folder / CONFIG
     if config.get("grounded_heads") is not True:
@@ -101,7 +101,7 @@ def _is_unused(name: str) -> bool:
     return name in tables or name.endswith("rotary_emb.inv_freq")
 
 
-def _left_out(stored: Stored, base: Base | None) -> tuple[str, ...]:
+def _left_out(stored: Published, base: Base | None) -> tuple[str, ...]:
     """What is said about the file's copy of the target's embeddings; DrafterError if it is that of another model."""
     copy = stored.tensors.get("input_embed_fn.weight")
     if copy is None:
@@ -119,7 +119,7 @@ def _left_out(stored: Stored, base: Base | None) -> tuple[str, ...]:
     return (f"its copy of the embeddings, left out here, is that of {base.name}",)
 
 
-def prefix_like(stored: Stored, base: Base | None) -> PrefixConfig:
+def prefix_like(stored: Published, base: Base | None) -> PrefixConfig:
     """The prefix layer has the shape of one of the target's own, and the file does not say which."""
     if base is None:
         raise DrafterError(
@@ -140,7 +140,7 @@ def prefix_like(stored: Stored, base: Base | None) -> PrefixConfig:
     )
 
 
-def _hydra_config(stored: Stored, prefix: PrefixConfig | None) -> HydraConfig:
+def _hydra_config(stored: Published, prefix: PrefixConfig | None) -> HydraConfig:
     held = stored.tensors
     blocks = [*matching(held, "hydra_mlp.#.#.linear.weight"), *matching(held, "hydra_mlp.#.#.linear.bias")]
     if not blocks:
@@ -172,7 +172,7 @@ def as_hydra(heads: Heads, base: Base | None) -> Parcel:
         raise DrafterError(
             "these heads share their target's vocabulary matrix, and Hydra's code wants one per head: keep them"
         )
-    if base and config.prefix and config.prefix != prefix_like(Stored(base.folder, {}, {}), base):
+    if base and config.prefix and config.prefix != prefix_like(Published(base.folder, {}, {}), base):
         raise DrafterError(
             f"the prefix layer of these heads is not shaped like those of {base.name}, as Hydra's code will have it: keep them"
         )

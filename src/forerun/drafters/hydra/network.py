@@ -1,6 +1,6 @@
 """Hydra and Hydra++: heads that see the tokens drafted before theirs (Ankner et al. 2024, arXiv 2402.05109).
 
-Head i sees z = [c_t, E(x_{t+1}), ..., E(x_{t+i+1})], so a tree is grown level by level, every node from its own branch:
+HeadParts i sees z = [c_t, E(x_{t+1}), ..., E(x_{t+i+1})], so a tree is grown level by level, every node from its own branch:
 
     y = R z + r + silu(W z + b)         the first block; R is learnt, because the width changes
     y = y + silu(W' y + b')             further blocks; the published code repeats one block ("tied_layers")
@@ -23,7 +23,16 @@ from torch.nn import functional as F
 from forerun.drafters.hydra import HydraConfig, PrefixConfig
 from forerun.drafting.checkpoint import demand_fit, load, tree_for
 from forerun.drafting.drafter import Drafter
-from forerun.drafting.heads import Head, HeadDrafter, HeadsModule, LastState, PrefixState, Reader, drafting, format_of
+from forerun.drafting.heads import (
+    ContextReader,
+    HeadDrafter,
+    HeadParts,
+    HeadsModule,
+    LastState,
+    PrefixState,
+    drafting,
+    format_of,
+)
 from forerun.drafting.trained import HeadSettings
 from forerun.drafting.workshop import Workshop
 from forerun.nn.backends.heads import HeadWeights
@@ -117,7 +126,7 @@ class HydraHeads(HeadsModule):
         ]
 
 
-def reader(module: HydraHeads, network: Network, weights: str = "auto") -> Reader:
+def reader(module: HydraHeads, network: Network, weights: str = "auto") -> ContextReader:
     """Where the heads' contexts come from, on the target's backend and in the number format of `format_of`."""
     if module.prefix is None:
         return LastState()
@@ -150,7 +159,7 @@ def build(workshop: Workshop, settings: HeadSettings) -> Drafter:
     demand_fit(stored, module.config.width, module.config.vocab_size, network)
     grows = tree_for(stored, settings.tree, module.count, module.config.vocab_size)
     name = "hydra" if module.prefix is None else "hydra++"
-    parts = Head(
+    parts = HeadParts(
         drafting(module, network, weights), reader(module, network, weights), grows, network.cache_shape.layers
     )
     return HeadDrafter(name, parts)

@@ -15,7 +15,7 @@ from forerun.layouts.table import (
     Heads,
     Parcel,
     Place,
-    Stored,
+    Published,
     Table,
     count_note,
     matching,
@@ -64,7 +64,7 @@ def medusa_table(config: MedusaConfig, names: Names, biased: bool = True) -> Tab
     return table
 
 
-def read_fasterdecoding(stored: Stored, base: Base | None) -> Heads:
+def read_fasterdecoding(stored: Published, base: Base | None) -> Heads:
     shared = str(stored.config.get("version")) == "2"
     vocab_size = _vocab_size(stored, base) if shared else 0
     config, notes = _medusa_config(stored, FASTERDECODING, shared, vocab_size=vocab_size)
@@ -72,7 +72,7 @@ def read_fasterdecoding(stored: Stored, base: Base | None) -> Heads:
     return Heads("fasterdecoding", config, tensors, target_of(stored, base), origin(stored, "fasterdecoding"), notes)
 
 
-def _vocab_size(stored: Stored, base: Base | None) -> int:
+def _vocab_size(stored: Published, base: Base | None) -> int:
     """Of heads that share the target's vocabulary matrix, whose file need not say it."""
     if base:
         return base.vocab_size
@@ -84,7 +84,7 @@ def _vocab_size(stored: Stored, base: Base | None) -> int:
     )
 
 
-def read_merged(stored: Stored, base: Base | None) -> Heads:
+def read_merged(stored: Published, base: Base | None) -> Heads:
     config, notes = _medusa_config(stored, MERGED, False, *_said_sizes(stored))
     config, tensors = stored.gather(config, medusa_table(config, MERGED))
     name = stored.folder.resolve().name
@@ -97,7 +97,7 @@ def read_merged(stored: Stored, base: Base | None) -> Heads:
     return Heads("merged", config, tensors, name, origin(stored, "merged"), notes)
 
 
-def read_vllm(stored: Stored, base: Base | None) -> Heads:
+def read_vllm(stored: Published, base: Base | None) -> Heads:
     stored = replace(stored, tensors={_as_vllm_names(name): tensor for name, tensor in stored.tensors.items()})
     _demand_full_vocabulary(stored)
     biased = bool(stored.config.get("medusa_fc_bias", False))
@@ -122,7 +122,7 @@ def _as_vllm_names(name: str) -> str:
     return re.sub(r"^(\d+)\.\d+\.weight$", r"lm_heads.\1.weight", name)
 
 
-def _demand_full_vocabulary(stored: Stored) -> None:
+def _demand_full_vocabulary(stored: Published) -> None:
     truncated, full = (stored.config.get(name) for name in ("truncated_vocab_size", "vocab_size"))
     if "token_map" in stored.tensors or truncated not in (None, full):
         raise DrafterError(
@@ -131,7 +131,7 @@ def _demand_full_vocabulary(stored: Stored) -> None:
         )
 
 
-def _without_lm_head(stored: Stored) -> tuple[Stored, Tensor]:
+def _without_lm_head(stored: Published) -> tuple[Published, Tensor]:
     """With `original_lm_head` there is one matrix for all heads."""
     left = dict(stored.tensors)
     matrix = left.pop("lm_head.weight" if "lm_head.weight" in left else "lm_heads.0.weight", None)
@@ -141,11 +141,11 @@ def _without_lm_head(stored: Stored) -> tuple[Stored, Tensor]:
 
 
 def _with_vocabulary(
-    stored: Stored, config: MedusaConfig, tensors: dict[str, Tensor], original: Tensor, base: Base | None
+    stored: Published, config: MedusaConfig, tensors: dict[str, Tensor], original: Tensor, base: Base | None
 ) -> tuple[MedusaConfig, dict[str, Tensor], tuple[str, ...]]:
     """The heads with the one matrix of their file: the target's own, or one of theirs."""
     shape = (config.vocab_size, config.width)
-    Stored(stored.folder, {}, {"lm_head.weight": original}).demand_same({"lm_head.weight": Place("", shape)})
+    Published(stored.folder, {}, {"lm_head.weight": original}).demand_same({"lm_head.weight": Place("", shape)})
     if base is None:
         raise DrafterError(
             f"the heads in {stored.folder} share one vocabulary matrix: give --target, to see whether it is the target's"
@@ -164,7 +164,7 @@ def _is_copy(copy: Tensor, original: Tensor) -> bool:
 
 
 def _medusa_config(
-    stored: Stored, names: Names, shared: bool, width: int = 0, vocab_size: int = 0
+    stored: Published, names: Names, shared: bool, width: int = 0, vocab_size: int = 0
 ) -> tuple[MedusaConfig, tuple[str, ...]]:
     """The shape that the tensors have; width, vocab_size: where the file says them."""
     held = stored.tensors
@@ -182,7 +182,7 @@ def _medusa_config(
     return config, count_note(stored, "" if names is VLLM and "num_heads" in stored.config else "medusa", config)
 
 
-def _said_sizes(stored: Stored) -> tuple[int, int]:
+def _said_sizes(stored: Published) -> tuple[int, int]:
     """Width and vocabulary in a config that says them."""
     width, vocab_size = (stored.config.get(name) for name in ("hidden_size", "vocab_size"))
     return width if isinstance(width, int) else 0, vocab_size if isinstance(vocab_size, int) else 0

@@ -1,6 +1,6 @@
 """Medusa: independent heads on the target's last hidden state (Cai et al. 2024, arXiv 2401.10774, section 2.1.1).
 
-Head i is L residual blocks, u = h + silu(W h + b), and a projection to the vocabulary. The paper has no b, its code has; we
+HeadParts i is L residual blocks, u = h + silu(W h + b), and a projection to the vocabulary. The paper has no b, its code has; we
 start it at zero, so that untrained heads are the target's own output projection. Blocks of a head with L > 1 share their weights
 in the published code ("tied_layers"); ours are independent unless asked. `vocabulary: shared` is the code's version 2: the
 target's own frozen projection instead of one per head.
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from forerun.drafters.medusa import MedusaConfig
 from forerun.drafting.checkpoint import demand_fit, load, tree_for
 from forerun.drafting.drafter import Drafter
-from forerun.drafting.heads import Head, HeadDrafter, HeadsModule, LastState, drafting
+from forerun.drafting.heads import HeadDrafter, HeadParts, HeadsModule, LastState, drafting
 from forerun.drafting.trained import HeadSettings
 from forerun.drafting.workshop import Workshop
 from forerun.nn.backends.heads import HeadWeights
@@ -90,5 +90,5 @@ def build(workshop: Workshop, settings: HeadSettings) -> Drafter:
     network = workshop.target.network
     demand_fit(stored, module.config.width, module.config.vocab_size, network)
     grows = tree_for(stored, settings.tree, module.count, module.config.vocab_size)
-    parts = Head(drafting(module, network, settings.weights), LastState(), grows, network.cache_shape.layers)
+    parts = HeadParts(drafting(module, network, settings.weights), LastState(), grows, network.cache_shape.layers)
     return HeadDrafter("medusa", parts)

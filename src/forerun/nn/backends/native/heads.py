@@ -56,7 +56,7 @@ class PackedHeads:
         self._given = [head.vocabulary for head in heads if isinstance(head.vocabulary, Packed)]  # kept alive
         place = None if self.embedding is None else self.embedding.data_ptr()
         self._record = HeadsRecord(len(heads), self.width, self.vocab_size, FORMATS[dtype], self._heads, place)
-        self._plans: dict[int, _Plan] = {}
+        self._plans: dict[int, _Tables] = {}
 
     @property
     def nbytes(self) -> int:
@@ -88,14 +88,14 @@ class PackedHeads:
         found: list[list[int]] = tokens.tolist()
         return found
 
-    def _plan(self, tree: RankTree) -> _Plan:
+    def _plan(self, tree: RankTree) -> _Tables:
         if tree.depth > len(self._heads):
             raise ValueError(f"a tree of depth {tree.depth} for {len(self._heads)} heads: take a shallower one")
         if tree.widest > self.vocab_size:
             raise ValueError(f"a tree of rank {tree.widest - 1} for {self.vocab_size} tokens: take a narrower one")
         if len(self._plans) >= KEPT:
             self._plans.clear()
-        self._plans[id(tree)] = plan = _Plan(tree)
+        self._plans[id(tree)] = plan = _Tables(tree)
         return plan
 
     # ---- packing
@@ -146,7 +146,7 @@ class PackedHeads:
         return HeadRecord(first, blocks, len(blocks), self._matrix(vocabulary, head.vocabulary_bias))
 
 
-class _Plan:
+class _Tables:
     """A tree as the kernels read it."""
 
     def __init__(self, tree: RankTree):

@@ -43,7 +43,7 @@ CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Shape:
+class MatrixShape:
     """One matrix of the model: `out` columns of a product, `in_` inputs."""
 
     out: int
@@ -52,14 +52,16 @@ class Shape:
     biased: bool = False
 
 
-def shapes(config: TransformerConfig) -> dict[str, Shape]:
+def shapes(config: TransformerConfig) -> dict[str, MatrixShape]:
     """The matrices of one layer, by the names of `Layer`."""
     mixed = config.heads * config.head_dim
     return {
-        "qkv": Shape((config.heads + 2 * config.kv_heads) * config.head_dim, config.width, biased=config.qkv_bias),
-        "out": Shape(config.width, mixed, biased=config.out_bias),
-        "gate_up": Shape(config.mlp_width, config.width, gated=True, biased=config.mlp_bias),
-        "down": Shape(config.width, config.mlp_width, biased=config.mlp_bias),
+        "qkv": MatrixShape(
+            (config.heads + 2 * config.kv_heads) * config.head_dim, config.width, biased=config.qkv_bias
+        ),
+        "out": MatrixShape(config.width, mixed, biased=config.out_bias),
+        "gate_up": MatrixShape(config.mlp_width, config.width, gated=True, biased=config.mlp_bias),
+        "down": MatrixShape(config.width, config.mlp_width, biased=config.mlp_bias),
     }
 
 
@@ -76,7 +78,7 @@ class PackedTransformer:
             raise ValueError(f"heads of {config.head_dim} in {dtype}: the kernels know {WIDEST_HEAD} in bf16 or fp32")
         self.config, self.dtype = config, dtype
         self.formats = Formats.of(weights or dtype)
-        table, head = shapes(config), Shape(config.vocab_size, config.width)
+        table, head = shapes(config), MatrixShape(config.vocab_size, config.width)
         kinds = [{name: (self.formats.layer(i, name), table[name]) for name in table} for i in range(config.layers)]
         every = [kind for layer in kinds for kind in layer.values()] + [(self.formats.head, head)]
         self._arena = Arena(sum(padded(_size(*kind), 64) for kind in every))
@@ -93,7 +95,7 @@ class PackedTransformer:
         self._record = TransformerRecord()
         self._layer_records = (LayerRecord * config.layers)()
 
-    def _matrix(self, dtype: torch.dtype, shape: Shape) -> Packed:
+    def _matrix(self, dtype: torch.dtype, shape: MatrixShape) -> Packed:
         address = self._arena.take(_size(dtype, shape))
         return Packed.at(address, self._arena, dtype, shape.out, shape.in_, shape.gated, shape.biased)
 
@@ -305,7 +307,7 @@ def pack(model: nn.Module, weights: torch.dtype | Formats | None = None) -> Pack
     return made.ready()
 
 
-def _size(dtype: torch.dtype, shape: Shape) -> int:
+def _size(dtype: torch.dtype, shape: MatrixShape) -> int:
     return Packed.bytes_for(dtype, shape.out, shape.in_, shape.gated)
 
 

@@ -9,7 +9,7 @@ from forerun.sampling import SamplingParams
 
 
 @dataclass(frozen=True)
-class Plan:
+class Amount:
     """How much to check.
 
     tokens: greedy tokens to compare, for every batch size in `rows`; 0: none. length: new tokens per prompt, at most. samples:

@@ -1,6 +1,6 @@
 """A row's place in an automaton: it reads the row's text, learns how well the automaton foretells it, and drafts.
 
-`reader_of` and `automaton_of` give the native version where there are kernels, else the readable one.
+`follower_of` and `automaton_of` give the native version where there are kernels, else the readable one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Automaton(Protocol):
     def continuations(self, cursor: Cursor, count: int, shortest: int = 1) -> list[int]: ...
 
 
-class Reader(Protocol):
+class Follower(Protocol):
     """cursor: where the firm tokens lead in an automaton that is not the row's own. odds: as `Odds.values`."""
 
     cursor: Cursor
@@ -59,19 +59,19 @@ def automaton_of(reach: int = REACH) -> Automaton:
     return SuffixAutomaton(reach=reach)
 
 
-def reader_of(
+def follower_of(
     automaton: Automaton, own: bool, weights: Weights = OWN_TEXT, odds: Sequence[float] = (0.0,) * 9
-) -> Reader:
+) -> Follower:
     """own: what is read is appended to the automaton; otherwise it is only followed there. odds: to start with."""
     if isinstance(automaton, SuffixAutomaton):
-        return PlainReader(automaton, own, weights, odds)
-    from forerun.stores.native import NativeAutomaton, NativeReader
+        return PlainFollower(automaton, own, weights, odds)
+    from forerun.stores.native import NativeAutomaton, NativeFollower
 
     assert isinstance(automaton, NativeAutomaton)
-    return NativeReader(automaton, own, weights, odds)
+    return NativeFollower(automaton, own, weights, odds)
 
 
-class PlainReader:
+class PlainFollower:
     """The readable version."""
 
     def __init__(self, automaton: SuffixAutomaton, own: bool, weights: Weights, odds: Sequence[float]):
