@@ -1,11 +1,13 @@
 """Stores that `benchmarks/stores.py` can try and that the library does not have, because they did not pay there.
 
-Recycling: Token Recycling (Luo et al. 2024). After every token that the target reads, the tokens that it thought most probable
-there replace what was kept for that token; a draft gathers them, best first.
+Recycling: Token Recycling (Luo et al. 2024). After every token that the target reads, the tokens
+that it thought most probable there replace what was kept for that token; a draft gathers them, best
+first.
 
-Counts: SuffixDecoding (Oliaro et al. 2024). Of the matches of every length the one whose tree promises most: the sum of the
-empirical probabilities, `count of the child / count of the node`, of its nodes. Of the request's own text and what was said
-before the better one is taken. Position lists stand in for its suffix trees: the same answers, and slower than they would be.
+Counts: SuffixDecoding (Oliaro et al. 2024). Of the matches of every length the one whose tree
+promises most: the sum of the empirical probabilities, `count of the child / count of the node`, of
+its nodes. Of the request's own text and what was said before the better one is taken. Position
+lists stand in for its suffix trees: the same answers, and slower than they would be.
 """
 
 from __future__ import annotations
@@ -30,15 +32,17 @@ SEPARATOR = -1
 Law = list[tuple[int, float]]
 """The most probable next tokens, and their probabilities."""
 Kind = Literal["rank", "token", "law", "pair"]
-"""What tells how probably a successor is right: its rank; its rank and its token's own record; the probability that the target
-gave it then; the same, kept for pairs of tokens, and for single ones where the pair was never seen."""
+"""What tells how probably a successor is right: its rank; its rank and its token's own record; the
+probability that the target gave it then; the same, kept for pairs of tokens, and for single ones
+where the pair was never seen."""
 
 
 # ---- recycling
 
 
 class Recycling(Store):
-    """Successors of every token, over all rows, and how often each rank was right. Nothing is forgotten between requests."""
+    """Successors of every token, over all rows, and how often each rank was right. Nothing is
+    forgotten between requests."""
 
     name = "recycling"
 
@@ -168,8 +172,8 @@ class Positions:
         self.tokens += tokens
 
     def matches(self, context: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
-        """Lengths of ends of `context`, ascending, and where they end in the text with something behind them. Only the longest
-        length of those that end at the same places."""
+        """Lengths of ends of `context`, ascending, and where they end in the text with something
+        behind them. Only the longest length of those that end at the same places."""
         tokens, here = self.tokens, [at for at in self._where.get(context[-1], ()) if at + 1 < len(self.tokens)]
         length = 1
         while here:
@@ -263,8 +267,8 @@ class CountsView:
 
 
 class Weighed(Store):
-    """The request's own text, read as the library reads a corpus: counts weighted by match length, through a logistic function
-    that learns."""
+    """The request's own text, read as the library reads a corpus: counts weighted by match length,
+    through a logistic function that learns."""
 
     name = "weighed"
 

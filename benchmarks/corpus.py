@@ -1,10 +1,11 @@
-"""What a store of `forerun index` foretells of a model's answers, how long a draft takes, and (--fit) the weights of its prior.
+"""What a store of `forerun index` foretells of a model's answers, how long a draft takes, and
+(--fit) the weights of its prior.
 
     python benchmarks/corpus.py text.store answers.jsonl [--fit] [--answers 200] [--context 32768]
 
-Answers are a file of `forerun distill` whose prompts were encoded with the store's tokenizer. Prints microseconds per draft at
-the end of a row of --context tokens, tokens per step and nodes per step at cost 0.08, per temperature; with --fit the
-`WEIGHTS` of forerun/drafters/lookup/places.py.
+Answers are a file of `forerun distill` whose prompts were encoded with the store's tokenizer.
+Prints microseconds per draft at the end of a row of --context tokens, tokens per step and nodes per
+step at cost 0.08, per temperature; with --fit the `WEIGHTS` of forerun/drafters/lookup/places.py.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
-"""Drafters beside plain decoding on the held-out suite: tokens per step, speed, seconds per step and where they go, by category.
+"""Drafters beside plain decoding on the held-out suite: tokens per step, speed, seconds per step
+and where they go, by category.
 
     python benchmarks/drafters.py models/target --drafter lookup --drafter hydra:models/hydra++ \\
         --temperature 0 --temperature 0.8 --json benchmarks/records/drafters.json
 
-One request at a time; drafters take turns prompt by prompt (`forerun.bench.run.measure`), and what a drafter remembers across
-requests is forgotten before every round. Speed counts the seconds after the prompt was read, on both sides. Shards are every
-third prompt of the suite, so each has all of its categories; tables show the median shard and the range over shards.
+One request at a time; drafters take turns prompt by prompt (`forerun.bench.run.measure`), and what
+a drafter remembers across requests is forgotten before every round. Speed counts the seconds after
+the prompt was read, on both sides. Shards are every third prompt of the suite, so each has all of
+its categories; tables show the median shard and the range over shards.
 """
 
 from __future__ import annotations

@@ -4,12 +4,13 @@
         --engine llama.cpp:MODELS/34m.gguf --engine openvino:MODELS/openvino-34m \\
         --peer-python llama.cpp=PEERS/llama/bin/python --peer-python openvino=PEERS/openvino/bin/python --plain
 
-Every engine runs in a process of its own, under its own Python (benchmarks/peers/), and sleeps while another one works. A
-round gives every engine one turn per number of tokens, in changing order; a turn counts as its median. All processes are
-started several times and their rounds pooled: where a process happens to have its memory can change its speed by a quarter,
-for as long as it lives. The tables show the median over all rounds, and the ratio to the first engine: median (range) of the
-ratios of the rounds. Beneath plain decoding stands how long the engines say the same: bf16 rounds differently in each, so
-that random weights soon part them.
+Every engine runs in a process of its own, under its own Python (benchmarks/peers/), and sleeps
+while another one works. A round gives every engine one turn per number of tokens, in changing
+order; a turn counts as its median. All processes are started several times and their rounds pooled:
+where a process happens to have its memory can change its speed by a quarter, for as long as it
+lives. The tables show the median over all rounds, and the ratio to the first engine: median (range)
+of the ratios of the rounds. Beneath plain decoding stands how long the engines say the same: bf16
+rounds differently in each, so that random weights soon part them.
 
 Engines: forerun[:KERNELS], torch (forerun with its torch kernels), transformers, llama.cpp:GGUF, openvino:FOLDER.
 """

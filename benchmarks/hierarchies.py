@@ -1,15 +1,18 @@
 """Predicted against measured: what hierarchies of models and a store cost per token, and which one the planner chooses.
 
-    python benchmarks/hierarchies.py models/target --model models/small --model models/wide --temperature 0 --temperature 0.8 \\
+    python benchmarks/hierarchies.py models/target --model models/small --model models/wide
+    --temperature 0 --temperature 0.8 \\
         --json benchmarks/records/hierarchies.json
 
-Acceptance rates come from the target's own answers, costs from timing whole operations (`forerun.plan.measure`); the
-predictions are those of `forerun.plan.hierarchy.at_least`. Then all hierarchies generate, taking turns prompt by prompt.
-Seconds per token count what follows the prompt; the drafters' own reading of it, which happens in the first step, is in both.
+Acceptance rates come from the target's own answers, costs from timing whole operations
+(`forerun.plan.measure`); the predictions are those of `forerun.plan.hierarchy.at_least`. Then all
+hierarchies generate, taking turns prompt by prompt. Seconds per token count what follows the
+prompt; the drafters' own reading of it, which happens in the first step, is in both.
 
-The answers are to the very prompts that are measured on, as a planner is given its user's; --others learns from as many others,
-and then the difference between texts is added to that between formula and machine. Rounds over a lookup are measured as a
-whole, at one length of the level's buffer, so a lookup alone is no prediction; it stands in the table for comparison.
+The answers are to the very prompts that are measured on, as a planner is given its user's; --others
+learns from as many others, and then the difference between texts is added to that between formula
+and machine. Rounds over a lookup are measured as a whole, at one length of the level's buffer, so a
+lookup alone is no prediction; it stands in the table for comparison.
 """
 
 from __future__ import annotations
@@ -60,7 +63,8 @@ class Known:
 
 @dataclass(frozen=True)
 class Hierarchy:
-    """From below: a store's or a model's name and how many tokens it hands up, then models that verify. The target is above."""
+    """From below: a store's or a model's name and how many tokens it hands up, then models that
+    verify. The target is above."""
 
     bottom: str
     size: int

@@ -2,16 +2,18 @@
 
 [--json FILE] [--tokenizer FILE] [--answers FILE] [--fit]
 
-For the native automaton (what is used where there are kernels) and the one in Python, and for texts of 1,024 to 131,072
-tokens, Python source, random tokens and random bits: microseconds per token to read a prompt, to append one by one, and to
-study one by one (append, and learn how well it was foretold); microseconds of one lookup (longest match and tree) and of the
-whole proposal (study, look up, make the tree, as the engine asks for it), where something was found and where nothing was;
-bytes per token; and what a target that says the following 2,000 tokens would have accepted. Times are wall-clock; the
-machine should be idle.
+For the native automaton (what is used where there are kernels) and the one in Python, and for texts
+of 1,024 to 131,072 tokens, Python source, random tokens and random bits: microseconds per token to
+read a prompt, to append one by one, and to study one by one (append, and learn how well it was
+foretold); microseconds of one lookup (longest match and tree) and of the whole proposal (study,
+look up, make the tree, as the engine asks for it), where something was found and where nothing was;
+bytes per token; and what a target that says the following 2,000 tokens would have accepted. Times
+are wall-clock; the machine should be idle.
 
---answers, a file of `forerun distill`, measures a model store of 2**20 tokens instead, which hears the answers one after the
-other: microseconds of one draft, milliseconds to take up an answer, and when it is full to read anew what is left; and what
-the answers in the second half of the file would have gained.
+--answers, a file of `forerun distill`, measures a model store of 2**20 tokens instead, which hears
+the answers one after the other: microseconds of one draft, milliseconds to take up an answer, and
+when it is full to read anew what is left; and what the answers in the second half of the file would
+have gained.
 
 --fit prints the logistic regression behind `forerun.stores.growth.prior`, fitted to source code; with --answers, that
 of the model store, fitted to the second half of the answers when the first is known.
@@ -207,7 +209,8 @@ def table(figures: Sequence[Figures]) -> Table:
 
 
 def evidence(text: Sequence[int], known: int) -> Iterator[tuple[int, int, bool, int, int]]:
-    """Match length, run, branches, number of continuations, and the rank of the token that came (RANKS: none of them)."""
+    """Match length, run, branches, number of continuations, and the rank of the token that came
+    (RANKS: none of them)."""
     automaton = SuffixAutomaton(text[:known])
     for token in text[known:]:
         match = automaton.match

@@ -2,9 +2,10 @@
 
     python benchmarks/products.py [--out 4096 --in 1024 --matrices 40] [--tokens 1,4,8,12,16,32,64] [--json FILE]
 
-Every round measures the bounds (memory copied and read, multiply-adds out of registers) and then, for every number of tokens,
-our packed products and torch.nn.functional.linear over the same weights, one after the other. Printed are medians: GB/s of
-weights, GFLOP/s, and both as a share of the bounds of the same round. Needs g++ and a processor with AVX512-BF16.
+Every round measures the bounds (memory copied and read, multiply-adds out of registers) and then,
+for every number of tokens, our packed products and torch.nn.functional.linear over the same
+weights, one after the other. Printed are medians: GB/s of weights, GFLOP/s, and both as a share of
+the bounds of the same round. Needs g++ and a processor with AVX512-BF16.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
     python benchmarks/speed.py models/target --small models/small --json benchmarks/records/speed.json
 
-Every arm answers the same held-out prompts with the same number of greedy tokens (end-of-sequence ignored); one round gives
-every arm one turn, in changing order. Both sides are counted alike: new tokens divided by the wall time of the whole call,
-prompt included. Ratios are taken round by round; the table shows their median and range.
+Every arm answers the same held-out prompts with the same number of greedy tokens (end-of-sequence
+ignored); one round gives every arm one turn, in changing order. Both sides are counted alike: new
+tokens divided by the wall time of the whole call, prompt included. Ratios are taken round by round;
+the table shows their median and range.
 """
 
 from __future__ import annotations

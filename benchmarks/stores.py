@@ -1,18 +1,22 @@
-"""What each store of tokens, or mix of stores, would have proposed and had accepted: no forward but one reading of the answers.
+"""What each store of tokens, or mix of stores, would have proposed and had accepted: no forward but
+one reading of the answers.
 
     python benchmarks/stores.py models/target --answers ANSWERS.jsonl [--corpus STORE]
 
-The answers are those of `forerun distill`: the target's own, greedy or drawn. Each is walked as the engine would walk it: a
-mix proposes a tree, what agrees with the answer counts as accepted, and one token more is the target's. Of every temperature the
-first half of the answers is heard only (--cold: not even that), and the others are walked. Per mix and temperature: tokens and
-nodes per step; microseconds of this thread's own time per step, for proposing, learning, and finding the target's most probable
-tokens where a store wants them; and the speed over plain decoding that follows from what a step costs by its nodes (measured, or
-told with --step), as it is and if the stores took no time.
+The answers are those of `forerun distill`: the target's own, greedy or drawn. Each is walked as the
+engine would walk it: a mix proposes a tree, what agrees with the answer counts as accepted, and one
+token more is the target's. Of every temperature the first half of the answers is heard only
+(--cold: not even that), and the others are walked. Per mix and temperature: tokens and nodes per
+step; microseconds of this thread's own time per step, for proposing, learning, and finding the
+target's most probable tokens where a store wants them; and the speed over plain decoding that
+follows from what a step costs by its nodes (measured, or told with --step), as it is and if the
+stores took no time.
 
-A mix is a list of names: `context`, `model`, `corpus`, and of `candidates.py` `recycling` (or `recycling:KIND`), `counts`,
-`counts:said` and `weighed`. `@8` behind it limits the nodes; `!` behind that takes away the least probability that is worth a
-node. --always asks every store at every step instead of when the hierarchy's patience says so. What a store learns from rejected
-nodes is only known with --exact, which reads every tree with the target.
+A mix is a list of names: `context`, `model`, `corpus`, and of `candidates.py` `recycling` (or
+`recycling:KIND`), `counts`, `counts:said` and `weighed`. `@8` behind it limits the nodes; `!`
+behind that takes away the least probability that is worth a node. --always asks every store at
+every step instead of when the hierarchy's patience says so. What a store learns from rejected nodes
+is only known with --exact, which reads every tree with the target.
 """
 
 from __future__ import annotations
@@ -268,7 +272,8 @@ def _laws(
 
 
 def accepted(draft: Draft, ahead: Sequence[int]) -> list[int]:
-    """The nodes that agree with what was said, node 0 first, as long as another token is left to be the target's own."""
+    """The nodes that agree with what was said, node 0 first, as long as another token is left to be
+    the target's own."""
     children = {pair: node for node, pair in enumerate(zip(draft.parents, draft.tokens, strict=True))}
     path = [0]
     for token in ahead[:-1]:

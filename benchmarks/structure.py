@@ -2,9 +2,10 @@
 
     python benchmarks/structure.py [SOURCE]
 
-Read off the source (SOURCE: another checkout's `src`): files, lines, functions of over 60 lines, lines of over 120 characters,
-circles of modules. Seen while running: the files of forerun whose functions one step of the engine calls, by drafter, and those
-of one training batch, by kind of heads.
+Read off the source (SOURCE: another checkout's `src`): files, lines, functions of over 60 lines,
+lines of over 120 characters, circles of modules. Seen while running: the files of forerun whose
+functions one step of the engine calls, by drafter, and those of one training batch, by kind of
+heads.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def _length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def _imports(source: Path, trees: dict[Path, ast.Module]) -> dict[str, set[str]]:
-    """Which modules each module imports, inside functions too; the library's face, which imports lazily, is left out."""
+    """Which modules each module imports, inside functions too; the library's face, which imports
+    lazily, is left out."""
     names = {".".join(path.relative_to(source).with_suffix("").parts).removesuffix(".__init__"): path for path in trees}
     names.pop("forerun", None)
     found: dict[str, set[str]] = {}

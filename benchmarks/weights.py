@@ -2,8 +2,9 @@
 
     python benchmarks/weights.py models/target [--json FILE]
 
-Reads the prompts of the built-in suite (source files that the reference family was never trained on) with every format and
-prints the mean negative log-likelihood per token and the mean KL divergence of the fp32 law from each format's law, in nats.
+Reads the prompts of the built-in suite (source files that the reference family was never trained
+on) with every format and prints the mean negative log-likelihood per token and the mean KL
+divergence of the fp32 law from each format's law, in nats.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Luck in every possible way: what a program that throws dice can do, and how probable each of its results is.
 
-Every uniform number of a run has a name and is known only as an interval: the run takes place in a box, a part of the cube of
-all numbers. A question (does the number fall below this probability? which token does it pick?) cuts the box; where several
-pieces are left the run goes on in the first, and other runs later in the others. Asking twice under one name is asking about
-the same number, as it is with real dice: a stream that is shared by mistake gives a wrong law here too, and so does a number
-that was seen before. What a run asks without need cuts its box without need, and no more.
+Every uniform number of a run has a name and is known only as an interval: the run takes place in a
+box, a part of the cube of all numbers. A question (does the number fall below this probability?
+which token does it pick?) cuts the box; where several pieces are left the run goes on in the first,
+and other runs later in the others. Asking twice under one name is asking about the same number, as
+it is with real dice: a stream that is shared by mistake gives a wrong law here too, and so does a
+number that was seen before. What a run asks without need cuts its box without need, and no more.
 """
 
 from __future__ import annotations

@@ -25,8 +25,9 @@ torch.set_num_threads(1)  # tables are tiny: threads would only wait for one ano
 
 
 class TableNetwork:
-    """Logits are a function of the prefix, looked up by hash. The cache holds token ids as keys and positions as values, so a
-    wrong mask, a wrong position or a wrongly kept path is an assertion error or another law, never luck."""
+    """Logits are a function of the prefix, looked up by hash. The cache holds token ids as keys and
+    positions as values, so a wrong mask, a wrong position or a wrongly kept path is an assertion
+    error or another law, never luck."""
 
     backend = TORCH
     device = torch.device("cpu")
@@ -82,8 +83,9 @@ class Near(TableNetwork):
 
 
 class Wild(Drafter):
-    """Any tree: shapes, tokens and kinds of drawing are random but known from the row's length and step alone, so some rows
-    have nothing, some chains, some bushes, some deterministic groups below drawn ones."""
+    """Any tree: shapes, tokens and kinds of drawing are random but known from the row's length and
+    step alone, so some rows have nothing, some chains, some bushes, some deterministic groups below
+    drawn ones."""
 
     name = "wild"
 

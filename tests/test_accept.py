@@ -1,7 +1,8 @@
 """Acceptance is exact: every outcome is listed, the drafter's own draws among them, and every classic mistake is seen.
 
-A `Group` says how the siblings below a node come about and what stands below each of them; the drafter draws its tokens
-with the same enumerated luck as the rule. Laws are random tables of the whole prefix, so that a path taken wrongly shows.
+A `Group` says how the siblings below a node come about and what stands below each of them; the
+drafter draws its tokens with the same enumerated luck as the rule. Laws are random tables of the
+whole prefix, so that a path taken wrongly shows.
 """
 
 from __future__ import annotations
@@ -432,7 +433,8 @@ def test_laws_of_less_precision_than_the_target_will_do() -> None:
 
 
 def naive(tree: TokenTree, laws: Tensor, chance: Chance, mistake: str = "") -> Verdict:
-    """Recursive rejection, the slow obvious version, with room for mistakes. One candidate at a time, in plain numbers."""
+    """Recursive rejection, the slow obvious version, with room for mistakes. One candidate at a
+    time, in plain numbers."""
     kept, following = [], []
     for row in range(tree.rows):
         luck, path, law, tried = chance.row(row), [0], laws[row, 0], 0  # type: ignore[attr-defined]

@@ -60,7 +60,8 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.rows)
     @rule(data=st.data(), count=st.integers(1, 4))
     def feed(self, data: st.DataObject, count: int) -> None:
-        """Tokens for a run of slots, behind what is committed and in scratch (the same number for all, as `Model` does)."""
+        """Tokens for a run of slots, behind what is committed and in scratch (the same number for
+        all, as `Model` does)."""
         start = data.draw(st.integers(0, len(self.rows) - 1))
         stop = data.draw(st.integers(start + 1, len(self.rows)))
         chosen = range(start, stop)

@@ -1,4 +1,5 @@
-"""Costs: what was measured at once and what is learned from steps are one table, and prices follow from it. No clock is asked."""
+"""Costs: what was measured at once and what is learned from steps are one table, and prices follow
+from it. No clock is asked."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The engine says what plain decoding says: token for token where that is certain, in law where it is not.
 
-Every drafter that needs no more than tables is here, in all its shapes. `plain` is decoding without engine, cache or tree;
-`one_law` and `plain_law` are sampling without them. The engine's own law is enumerated: the same code with ideal dice.
+Every drafter that needs no more than tables is here, in all its shapes. `plain` is decoding without
+engine, cache or tree; `one_law` and `plain_law` are sampling without them. The engine's own law is
+enumerated: the same code with ideal dice.
 """
 
 from __future__ import annotations
@@ -100,7 +101,8 @@ every_drafter = pytest.mark.parametrize("name", DRAFTERS)
 def tables(
     vocab: int = VOCAB, order: int = 12, sharpness: float = 1.5, max_length: int = 4096
 ) -> dict[str, TableNetwork]:
-    """A target and three draft models, each further from it. The prefixes are long enough that greedy texts do not repeat."""
+    """A target and three draft models, each further from it. The prefixes are long enough that
+    greedy texts do not repeat."""
     target = TableNetwork(vocab, 3, order, sharpness, max_length)
     noise = {"middle": 0.4, "low": 0.6, "small": 0.8}
     return {"target": target, **{name: Near(target, share, seed) for seed, (name, share) in enumerate(noise.items())}}
@@ -216,7 +218,8 @@ def verified_wild(networks: dict[str, TableNetwork], nodes: int, seed: int, leng
 def test_rows_are_independent_when_every_one_has_a_tree_of_another_kind(
     seed: int, make: Callable[[int], Drafter]
 ) -> None:
-    """What a cascade or a fallback does: a database hit for one row, a sampled chain for the next, nothing for the third."""
+    """What a cascade or a fallback does: a database hit for one row, a sampled chain for the next,
+    nothing for the third."""
     expected = alone(lambda: engine(make(seed)))
     assert [output.token_ids for output in engine(make(seed)).generate(PROMPTS, WISHES)] == expected
     for prompt, wish, said in zip(PROMPTS, WISHES, expected, strict=True):
@@ -260,8 +263,9 @@ def test_samples_of_one_prompt_differ_and_do_not_depend_on_their_number(name: st
 
 
 class Checked(Drafter):
-    """A drafter beside which, at every step, another is built that has seen nothing but the rows' texts: both must propose
-    the same trees, drawn from the same laws. A memory that goes stale would still be exact, only worse."""
+    """A drafter beside which, at every step, another is built that has seen nothing but the rows'
+    texts: both must propose the same trees, drawn from the same laws. A memory that goes stale
+    would still be exact, only worse."""
 
     name = "checked"
 

@@ -1,4 +1,5 @@
-"""Lenient review: the published greedy rule and the sampled one, each written down slowly; and nobody takes it for exact."""
+"""Lenient review: the published greedy rule and the sampled one, each written down slowly; and
+nobody takes it for exact."""
 
 from __future__ import annotations
 

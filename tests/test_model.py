@@ -1,6 +1,7 @@
 """A model says what its network says of the text itself, whatever its cache holds when it is asked.
 
-The table network hashes the whole prefix, so that one entry too many, too few or in the wrong place is another law (or NaN).
+The table network hashes the whole prefix, so that one entry too many, too few or in the wrong place
+is another law (or NaN).
 """
 
 from __future__ import annotations
@@ -249,8 +250,9 @@ def said_of(table: TableNetwork, tokens: list[int], start: int, end: int) -> Ten
 def test_tokens_that_a_level_above_has_placed_are_read_with_the_tree(
     sizes: list[tuple[int, int]], data: st.DataObject
 ) -> None:
-    """Rows that miss nothing beside rows that miss a few, and rows that miss so many that they are read before. Logits, the best
-    tokens, and the states of nodes and of the missing tokens are those of the text; what is kept is what the tree said."""
+    """Rows that miss nothing beside rows that miss a few, and rows that miss so many that they are
+    read before. Logits, the best tokens, and the states of nodes and of the missing tokens are
+    those of the text; what is kept is what the tree said."""
     table = network()
     rows = [row_of(text(index, size)) for index, (size, _) in enumerate(sizes)]
     model = model_of(rows, table)

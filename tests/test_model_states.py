@@ -131,7 +131,8 @@ def test_what_is_read_is_forgotten_when_reading_fails() -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 20), st.integers(0, 20)), min_size=1, max_size=3))
 def test_states_come_with_what_comes_next(sizes: list[tuple[int, int]]) -> None:
-    """A table's state is its logits: those of the newest token, and in front of it those of all that was read on the way."""
+    """A table's state is its logits: those of the newest token, and in front of it those of all
+    that was read on the way."""
     network = TableNetwork(5, 1, order=1000)
     model, rows = Model(network, 4), []
     for index, (size, missing) in enumerate(sizes):
@@ -173,7 +174,8 @@ def test_a_network_may_read_tokens_and_states() -> None:
 
 @every_kernel
 def test_the_prefix_layer_says_what_encoding_says(kernels: str) -> None:
-    """Steps wait and are read together, some are taken back, and rows move: contexts are those of the states that are left."""
+    """Steps wait and are read together, some are taken back, and rows move: contexts are those of
+    the states that are left."""
     network, texts = stack(), [some(60, 40, seed=seed) for seed in range(3)]
     prefix, at = PrefixState(on(network, kernels), 5), [0, 0, 0]
     with torch.inference_mode():

@@ -1,4 +1,5 @@
-"""Rank trees: the published ones number for number, tables that say what the paths say, and searches that find the best."""
+"""Rank trees: the published ones number for number, tables that say what the paths say, and
+searches that find the best."""
 
 from __future__ import annotations
 
@@ -73,7 +74,8 @@ def test_every_published_tree_was_compared() -> None:
 
 
 def retrieve_rows(tree: RankTree) -> list[list[int]]:
-    """The reference's rows: the sorted paths are walked backwards, and each that is on no row yet makes one, padded with -1."""
+    """The reference's rows: the sorted paths are walked backwards, and each that is on no row yet
+    makes one, padded with -1."""
     number = {(): 0} | {path: node for node, path in enumerate(tree.nodes, 1)}
     covered: set[Path] = set()
     rows = []

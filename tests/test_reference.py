@@ -1,4 +1,5 @@
-"""The reference family itself: every drafter writes what plain decoding writes, token for token, over 1,000 tokens in fp32."""
+"""The reference family itself: every drafter writes what plain decoding writes, token for token,
+over 1,000 tokens in fp32."""
 
 from __future__ import annotations
 

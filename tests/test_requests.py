@@ -359,7 +359,8 @@ def broken_engine(name: str, place: str, breaking: Breaking, monkeypatch: pytest
 def test_ctrl_c_anywhere_in_a_step_costs_the_others_nothing(
     name: str, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The driver's own requests end with a beginning of their text; the others', with all of it, every piece told once."""
+    """The driver's own requests end with a beginning of their text; the others', with all of it,
+    every piece told once."""
     share = 0.5 if place in ("admit", "prefill") else 0.2  # these are not called with every step
     breaking = Breaking(KeyboardInterrupt, Random(f"{name} {place}"), share)
     one = broken_engine(name, place, breaking, monkeypatch)

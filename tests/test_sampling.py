@@ -28,7 +28,8 @@ VOCAB = 7
 
 
 def theirs(logits_V: Tensor, prefix: Sequence[int], params: SamplingParams) -> Tensor:
-    """What transformers samples from, its own processors in its own order (generation/utils.py, _get_logits_processor)."""
+    """What transformers samples from, its own processors in its own order (generation/utils.py,
+    _get_logits_processor)."""
     from transformers import generation as g
 
     steps: list[Callable[[Tensor, Tensor], Tensor]] = []

@@ -104,8 +104,8 @@ def oracle(tokens: Sequence[int], parents: Sequence[int], laws: Sequence[Sequenc
 
 @st.composite
 def trees(draw: st.DrawFn, twins: bool = True) -> tuple[list[int], list[int], Tensor]:
-    """Any tree in any order of growth, equal siblings among them unless `twins` is off, and a law at every node, with zeros in
-    some of them."""
+    """Any tree in any order of growth, equal siblings among them unless `twins` is off, and a law
+    at every node, with zeros in some of them."""
     parents, tokens = [-1], [draw(st.integers(0, VOCABULARY - 1))]
     for _ in range(draw(st.integers(0, 11))):
         places = [(parent, token) for parent in range(len(parents)) for token in range(VOCABULARY)]
@@ -181,7 +181,8 @@ def test_the_best_token_is_always_typical(tree, rule):
 @fast
 @given(trees(), st.floats(0.01, 0.95), st.lists(st.floats(0.01, 0.9), min_size=2, max_size=6))
 def test_a_larger_epsilon_is_stricter(tree, delta, epsilons):
-    """It bounds from below what may be kept: never more with a larger one, and nothing of less than it (or delta exp(-H))."""
+    """It bounds from below what may be kept: never more with a larger one, and nothing of less than
+    it (or delta exp(-H))."""
     tokens, parents, laws = tree
     rules = [Typical(epsilon, delta) for epsilon in sorted(epsilons)]
     verdicts = [typical(tree_of(tokens, parents), laws[None], rule) for rule in rules]

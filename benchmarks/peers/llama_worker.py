@@ -18,7 +18,8 @@ LENGTH = 2048
 
 
 class Sequences:
-    """A llama context for `rows` sequences, each with a cache of its own, and one batch that is filled again and again."""
+    """A llama context for `rows` sequences, each with a cache of its own, and one batch that is
+    filled again and again."""
 
     def __init__(self, model: Any, rows: int, threads: int):
         settings = llama_cpp.llama_context_default_params()

@@ -2,8 +2,9 @@
 
     python benchmarks/peers/models.py OUT 12m 34m 190m --tokenizer models/target
 
-Every shape becomes a folder OUT/NAME. The tokenizer files are copied so that converters find one; the larger vocabularies
-have ids that it does not know, which is no matter to benchmarks that feed ids.
+Every shape becomes a folder OUT/NAME. The tokenizer files are copied so that converters find one;
+the larger vocabularies have ids that it does not know, which is no matter to benchmarks that feed
+ids.
 """
 
 from __future__ import annotations

@@ -17,9 +17,10 @@ GROWTH = 128
 
 
 class OpenVino:
-    """`forward` runs the exported stateful model; its cache cannot be cut back, so the context grows by at most GROWTH tokens
-    and is then read again (not timed). `plain` is `openvino_genai.LLMPipeline` with a scheduler (paged attention, continuous
-    batching). Prefix caching is off: it would remember the prompts of earlier rounds.
+    """`forward` runs the exported stateful model; its cache cannot be cut back, so the context
+    grows by at most GROWTH tokens and is then read again (not timed). `plain` is
+    `openvino_genai.LLMPipeline` with a scheduler (paged attention, continuous batching). Prefix
+    caching is off: it would remember the prompts of earlier rounds.
     """
 
     def __init__(self, given: argparse.Namespace):

@@ -1,14 +1,16 @@
 """What the driver (benchmarks/forwards.py) and a worker say to each other: one JSON object per line.
 
-A worker loads one model in one engine and says {"ready": {...}} about itself. Then it waits for commands and answers each:
+A worker loads one model in one engine and says {"ready": {...}} about itself. Then it waits for
+commands and answers each:
 
     {"do": "forward", "tokens": n, "context": c, "repeats": r}  ->  {"milliseconds": [r numbers]}
     {"do": "plain", "prompts": [[ids], ...], "new": m}          ->  {"seconds": s, "ids": [[ids], ...]}
     anything that fails                                         ->  {"error": "..."}
 
-`forward` reads c tokens, then times r cached forwards of n further tokens of one row, with the logits of all n; `plain` times
-the engine's own greedy loop over all prompts at once, reading them included, end-of-sequence ignored. Between commands a
-worker blocks on its standard input, so that it costs the others nothing.
+`forward` reads c tokens, then times r cached forwards of n further tokens of one row, with the
+logits of all n; `plain` times the engine's own greedy loop over all prompts at once, reading them
+included, end-of-sequence ignored. Between commands a worker blocks on its standard input, so that
+it costs the others nothing.
 
 This file runs under the Python of every peer: it must import nothing but the standard library.
 """
@@ -23,7 +25,8 @@ from collections.abc import Callable
 from typing import Any, Protocol, TextIO
 
 WARM_UP = 3
-"""Forwards before the clock starts, in every turn: caches, clock rates and sleeping threads recover from the others' turns."""
+"""Forwards before the clock starts, in every turn: caches, clock rates and sleeping threads recover
+from the others' turns."""
 
 
 class Engine(Protocol):
@@ -41,7 +44,8 @@ class Engine(Protocol):
 
 
 def token_ids(count: int, start: int = 0) -> list[int]:
-    """Ids that every vocabulary here has, none of them special: text number `start` onwards of an arbitrary sequence."""
+    """Ids that every vocabulary here has, none of them special: text number `start` onwards of an
+    arbitrary sequence."""
     return [3 + (7919 * (start + place) + 31) % 4000 for place in range(count)]
 
 

@@ -1,10 +1,13 @@
 """Random streams: one per row and purpose, made by hashing, so that no row can disturb another.
 
-A number is a function of (seed, purpose, place): no state, no order of calls, no dependence on the batch. Two places matter:
+A number is a function of (seed, purpose, place): no state, no order of calls, no dependence on the
+batch. Two places matter:
 
-- the last word on the token at position t uses the place t. Plain decoding and speculative decoding of a deterministic tree
+- the last word on the token at position t uses the place t. Plain decoding and speculative decoding
+of a deterministic tree
   therefore draw the same token from the same law: equal seeds give equal text, with and without a drafter;
-- a drafter must never see a number twice. Its keys contain the row's step count (`Dice.deeper`), because a token that was
+- a drafter must never see a number twice. Its keys contain the row's step count (`Dice.deeper`),
+because a token that was
   drafted and thrown away has already told the drafter's stopping rule about its number.
 """
 
@@ -35,7 +38,8 @@ class Chance(Protocol):
     """What acceptance may ask of luck. Tests answer these questions in every possible way."""
 
     def coin(self, prob_BX: Tensor, place_BX: Ints, attempt_BX: Ints | None = None) -> Tensor:
-        """True [B, X] with these probabilities; `place` counts tokens after node 0's, `attempt` the siblings tried there."""
+        """True [B, X] with these probabilities; `place` counts tokens after node 0's, `attempt` the
+        siblings tried there."""
 
     def token(self, law_BXV: Tensor, place_BX: Ints) -> Tensor:
         """A token [B, X] from each (unnormalised) law; equal rows and places give equal luck."""
@@ -106,9 +110,11 @@ def uniform(word: int) -> float:
 
 
 def pick(law_BXV: Tensor, uniform_BX: Tensor) -> Tensor:
-    """The token at which the running sum of a law passes a uniform share of its total. Never one of probability zero."""
+    """The token at which the running sum of a law passes a uniform share of its total. Never one of
+    probability zero."""
     sums = law_BXV.cumsum(-1, dtype=torch.float64)
-    # Uniform numbers end at 1 - 2**-53, and that times a total, rounded, is the number before the total: never the total itself.
+    # Uniform numbers end at 1 - 2**-53, and that times a total, rounded, is the number before the
+    # total: never the total itself.
     mark = uniform_BX.to(sums.device).unsqueeze(-1) * sums[..., -1:]
     # A law that is no law (a row that is padded, a broken model) still must not name a token that does not exist.
     return torch.searchsorted(sums, mark, right=True).squeeze(-1).clamp_(max=law_BXV.shape[-1] - 1)

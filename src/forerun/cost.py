@@ -17,8 +17,8 @@ from forerun.errors import DrafterError
 
 Floats = NDArray[np.float64]
 Cost = Callable[[int], float]
-"""Seconds of one forward that reads so many new tokens (1 or more). Verifying S drafts reads S + 1: the newest committed token
-has not been read yet."""
+"""Seconds of one forward that reads so many new tokens (1 or more). Verifying S drafts reads S + 1:
+the newest committed token has not been read yet."""
 Price = float | Cost
 """A Cost, or plain seconds that hold for every number of tokens."""
 
@@ -29,8 +29,9 @@ MEMORY = 64
 class Step(NamedTuple):
     """What one step of an engine took, measured where it happened.
 
-    rows: that made it together. nodes: of all their trees, node 0 of each included. context: committed tokens of all rows before
-    it. tokens: that it settled. Seconds: of drafting and learning, of the target's forward, and of judging and keeping.
+    rows: that made it together. nodes: of all their trees, node 0 of each included. context:
+    committed tokens of all rows before it. tokens: that it settled. Seconds: of drafting and
+    learning, of the target's forward, and of judging and keeping.
     """
 
     rows: int
@@ -56,9 +57,10 @@ class Affine:
 class Table:
     """Seconds by the number of tokens that are read, and by the rows that they are read for: points that were measured.
 
-    Straight lines between the points; past the last one the last slope goes on, because a flat end would make long drafts look
-    free. Before the first, the first. points: (tokens, seconds) of so many rows, tokens ascending, such as medians of timings.
-    Without them the table is empty, and `learn` fills it.
+    Straight lines between the points; past the last one the last slope goes on, because a flat end
+    would make long drafts look free. Before the first, the first. points: (tokens, seconds) of so
+    many rows, tokens ascending, such as medians of timings. Without them the table is empty, and
+    `learn` fills it.
     """
 
     def __init__(self, points: Sequence[tuple[int, float]] | None = None, rows: int = 1):
@@ -107,8 +109,8 @@ class Table:
             mean.add(seconds)
 
     def node_share(self, rows: int = 1) -> float | None:
-        """What one node more costs, as a share of a plain step of so many rows: the slope of the straight line through all that
-        is known of them. None while too little is."""
+        """What one node more costs, as a share of a plain step of so many rows: the slope of the
+        straight line through all that is known of them. None while too little is."""
         means = self._rows.get(rows, {})
         plain, wide = means.get(rows), [mean.count for nodes, mean in means.items() if nodes > rows]
         if plain is None or plain.count < ENOUGH or sum(wide) < ENOUGH:
@@ -125,8 +127,9 @@ ENOUGH = 8
 
 
 class _Mean:
-    """An average that forgets: of the last `MEMORY` values or so. One that is far above it was held up by something else and
-    counts as twice the average; one far below says that the first were, and begins anew."""
+    """An average that forgets: of the last `MEMORY` values or so. One that is far above it was held
+    up by something else and counts as twice the average; one far below says that the first were,
+    and begins anew."""
 
     __slots__ = ("count", "seconds")
 
@@ -156,10 +159,12 @@ CHEAPEST, DEAREST = 1 / 64, 1 / 2
 
 
 class NodePrice:
-    """What a node must promise to be worth its while: the probability to survive at which it neither gains nor loses time.
+    """What a node must promise to be worth its while: the probability to survive at which it
+    neither gains nor loses time.
 
-    That is what one node more adds to a step, as a share of a plain step, times the speed-up: at twice the speed a token is worth
-    half a plain step. Prices are powers of the square root of two, so that they seldom change. value: None until there is one.
+    That is what one node more adds to a step, as a share of a plain step, times the speed-up: at
+    twice the speed a token is worth half a plain step. Prices are powers of the square root of two,
+    so that they seldom change. value: None until there is one.
     """
 
     def __init__(self, table: Table):

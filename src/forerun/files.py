@@ -25,8 +25,9 @@ def is_special(path: Path) -> bool:
 
 @contextmanager
 def whole(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
-    """Write beside a file, or beside what it is a link to, and rename, so that nobody ever finds half a file. What is special is
-    written itself. mode: permissions, less the umask. Raises OSError."""
+    """Write beside a file, or beside what it is a link to, and rename, so that nobody ever finds
+    half a file. What is special is written itself. mode: permissions, less the umask. Raises
+    OSError."""
     if is_special(path):
         with path.open("wb") as file:
             yield file
@@ -58,10 +59,11 @@ def beside(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder beside, whose content moves into `folder` if all goes well; anyone may read it then. Raises OSError.
+    """An empty folder beside, whose content moves into `folder` if all goes well; anyone may read
+    it then. Raises OSError.
 
-    A new folder appears complete. In one that is there, files are replaced one by one, weights last, and folders at once; what
-    else it holds stays.
+    A new folder appears complete. In one that is there, files are replaced one by one, weights
+    last, and folders at once; what else it holds stays.
     """
     place = Path(os.path.realpath(folder))
     partial = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}")
@@ -111,8 +113,8 @@ def append(path: Path, content: bytes) -> None:
 
 
 class Claim:
-    """Of a file, against everybody else's claims, until it is given up or nobody has it any more. Where files cannot be locked
-    there is nothing to fear from others."""
+    """Of a file, against everybody else's claims, until it is given up or nobody has it any more.
+    Where files cannot be locked there is nothing to fear from others."""
 
     def __init__(self, descriptor: int):
         """Raises BlockingIOError: somebody else has a claim. The descriptor is the claim's own from then on."""

@@ -1,8 +1,9 @@
-"""Model: a network with a memory. Targets, draft models, the middle of a hierarchy, a layer that reads another model's states
-and the teacher of a training run are all this one class.
+"""Model: a network with a memory. Targets, draft models, the middle of a hierarchy, a layer that
+reads another model's states and the teacher of a training run are all this one class.
 
-It compares what its cache holds with what a row has committed before it speaks, so that nothing is a special case: a row that
-was just admitted, a token that another model recovered, a draft that survived completely. All of these are "catch up".
+It compares what its cache holds with what a row has committed before it speaks, so that nothing is
+a special case: a row that was just admitted, a token that another model recovered, a draft that
+survived completely. All of these are "catch up".
 
 Networks that read states are told what to read (`append`, `grow`): a row's text does not say it.
 """
@@ -33,8 +34,8 @@ SHORT = 8
 class Inputs:
     """What comes next in some rows, the first `counts_B` of N each; the rest is padding.
 
-    tokens_BN: int64. states_BND: read instead of the tokens' embeddings, or beside them, as the network has it; a network
-    without a vocabulary knows the tokens' number alone.
+    tokens_BN: int64. states_BND: read instead of the tokens' embeddings, or beside them, as the
+    network has it; a network without a vocabulary knows the tokens' number alone.
     """
 
     tokens_BN: Tensor
@@ -69,8 +70,9 @@ class Inputs:
 class Scores:
     """What a model says about a tree: logits [B, N, V] after every node, and the hidden states asked for, [B, N, D].
 
-    best: the most probable token after every node, [B, N] (the first of equals). before: per layer and row, the hidden states
-    [m, D] of committed tokens that were read on this occasion, in front of the tree; empty where there were none.
+    best: the most probable token after every node, [B, N] (the first of equals). before: per layer
+    and row, the hidden states [m, D] of committed tokens that were read on this occasion, in front
+    of the tree; empty where there were none.
     """
 
     logits_BNV: Tensor
@@ -136,8 +138,9 @@ class Model:
         return self._commit([part], slot, layers).hidden
 
     def append(self, inputs: Inputs, start: int = 0, layers: Collection[int] = ()) -> Read:
-        """Read what comes next in the rows `start ..`, committed, and score the last of each: logits [B, 1, V], and the hidden
-        states asked for of all that was read, [B, N, D]. A row may have nothing to read if others have."""
+        """Read what comes next in the rows `start ..`, committed, and score the last of each:
+        logits [B, 1, V], and the hidden states asked for of all that was read, [B, N, D]. A row may
+        have nothing to read if others have."""
         feed = self._feed(
             inputs.tokens_BN,
             np.broadcast_to(np.arange(inputs.tokens_BN.shape[1]), tuple(inputs.tokens_BN.shape)),
@@ -153,7 +156,8 @@ class Model:
         return read
 
     def read(self, inputs: Inputs, layers: Collection[int]) -> dict[int, Tensor]:
-        """The hidden states [B, N, D] of whole texts from position 0, in one forward. It serves no rows, and keeps none."""
+        """The hidden states [B, N, D] of whole texts from position 0, in one forward. It serves no
+        rows, and keeps none."""
         rows, longest = inputs.tokens_BN.shape
         if self.cache.rows:
             raise ValueError(
@@ -173,8 +177,9 @@ class Model:
     def score(self, tree: TokenTree, rows: Sequence[Row], layers: Collection[int] = ()) -> Scores:
         """One forward over all nodes of all rows. The nodes stay in scratch until `keep` says which were right.
 
-        Rows must stand in slots 0 .. B - 1; node 0 of each is its newest token. A few committed tokens that the cache does not
-        hold yet, such as a model above has placed, are read in the same forward.
+        Rows must stand in slots 0 .. B - 1; node 0 of each is its newest token. A few committed
+        tokens that the cache does not hold yet, such as a model above has placed, are read in the
+        same forward.
         """
         self._align(rows)
         texts = [row.tokens[:-1] if self._behind(row, slot, SHORT) else None for slot, row in enumerate(rows)]
@@ -215,8 +220,9 @@ class Model:
         return read.logits_BNV, read.hidden, read.best_BN
 
     def next_scores(self, rows: Sequence[Row], layers: Collection[int] = ()) -> Scores:
-        """Catch up with all committed tokens and score what comes next (N is 1): how a draft model begins a draft. The hidden
-        states asked for are those of the newest token, and `before` it those of what was read on the way."""
+        """Catch up with all committed tokens and score what comes next (N is 1): how a draft model
+        begins a draft. The hidden states asked for are those of the newest token, and `before` it
+        those of what was read on the way."""
         self._align(rows)
         texts = [row.tokens if self._behind(row, slot, SHORT) else None for slot, row in enumerate(rows)]
         before = self._catch_up(texts, SHORT, layers)
@@ -240,9 +246,10 @@ class Model:
     ) -> Scores:
         """Read uncommitted tokens that follow those already in scratch, and score them.
 
-        depths: 1 for children of the newest committed token, and so on. paths_BNJ: the scratch entries that each of them sees,
-        in order of depth, itself last, padded with -1 (entries count from 0 behind a row's committed ones; the first of these
-        N comes behind all that were read before); None: all up to itself (a chain). states_BND: as of `Inputs`.
+        depths: 1 for children of the newest committed token, and so on. paths_BNJ: the scratch
+        entries that each of them sees, in order of depth, itself last, padded with -1 (entries
+        count from 0 behind a row's committed ones; the first of these N comes behind all that were
+        read before); None: all up to itself (a chain). states_BND: as of `Inputs`.
         """
         read = self._grow(tokens_BN, depths_BN - 1, paths_BNJ, layers, states_BND=states_BND)
         return Scores(read.logits_BNV, read.hidden, read.best_BN)
@@ -275,8 +282,9 @@ class Model:
     def _catch_up(
         self, texts: Sequence[list[int] | None], leave: int = 0, layers: Collection[int] = ()
     ) -> dict[int, list[Tensor]]:
-        """Read what is missing of these texts (None: nothing), one row at a time, leaving at most `leave` tokens unread. Returns
-        the hidden states asked for, [n, D] per layer and row, if anything was read."""
+        """Read what is missing of these texts (None: nothing), one row at a time, leaving at most
+        `leave` tokens unread. Returns the hidden states asked for, [n, D] per layer and row, if
+        anything was read."""
         parts: dict[int, list[list[Tensor]]] = {layer: [[] for _ in texts] for layer in layers}
         for slot, text in enumerate(texts):
             while text is not None and (missing := len(text) - leave - self.cache.lengths[slot]) > 0:

@@ -38,9 +38,10 @@ prefix2; children have the ranks 0 up."""
 
 @dataclass(frozen=True)
 class Level:
-    """The nodes of one depth. first: the number of the first of them. parents: for each, the place of its parent among the
-    nodes above that have children; ranks: which of that parent's best tokens it is. grows: the places, within this level,
-    of the nodes that have children. widest: the most ranks that are looked at."""
+    """The nodes of one depth. first: the number of the first of them. parents: for each, the place
+    of its parent among the nodes above that have children; ranks: which of that parent's best
+    tokens it is. grows: the places, within this level, of the nodes that have children. widest: the
+    most ranks that are looked at."""
 
     first: int
     parents: Ints
@@ -55,8 +56,8 @@ class Level:
 class RankTree:
     """Paths of ranks, closed under prefixes. Nodes are numbered by (length, path); node 0 is the root.
 
-    `paths` keeps the order given, best first, if no path comes before its prefix there: a smaller budget takes the first of
-    them. Raises DrafterError for what is not a tree.
+    `paths` keeps the order given, best first, if no path comes before its prefix there: a smaller
+    budget takes the first of them. Raises DrafterError for what is not a tree.
     """
 
     def __init__(self, paths: Sequence[Sequence[int]]):
@@ -116,8 +117,8 @@ class RankTree:
 
     @cached_property
     def entries(self) -> tuple[int, ...]:
-        """For every node, the root included, which scratch entry of a model holds it once the nodes that have children were read
-        level by level; -1 for those that were not read."""
+        """For every node, the root included, which scratch entry of a model holds it once the nodes
+        that have children were read level by level; -1 for those that were not read."""
         entries, held = [-1] * (self.size + 1), 0
         for level in self.levels:
             for place, node in enumerate((level.first + level.grows).tolist()):
@@ -184,8 +185,8 @@ def grown(accuracies: Sequence[Sequence[float]], size: int) -> RankTree:
     """Medusa's greedy search: nodes are added by the probability that all of their path is right, as if heads were
     independent.
 
-    accuracies: per head, how often its first, second, ... token is the right one (not cumulated), each over that head's own
-    count. Equal probabilities: the shallower, then the lower rank.
+    accuracies: per head, how often its first, second, ... token is the right one (not cumulated),
+    each over that head's own count. Equal probabilities: the shallower, then the lower rank.
     """
     if not accuracies or not accuracies[0] or size < 1:
         raise DrafterError(f"no tree of {size} nodes grows from the accuracies of {len(accuracies)} heads")

@@ -14,10 +14,10 @@ from forerun.tree import TokenTree
 class Row:
     """The committed tokens of a request, and what is needed to go on.
 
-    tokens: prompt and output. The last `tentative` of them stand for a verified drafter's own progress and may be taken
-    back; outside such a drafter there are none. limit: the total length at which the row must end. key: where its random
-    streams start (`chance.key_of`). step: how many steps it has made. ends: tokens that end the text: nothing need be drafted
-    behind them.
+    tokens: prompt and output. The last `tentative` of them stand for a verified drafter's own
+    progress and may be taken back; outside such a drafter there are none. limit: the total length
+    at which the row must end. key: where its random streams start (`chance.key_of`). step: how many
+    steps it has made. ends: tokens that end the text: nothing need be drafted behind them.
     """
 
     tokens: list[int]

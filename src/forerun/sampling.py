@@ -1,7 +1,8 @@
 """From logits to the law that a request asked for: the one place for temperature, filters, penalties, bias, processors.
 
-The order is that of transformers: bias, then penalties, then the user's processors, then temperature, top-k, top-p, min-p.
-Everything is applied at every node of a tree with that node's own prefix.
+The order is that of transformers: bias, then penalties, then the user's processors, then
+temperature, top-k, top-p, min-p. Everything is applied at every node of a tree with that node's own
+prefix.
 """
 
 from __future__ import annotations
@@ -60,15 +61,16 @@ _KINDS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
 class SamplingParams:
     """What a request wants. Values that mean nothing are refused with a sentence (RequestError).
 
-    max_new_tokens: at most so many; None: until the context is full.
-    temperature: 0 is greedy. top_k: 0 is off. top_p, min_p: shares of probability; 1 and 0 are off.
-    repetition_penalty: over prompt and output (1 is off). presence_penalty, frequency_penalty: over the output (0 is off).
-    logit_bias: token id -> what is added to its logit; -inf forbids it.
-    processors: transformers `LogitsProcessor`s or any callable like them, called with each node's own prefix.
-    seed: None draws one. n: samples per prompt. stop: strings that end the text (not part of it). stop_token_ids: tokens
-    that end it. ignore_eos: go on after end-of-sequence. logprobs: how many alternatives to report beside each token
-    (0: the token alone; None: none); natural logarithms of the model's own law, before any of the above. tenant: whose memory
-    a drafter may use: what the model said to one tenant is never proposed to another.
+    max_new_tokens: at most so many; None: until the context is full. temperature: 0 is greedy.
+    top_k: 0 is off. top_p, min_p: shares of probability; 1 and 0 are off. repetition_penalty: over
+    prompt and output (1 is off). presence_penalty, frequency_penalty: over the output (0 is off).
+    logit_bias: token id -> what is added to its logit; -inf forbids it. processors: transformers
+    `LogitsProcessor`s or any callable like them, called with each node's own prefix. seed: None
+    draws one. n: samples per prompt. stop: strings that end the text (not part of it).
+    stop_token_ids: tokens that end it. ignore_eos: go on after end-of-sequence. logprobs: how many
+    alternatives to report beside each token (0: the token alone; None: none); natural logarithms of
+    the model's own law, before any of the above. tenant: whose memory a drafter may use: what the
+    model said to one tenant is never proposed to another.
     """
 
     max_new_tokens: int | None = 256
@@ -190,8 +192,8 @@ def edited(
 ) -> Tensor:
     """Bias, penalties and processors for the nodes of one row; `prefixes[n]` is node n's own prefix (itself included).
 
-    parents: of the nodes, if they form a tree. What is forbidden at a node leads nowhere: everything below it stays as it is,
-    for a grammar may not know what to say there.
+    parents: of the nodes, if they form a tree. What is forbidden at a node leads nowhere:
+    everything below it stays as it is, for a grammar may not know what to say there.
     """
     scores_NV = scores_NV.clone()
     nowhere: set[int] = set()

@@ -10,10 +10,11 @@ T = TypeVar("T")
 
 
 def moves(rows: int, slot: int, ready: int | None = None) -> list[tuple[int, int]]:
-    """What moves where when one of so many rows leaves this slot: (from, to), in this order. The last place is free then.
+    """What moves where when one of so many rows leaves this slot: (from, to), in this order. The
+    last place is free then.
 
-    With `ready`, rows 0 .. ready - 1 stay in front of the rest: the last ready row moves into the hole, and the very last row
-    into the place that this one leaves.
+    With `ready`, rows 0 .. ready - 1 stay in front of the rest: the last ready row moves into the
+    hole, and the very last row into the place that this one leaves.
     """
     found = []
     for source in sorted({rows - 1, (ready or rows) - 1}):

@@ -1,8 +1,8 @@
 """The word everything else is about: a tree of proposed tokens, and how each of them was drawn.
 
-Node 0 is the newest committed token, which the target has not read yet. Nodes are numbered so that a parent comes before
-its children; siblings stand in the order in which they were drawn. A chain is a tree, and so is a single node: plain
-decoding is a proposal of nothing.
+Node 0 is the newest committed token, which the target has not read yet. Nodes are numbered so that
+a parent comes before its children; siblings stand in the order in which they were drawn. A chain is
+a tree, and so is a single node: plain decoding is a proposal of nothing.
 
 Shapes: `B` rows, `N` nodes (padded to the largest tree of the batch; `sizes` says how many count), `V` vocabulary.
 """
@@ -62,7 +62,8 @@ class Topology:
         return _topology(tuple(map(tuple, parents)))
 
     def behind(self, leads: Sequence[int]) -> Topology:
-        """The same trees at the ends of chains: `leads[b]` nodes stand before node 0 of row b, whose number they shift."""
+        """The same trees at the ends of chains: `leads[b]` nodes stand before node 0 of row b,
+        whose number they shift."""
         return Topology.of(
             [
                 (*range(-1, lead), *(parent + lead for parent in row[1:]))
@@ -136,10 +137,11 @@ def _topology(parents: tuple[tuple[int, ...], ...]) -> Topology:
 class TokenTree:
     """Proposed tokens with parents, and the laws they were drawn from.
 
-    tokens: per row, of every node (on the host; `tokens_BN` is the same on the model's device). drawn_BN: one `Drawn` per
-    group of siblings, at the index of their parent (host); None: every group is deterministic. laws_BNV: the law of each
-    group, at the index of its parent; rows of groups that are deterministic or empty are ignored. Build it with `root`,
-    `chain`, `drawn_chain`, `of`, `drawn` or the constructor.
+    tokens: per row, of every node (on the host; `tokens_BN` is the same on the model's device).
+    drawn_BN: one `Drawn` per group of siblings, at the index of their parent (host); None: every
+    group is deterministic. laws_BNV: the law of each group, at the index of its parent; rows of
+    groups that are deterministic or empty are ignored. Build it with `root`, `chain`,
+    `drawn_chain`, `of`, `drawn` or the constructor.
     """
 
     tokens: Sequence[Sequence[int]]
@@ -178,7 +180,8 @@ class TokenTree:
 
     @staticmethod
     def drawn_chain(tokens: Sequence[Sequence[int]], laws_BNV: Tensor) -> TokenTree:
-        """Sampled chains: token n + 1 of a row was drawn from `laws_BNV[row, n]`. laws may have N - 1 or N positions."""
+        """Sampled chains: token n + 1 of a row was drawn from `laws_BNV[row, n]`. laws may have N -
+        1 or N positions."""
         topology = Topology.chains([len(row) for row in tokens])
         rows, nodes = len(tokens), topology.nodes
         if laws_BNV.shape[1] == nodes - 1:

@@ -26,7 +26,8 @@ FEW = ("--answers", 6, "--rounds", 1, "--max-new-tokens", 24, *FP32)
 
 @pytest.fixture(scope="session")
 def trained(family, tmp_path_factory) -> Path:
-    """Heads that say what the target says one token earlier: not good, and right at times, for texts repeat themselves."""
+    """Heads that say what the target says one token earlier: not good, and right at times, for
+    texts repeat themselves."""
     target = load_network(family / "target", torch.float32, torch.device("cpu"))
     heads = MedusaHeads(config := MedusaConfig(width=32, vocab_size=600, heads=3)).initialise(target.output_head)
     folder = tmp_path_factory.mktemp("trained") / "medusa"

@@ -17,7 +17,8 @@ WIDTH, VOCABULARY, HEADS = 32, 600, 4
 
 @pytest.fixture(scope="session")
 def trained(family, tmp_path_factory) -> Path:
-    """Medusa heads that sometimes agree with the target: its own vocabulary matrix, and small blocks. In Medusa's layout."""
+    """Medusa heads that sometimes agree with the target: its own vocabulary matrix, and small
+    blocks. In Medusa's layout."""
     folder = tmp_path_factory.mktemp("heads") / "medusa"
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)

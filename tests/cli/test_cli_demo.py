@@ -12,7 +12,8 @@ from forerun.bench.suites import Prompt, spread
 from forerun.cli.demo import _beside, same
 
 COLUMNS = {
-    "drafter", "tokens_per_second", "speedup", "tokens_per_step", "draft_seconds", "verify_seconds", "other_seconds", "identical",
+    "drafter", "tokens_per_second", "speedup", "tokens_per_step", "draft_seconds", "verify_seconds", "other_seconds",
+    "identical",
 }  # fmt: skip
 SMALL = ("--prompts", 2, "--rounds", 1, "--max-new-tokens", 6, "--dtype", "fp32")
 

@@ -19,8 +19,8 @@ from forerun.engine.engine import Engine
 from forerun.engine.requests import Piece
 
 STATS = {
-    "steps", "new_tokens", "tokens_per_step", "accepted", "seconds", "draft_seconds", "verify_seconds", "tokens_per_second",
-    "drafter", "rule", "exact",
+    "steps", "new_tokens", "tokens_per_step", "accepted", "seconds", "draft_seconds", "verify_seconds",
+    "tokens_per_second", "drafter", "rule", "exact",
 }  # fmt: skip
 PROMPT = "def main(argv):\n    return"
 

@@ -14,7 +14,8 @@ SAMPLING = "--max-new-tokens --temperature --top-k --top-p --min-p --seed"
 MACHINE = "--dtype --device --kernels --weights"
 HEADS = (
     "--target --data --out --run --heads --layers --tied-layers --vocabulary --dropout --text-weight --teacher-weight"
-    " --head-decay --steps --rows --length --parts --rate --validate-every --save-every --seed --init-from --dtype --device"
+    " --head-decay --steps --rows --length --parts --rate --validate-every --save-every --seed --init-from --dtype"
+    " --device"
     " --kernels --floor --start-batches"
 )
 OPTIONS = {
@@ -26,16 +27,17 @@ OPTIONS = {
     "inspect": f"{MACHINE} --json",
     "calibrate": f"{MACHINE} --drafter --out --data --answers --rows --rounds --max-new-tokens --temperature --seed",
     "convert": "--to --out --target --prompts",
-    "distill": f"{SAMPLING} {MACHINE} --out --prompts --builtin --corpus --prompt-length --limit --chat --template --drafter"
-    " --rows",
-    "train lm": "--corpus --run --out --build-corpus --vocabulary --width --layers --heads --kv-heads --head-dim --mlp-width"
-    " --max-length --grow-from --init-from --init-layers --teacher --steps --rows --length --first --warmup --decay"
-    " --muon-rate --adam-rate --validate-every --save-every --seed --device --compile",
+    "distill": f"{SAMPLING} {MACHINE} --out --prompts --builtin --corpus --prompt-length --limit --chat --template"
+    " --drafter --rows",
+    "train lm": "--corpus --run --out --build-corpus --vocabulary --width --layers --heads --kv-heads --head-dim"
+    " --mlp-width --max-length --grow-from --init-from --init-layers --teacher --steps --rows --length --first"
+    " --warmup --decay --muon-rate --adam-rate --validate-every --save-every --seed --device --compile",
     "train medusa": HEADS,
     "train hydra": HEADS,
     "train hydra++": HEADS,
     "train medusa2": "--target --data --out --run --init-from --heads --layers --tied-layers --vocabulary --keep"
-    " --head-weight --ramp --head-decay --rank --alpha --steps --rows --length --parts --rate --head-rate --validate-every"
+    " --head-weight --ramp --head-decay --rank --alpha --steps --rows --length --parts --rate --head-rate"
+    " --validate-every"
     " --save-every --seed --dtype --device",
 }
 

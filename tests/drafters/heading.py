@@ -61,7 +61,8 @@ TREES = {
     "gaps": RankTree([(0,), (2,), (2, 1), (2, 1, 4), (0, 3), (5,), (2, 1, 4, 0), (2, 1, 4, 6), (5, 0), (0, 3, 0)]),
     "mc_sim": RankTree.named("mc_sim_7b_63"),
 }
-"""`gaps`: ranks that are not contiguous, and children below later siblings; the reference cannot grow such trees, ours can."""
+"""`gaps`: ranks that are not contiguous, and children below later siblings; the reference cannot
+grow such trees, ours can."""
 
 needs_kernels = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 every_kernel = pytest.mark.parametrize("kernels", ["torch", pytest.param("native", marks=needs_kernels)])
@@ -249,9 +250,10 @@ class Telling(HeadDrafter):
 
 
 class Watching(Telling):
-    """Heads on a model that a level above or a drafter in front may leave behind. They are told now more, now less of what
-    that model will say. Whenever it has read a text but for its newest token, they must draft there, and from what heads would
-    see that had been given the whole text at once.
+    """Heads on a model that a level above or a drafter in front may leave behind. They are told now
+    more, now less of what that model will say. Whenever it has read a text but for its newest
+    token, they must draft there, and from what heads would see that had been given the whole text
+    at once.
     """
 
     def __init__(self, module: HeadsModule, network: Transformer, kernels: str, scratch: int = 1):

@@ -103,7 +103,8 @@ def one_step(k: list[list[int]], token: int) -> tuple[list[int], int, list[tuple
 
 
 def test_a_last_drafter_that_is_always_right_is_asked_once() -> None:
-    """K = [[2, 3], [0, 3]]: the model is given ten tokens instead of three and says eleven, which meets both thresholds."""
+    """K = [[2, 3], [0, 3]]: the model is given ten tokens instead of three and says eleven, which
+    meets both thresholds."""
     tokens, drafted, tallies = one_step([[2, 3], [0, 3]], token=1)
     assert (tokens, drafted) == ([1] * 12, 11)
     assert tallies == [
@@ -129,7 +130,8 @@ def test_a_last_drafter_that_is_always_wrong_costs_a_pass_per_token() -> None:
 def test_the_flagship_setting_with_a_last_drafter_that_is_always_right() -> None:
     """base: small says 11 of 10, which also meets the threshold behind it, base 12; small 11 more: 23; ten more: 33.
 
-    When its turn comes as a part, small has not read base's twelve tokens: more than are read in passing, so one pass more.
+    When its turn comes as a part, small has not read base's twelve tokens: more than are read in
+    passing, so one pass more.
     """
     tokens, drafted, tallies = one_step(FLAGSHIP, token=1)
     assert (tokens, drafted) == ([1] * 34, 33)
@@ -276,7 +278,8 @@ def test_the_law_is_the_targets_with_and_without_leniency(k: list[list[int]], le
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_law_is_the_targets_whatever_trees_the_parts_propose(seed: int) -> None:
-    """Of siblings the first is taken, with the law that it was drawn from; deterministic tokens stand beside drawn ones."""
+    """Of siblings the first is taken, with the law that it was drawn from; deterministic tokens
+    stand beside drawn ones."""
     networks: dict[str, Any] = {"target": TableNetwork(2, 3, 2, 1.0)}
     wishes = SamplingParams(temperature=1.0, max_new_tokens=3)
 
@@ -298,8 +301,8 @@ def test_a_part_that_is_asked_again_has_luck_of_its_own_again() -> None:
 
 
 def test_tokens_keep_the_law_of_their_own_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The classic mistake: every token is taken to be certain, although it was drawn. No harm; and to take it for drawn from
-    the law of another part would be another law."""
+    """The classic mistake: every token is taken to be certain, although it was drawn. No harm; and
+    to take it for drawn from the law of another part would be another law."""
     target = TableNetwork(2, 3, 2, 1.0)
     networks = {"target": target, "0": Near(target, 2.0, 1), "1": Near(target, 2.0, 2)}
     parts = [{"drafter": "small", "checkpoint": name, "length": 1, "until": at} for at, name in enumerate("01", 1)]

@@ -1,7 +1,7 @@
 """What every registered method owes, whoever wrote it: none is named here, and none is exempt.
 
-A small drafter is made of each entry from what it states: the kinds of its settings, its presets, its example. Whatever it
-proposes, the text is that of plain decoding.
+A small drafter is made of each entry from what it states: the kinds of its settings, its presets,
+its example. Whatever it proposes, the text is that of plain decoding.
 """
 
 from __future__ import annotations
@@ -291,8 +291,8 @@ def test_entries_of_packages_are_read_without_their_networks(name: str) -> None:
 
 
 def spelt(path: Path) -> set[str]:
-    """A file's identifiers in small letters, and its strings as they are; documentation aside. A string with a capital in it is
-    about a paper."""
+    """A file's identifiers in small letters, and its strings as they are; documentation aside. A
+    string with a capital in it is about a paper."""
     tree, words = ast.parse(path.read_text()), set()
     prose = {
         id(node.value)

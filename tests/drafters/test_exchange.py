@@ -1,5 +1,5 @@
-"""Layouts of the outside world, made here as their own code makes them: what is read is what they say, and what is written is
-read back the same."""
+"""Layouts of the outside world, made here as their own code makes them: what is read is what they
+say, and what is written is read back the same."""
 
 from __future__ import annotations
 
@@ -665,7 +665,8 @@ def millions(*counts: int) -> float:
     ],
 )
 def test_sizes_of_published_hydra_heads(size, blocks, vocabulary, layer, tables, gigabytes):
-    """The table of specs/hydra.md 2.4. The file of 33B is 6.46 GB on the hub: the count with tied layers, and not without."""
+    """The table of specs/hydra.md 2.4. The file of 33B is 6.46 GB on the hub: the count with tied
+    layers, and not without."""
     width, heads, mlp = VICUNA[size]
     prefix = PrefixConfig(heads, heads, width // heads, mlp, 2048)
     config = HydraConfig(width, 32000, heads=4, layers=4, tied_layers=True, prefix=prefix)

@@ -236,7 +236,8 @@ def test_what_the_sources_had_accepted_is_what_the_engine_had() -> None:
 
 
 def test_a_fallback_as_a_source_learns_only_of_its_own_answers() -> None:
-    """And heads in it of all: row 0 is answered by the outer source, row 1 by the inner one's first, row 2 by its heads."""
+    """And heads in it of all: row 0 is answered by the outer source, row 1 by the inner one's
+    first, row 2 by its heads."""
     outer, inner, heads = Stub("outer", [3, 0, 0]), Stub("inner", [0, 2, 0]), Stub("heads", [4, 4, 4], hears=True)
     nested = Fallback([inner, heads])
     one, context = Fallback([outer, nested]), context_of(3)
@@ -334,7 +335,8 @@ def test_rows_with_answers_from_different_sources_say_what_they_say_alone(networ
 
 
 class Bursts(Drafter):
-    """Knows what the target will say, five tokens at a time, and says it for many steps on end; then nothing for a few."""
+    """Knows what the target will say, five tokens at a time, and says it for many steps on end;
+    then nothing for a few."""
 
     name, max_nodes = "bursts", 5
 
@@ -401,7 +403,8 @@ def now_and_then(row: Row) -> bool:
 
 @pytest.mark.parametrize("kind", ["hydra", "hydra++"])
 def test_rows_that_stand_still_are_not_read_twice_although_the_heads_are_not_asked(kind: str) -> None:
-    """A part of a cascade is asked again without a word from above, and its heads behind another source not every time."""
+    """A part of a cascade is asked again without a word from above, and its heads behind another
+    source not every time."""
     inner = Watching(some_heads(kind), relative(0, 0.2), "torch", scratch=6)
     below = Fallback([Bursts(relative(0, 0.2), now_and_then), inner])
     over = Cascade([Part(Verified(inner.model, below, 8), 20)])

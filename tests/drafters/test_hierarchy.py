@@ -324,8 +324,8 @@ BELOW_LUCK: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", BELOW_LUCK)
 def test_a_request_that_is_repeated_with_its_seed_keeps_its_law_and_its_text(name: str) -> None:
-    """The second time the same dice fall, and what the store holds came from them: where it stands below something that draws,
-    it must not choose with knowledge of that."""
+    """The second time the same dice fall, and what the store holds came from them: where it stands
+    below something that draws, it must not choose with knowledge of that."""
     target = TableNetwork(3, seed=1, order=1, sharpness=1.0)
     networks = {"small": Near(target, 1.0, 5)}
 

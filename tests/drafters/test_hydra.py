@@ -1,4 +1,5 @@
-"""Hydra and Hydra++: heads that see the tokens before theirs, trees grown branch by branch, and the layer over verified tokens.
+"""Hydra and Hydra++: heads that see the tokens before theirs, trees grown branch by branch, and the
+layer over verified tokens.
 
 How they decode is in test_medusa.py, together with all other heads.
 """
@@ -290,7 +291,8 @@ def whole(module: HydraHeads, network: Network, tokens: Sequence[int]) -> tuple[
 
 
 def demand_contexts_of_the_texts(one: Engine, module: HydraHeads) -> None:
-    """Every running row's context is what the layer says of its whole verified text, and its cache holds that text alone."""
+    """Every running row's context is what the layer says of its whole verified text, and its cache
+    holds that text alone."""
     found = one.drafter.head.reader
     assert isinstance(found, PrefixState)
     contexts = found.contexts()
@@ -416,7 +418,8 @@ every_reader = pytest.mark.parametrize("kind", ["hydra", "hydra++"])
 
 
 def crowded(inner: Watching, over: Drafter, temperature: float = 0.0) -> Engine:
-    """Rows of different lengths come and go beside one another; the texts are right, and the heads both spoke and waited."""
+    """Rows of different lengths come and go beside one another; the texts are right, and the heads
+    both spoke and waited."""
     one = Engine(lively(), over, max_rows=3)
     wishes = [SamplingParams(temperature=temperature, seed=n, max_new_tokens=4 + 7 * n) for n in range(len(CROWD))]
     outputs = one.generate(CROWD, wishes)
@@ -434,8 +437,9 @@ def crowded(inner: Watching, over: Drafter, temperature: float = 0.0) -> Engine:
 def test_heads_below_a_verified_model_draft_as_if_they_had_read_the_text_at_once(
     kind: str, kernels: str, length: int, strength: float
 ) -> None:
-    """Also where the level above accepts everything, so that the last token's state is not known until the next pass, and
-    where it accepts next to nothing, so that states are taken back at every step."""
+    """Also where the level above accepts everything, so that the last token's state is not known
+    until the next pass, and where it accepts next to nothing, so that states are taken back at
+    every step."""
     inner = Watching(some_heads(kind), relative(0, strength), kernels)
     over = Verified(inner.model, inner, length)
     crowded(inner, over)
@@ -472,7 +476,8 @@ def test_heads_at_the_bottom_of_three_models(kind: str, temperature: float) -> N
 
 @every_reader
 def test_a_verified_model_that_is_asked_again_and_again_reads_no_token_twice(kind: str) -> None:
-    """In a cascade it is asked anew without a word from above, and rows that have said enough stand still beside others."""
+    """In a cascade it is asked anew without a word from above, and rows that have said enough stand
+    still beside others."""
     inner = Watching(some_heads(kind), relative(0, 0.2), "torch")
     over = Cascade([Part(Verified(inner.model, inner, 3), 8), Part(MaxGram(4, Successors()), 10)])
     crowded(inner, over)

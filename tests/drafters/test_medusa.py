@@ -1,4 +1,5 @@
-"""Heads and what they have in common: architecture, trees, and decoding that says what the target says, whatever the heads say.
+"""Heads and what they have in common: architecture, trees, and decoding that says what the target
+says, whatever the heads say.
 
 Decoding is the same for all heads, so Hydra's kinds take part here too; what is Hydra's own is in test_hydra.py.
 """
@@ -564,7 +565,8 @@ def table_heads(kind: str, tree: RankTree, vocab: int = 3) -> HeadDrafter:
 @pytest.mark.parametrize("kind", ["medusa", "medusa, shared", "hydra", "hydra, deep"])
 @every_wish
 def test_the_law_of_the_output_is_that_of_plain_sampling(kind: str, wishes: SamplingParams) -> None:
-    """Heads of a vocabulary of three, whose drafts depend on the text through the state; every outcome is enumerated."""
+    """Heads of a vocabulary of three, whose drafts depend on the text through the state; every
+    outcome is enumerated."""
     target, tree = TableNetwork(3, seed=3, order=2, sharpness=1.0), RankTree([[0], [1], [0, 0], [1, 2], [1, 2, 0]])
     demand_law(lambda: table_heads(kind, tree), target, [1, 0, 1], replace(wishes, max_new_tokens=4))
 

@@ -1,4 +1,5 @@
-"""The words that name drafters: what they mean, how they nest, what drafter files may leave out, and what is said of bad ones."""
+"""The words that name drafters: what they mean, how they nest, what drafter files may leave out,
+and what is said of bad ones."""
 
 from __future__ import annotations
 
@@ -224,9 +225,9 @@ BAD = {
     '{"drafter": "verified", "checkpoint": "m", "inner": null}': "not None",
     '{"drafter": "verified", "checkpoint": "m", "inner": 5}': "not 5",
     '{"drafter": "verified", "checkpoint": "m", "inner": ["none"]}': r"not \['none'\]",
-    '{"drafter": "verified", "checkpoint": "m", "inner": "none", "length": 0}': "length is a whole number of at least 1",
+    '{"drafter": "verified", "checkpoint": "m", "inner": "none", "length": 0}': "length is a whole number of at least 1",  # noqa: E501
     '{"drafter": "verified", "checkpoint": "m", "inner": "none", "leniency": 0}': "leniency is a factor of at least 1",
-    '{"drafter": "verified", "checkpoint": "m", "inner": "none", "leniency": "2"}': "leniency is a factor of at least 1",
+    '{"drafter": "verified", "checkpoint": "m", "inner": "none", "leniency": "2"}': "leniency is a factor of at least 1",  # noqa: E501
 }
 
 

@@ -1,7 +1,8 @@
-"""Hierarchies of models: the law is exact at three levels, every level speaks by its own model, and every pass is counted.
+"""Hierarchies of models: the law is exact at three levels, every level speaks by its own model, and
+every pass is counted.
 
-`one_law` of a level's own table is the truth about that level. `Script` is a model whose greedy word depends on the position
-alone, so that what a hierarchy does can be traced by hand.
+`one_law` of a level's own table is the truth about that level. `Script` is a model whose greedy
+word depends on the position alone, so that what a hierarchy does can be traced by hand.
 """
 
 from __future__ import annotations
@@ -113,8 +114,8 @@ every_family = pytest.mark.parametrize("family", families())
 
 
 def hierarchy(networks: Networks, sizes: Sequence[int], lenient: Lenient | None = None) -> Verified:
-    """middle over low, and that over lowest; without a lowest, middle over itself and low. `sizes` from the top; the last one is
-    what the model at the bottom drafts."""
+    """middle over low, and that over lowest; without a lowest, middle over itself and low. `sizes`
+    from the top; the last one is what the model at the bottom drafts."""
     *lengths, drafts = sizes
     three = ["middle", "low", "lowest"] if "lowest" in networks else ["middle", "middle", "low"]
     names = ["middle", "low"] if len(lengths) == 1 else three
@@ -198,7 +199,8 @@ def test_tokens_that_leave_a_middle_level_follow_its_model(family: str, sizes: S
 
 
 def test_what_is_handed_up_is_the_law_of_the_model_that_reviewed() -> None:
-    """At every node, and whether its token was accepted, corrected or added: the very law that it was verified against."""
+    """At every node, and whether its token was accepted, corrected or added: the very law that it
+    was verified against."""
     networks = families()["three tokens"]
     one = hierarchy(networks, (4, 2, 2))
     params = SamplingParams(temperature=0.8, top_k=2)
@@ -262,7 +264,8 @@ def first_token(law: Law) -> list[float]:
 
 
 def test_the_law_of_the_original_drafter_two_levels_up_would_give_another_law(monkeypatch: pytest.MonkeyPatch) -> None:
-    """hsd.md, section 3: the middle says fair coins, and a target that believed them to be 0.9 to 0.1 would say A with 0.2778."""
+    """hsd.md, section 3: the middle says fair coins, and a target that believed them to be 0.9 to
+    0.1 would say A with 0.2778."""
     networks: Networks = {"target": Always(0.5, 0.5), "middle": Always(0.5, 0.5), "low": Always(0.9, 0.1)}
     wishes = SamplingParams(temperature=1.0, max_new_tokens=3)
     right = engine_law(lambda: hierarchy(networks, (1, 1)), networks, [0], wishes)
@@ -342,7 +345,8 @@ class Rounds:
 def test_rounds_and_proposals_have_the_lengths_they_should(
     family: str, length: int, drafts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A round says one token to one more than were drafted; a proposal has at least `length`, and never a whole round more."""
+    """A round says one token to one more than were drafted; a proposal has at least `length`, and
+    never a whole round more."""
     networks = families()[family]
     rounds, sizes = Rounds(monkeypatch), set()
     for seed in range(20):
@@ -409,9 +413,9 @@ def scripted(
 def test_passes_of_every_level_are_those_of_a_hand_trace() -> None:
     """Drafts of two, at least three per proposal; the lowest model is wrong at positions 2, 8, 14 ...
 
-    p1 and p2 drafted, p2 corrected; p3 and p4 drafted, p5 added: five tokens in two rounds; the target adds p6. So four
-    passes of the lowest model, two of the middle, one of the target for six tokens, however often it is repeated: what the
-    level above has placed costs no pass of its own.
+    p1 and p2 drafted, p2 corrected; p3 and p4 drafted, p5 added: five tokens in two rounds; the
+    target adds p6. So four passes of the lowest model, two of the middle, one of the target for six
+    tokens, however often it is repeated: what the level above has placed costs no pass of its own.
     """
     engine, one, chain = scripted(range(2, 99, 6), [], 3, 2)
     for steps in (1, 2, 5):
@@ -426,8 +430,9 @@ def test_passes_of_every_level_are_those_of_a_hand_trace() -> None:
 
 
 def test_a_correction_from_above_costs_no_pass_of_its_own() -> None:
-    """The middle is wrong at every third position. p1 accepted, p2 corrected by the middle; p3 drafted rightly, but the middle
-    says otherwise: three tokens in two rounds, of which the target keeps two and corrects p3."""
+    """The middle is wrong at every third position. p1 accepted, p2 corrected by the middle; p3
+    drafted rightly, but the middle says otherwise: three tokens in two rounds, of which the target
+    keeps two and corrects p3."""
     engine, one, chain = scripted(range(2, 99, 3), range(3, 99, 3), 3, 2)
     (output,) = engine.generate([[0]], SamplingParams(max_new_tokens=30))
     steps = output.stats.steps

@@ -1,7 +1,7 @@
 """What the native kernels should say, in float64 and slowly, and the tools for asking them.
 
-Every reference returns the value and how far a correct fp32 implementation may be from it: a few roundings of the sum of
-magnitudes, so that a lost input, a wrong scale or a wrong mask cannot hide.
+Every reference returns the value and how far a correct fp32 implementation may be from it: a few
+roundings of the sum of magnitudes, so that a lost input, a wrong scale or a wrong mask cannot hide.
 """
 
 from __future__ import annotations
@@ -274,7 +274,8 @@ class Attending:
 
 
 def some_paths(rows: int, count: int, held: int, seed: int) -> np.ndarray:
-    """Random trees [rows, count, held + count]; the held entries are a chain that any token may continue from anywhere."""
+    """Random trees [rows, count, held + count]; the held entries are a chain that any token may
+    continue from anywhere."""
     chance = np.random.default_rng(seed)
     paths = np.full((rows, count, held + count), -1, np.int32)
     for row in range(rows):

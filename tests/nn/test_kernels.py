@@ -1,7 +1,8 @@
 """The native kernels, one operation at a time, for every instruction set that this processor runs.
 
-What they compute is held against float64 (nn/kernel_oracles.py); what they promise is held against themselves, bit by bit:
-a token's result does not depend on what is computed beside it, where its tree stands, or how many threads there are.
+What they compute is held against float64 (nn/kernel_oracles.py); what they promise is held against
+themselves, bit by bit: a token's result does not depend on what is computed beside it, where its
+tree stands, or how many threads there are.
 """
 
 from __future__ import annotations
@@ -304,7 +305,8 @@ def test_attention_at_the_edges_of_blocks_and_chunks(window: int | None) -> None
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("first", [3, 300, 610])
 def test_one_key_may_outweigh_all_others(first: int, dtype: torch.dtype) -> None:
-    """Scores so far apart that e to their difference is zero, or infinite the wrong way round, in whichever chunk they are."""
+    """Scores so far apart that e to their difference is zero, or infinite the wrong way round, in
+    whichever chunk they are."""
     case = attending([610], 3, dtype=dtype)
     for scale in (60.0, -1.0):
         case.store[1, 0, :, first] *= scale

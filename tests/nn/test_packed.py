@@ -108,7 +108,8 @@ class Reader:
         start: int = 0,
         last: bool = False,
     ) -> Read:
-        """Read uncommitted tokens, all hidden states included. parents: scratch entries, -1 for the root; None: chains."""
+        """Read uncommitted tokens, all hidden states included. parents: scratch entries, -1 for the
+        root; None: chains."""
         rows, counts = len(parts), np.asarray([len(part) for part in parts])
         count = int(counts.max())
         lengths = np.asarray(self.cache.lengths[start : start + rows])
@@ -144,7 +145,8 @@ def paths_of(parents: Sequence[int], held: int, scratch: int) -> list[list[int]]
 
 @dataclass(frozen=True)
 class Said:
-    """What a network says of one text, a line per token: logits, the best token, hidden states, and what it remembers."""
+    """What a network says of one text, a line per token: logits, the best token, hidden states, and
+    what it remembers."""
 
     lines: list[Tensor]
 

@@ -1,7 +1,7 @@
 """Draft heads on native kernels against a slow version that thinks about every path alone, in float64.
 
-Tokens come out, not numbers, so what is promised bit by bit is held against vocabularies whose logits differ in their last
-bits only.
+Tokens come out, not numbers, so what is promised bit by bit is held against vocabularies whose
+logits differ in their last bits only.
 """
 
 from __future__ import annotations
@@ -154,7 +154,8 @@ def logits(head: HeadWeights, z: Tensor, weights: torch.dtype) -> Tensor:
 
 
 def check(case: Case, drafted: list[list[int]]) -> None:
-    """Every node is its parent's best token of its rank: exactly in fp32, else up to roundings that fall the other way."""
+    """Every node is its parent's best token of its rank: exactly in fp32, else up to roundings that
+    fall the other way."""
     tree, heads, embedding = TREES[case.tree], case.heads(), case.embedding
     slack = {FP32: 0.0, BF16: 0.01, INT8: 0.06}[case.weights]
     assert len(drafted) == case.rows

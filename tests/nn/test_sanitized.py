@@ -1,4 +1,5 @@
-"""The native kernels again, built with the address and undefined-behaviour sanitizers: nothing is read or written out of place.
+"""The native kernels again, built with the address and undefined-behaviour sanitizers: nothing is
+read or written out of place.
 
 The build takes half a minute or more and is kept in pytest's cache for as long as the sources stay as they are.
 """

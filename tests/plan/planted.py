@@ -1,5 +1,6 @@
-"""What formulas are held against: the plain recursion, a simulator that plants acceptance, independent at every level, and one
-that draws tokens from models that do not look at their context. None of them knows forerun.plan."""
+"""What formulas are held against: the plain recursion, a simulator that plants acceptance,
+independent at every level, and one that draws tokens from models that do not look at their context.
+None of them knows forerun.plan."""
 
 from __future__ import annotations
 
@@ -62,8 +63,9 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Planted:
-    """Only lengths exist. bottom(rows) -> lengths and seconds of drafts; costs and rates of those that verify, from below;
-    cost is a function of the tokens read. cut: whether a surplus is dropped."""
+    """Only lengths exist. bottom(rows) -> lengths and seconds of drafts; costs and rates of those
+    that verify, from below; cost is a function of the tokens read. cut: whether a surplus is
+    dropped."""
 
     bottom: Callable[[int], tuple[Array, Array]]
     costs: Sequence[Callable[[Array], Array]]
@@ -95,8 +97,9 @@ class Planted:
 
 @dataclass(frozen=True)
 class ContextFree:
-    """Three models over a few symbols, each with one law for every context. Tokens are drawn, tested and replaced as in the
-    algorithm; every emitted token is handed up with the law of the model that verified it."""
+    """Three models over a few symbols, each with one law for every context. Tokens are drawn,
+    tested and replaced as in the algorithm; every emitted token is handed up with the law of the
+    model that verified it."""
 
     laws: Array
     costs: Sequence[float]

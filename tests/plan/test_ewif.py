@@ -1,4 +1,5 @@
-"""Cascades: the hand examples, the limits, and a simulator of the recursive step that slices K as the paper's repository does."""
+"""Cascades: the hand examples, the limits, and a simulator of the recursive step that slices K as
+the paper's repository does."""
 
 from __future__ import annotations
 
@@ -137,8 +138,8 @@ def test_the_higher_rate_belongs_first() -> None:
 
 @dataclass
 class Recursive:
-    """Step(drafters, target, ctx, K) of the repository, with planted acceptance: of every token only the emitter is known.
-    Counts the reviews of every model."""
+    """Step(drafters, target, ctx, K) of the repository, with planted acceptance: of every token
+    only the emitter is known. Counts the reviews of every model."""
 
     cascade: Cascade
     rng: np.random.Generator
@@ -222,8 +223,8 @@ def test_the_flagship_trace() -> None:
     ("right", "reviewed", "calls", "emitted"), [(1.0, 11, [0, 1, 0], 12), (0.0, 12, [0, 2, 1], None)]
 )
 def test_scripted_acceptance(right: float, reviewed: int, calls: list[int], emitted: int | None) -> None:
-    """With Max-Gram always right, the drafter's one call meets both thresholds; with Max-Gram always wrong it is called twice for
-    one token each, then Max-Gram once."""
+    """With Max-Gram always right, the drafter's one call meets both thresholds; with Max-Gram
+    always wrong it is called twice for one token each, then Max-Gram once."""
     cascade = Cascade((1.0, 0.1), MAX_GRAM, ((0, 1.0, right), (0, 0, right)))
     outer = steps(cascade, ((2, 3), (0, 3)))[0]
     assert outer.draft.lengths[reviewed] == near(1) and outer.calls.tolist() == near(calls)

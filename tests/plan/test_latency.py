@@ -1,4 +1,5 @@
-"""Expected latencies against numbers worked by hand, the plain recursion, planted acceptance, and tokens that are drawn."""
+"""Expected latencies against numbers worked by hand, the plain recursion, planted acceptance, and
+tokens that are drawn."""
 
 from __future__ import annotations
 
@@ -306,10 +307,11 @@ target more often than one it accepted (0.724): that share sets the bias of `at_
 def test_the_formulas_against_tokens_that_are_drawn(
     rule: str, sizes: tuple[int, int], table: float, bias: float
 ) -> None:
-    """`fixed_block` is exact for models that do not look at their context, the others are too optimistic by what is stated.
+    """`fixed_block` is exact for models that do not look at their context, the others are too
+    optimistic by what is stated.
 
-    The table was made with 10^6 outer rounds (standard errors .0003) and other laws of the same rates to three digits, which is
-    another .0004 of latency."""
+    The table was made with 10^6 outer rounds (standard errors .0003) and other laws of the same
+    rates to three digits, which is another .0004 of latency."""
     models = ContextFree(LAWS, (0.05, 0.3, 1.0))
     ready = planted.fixed_rounds if rule == "rounds" else planted.at_least
     found = models.latency(RNG(7), sizes, 250_000, ready, cut=rule == "block")

@@ -1,4 +1,5 @@
-"""Calibration: paths are counted as they are, projections are what the engine needs, the choice follows from the clock."""
+"""Calibration: paths are counted as they are, projections are what the engine needs, the choice
+follows from the clock."""
 
 from __future__ import annotations
 
@@ -236,7 +237,8 @@ def test_drawn_answers_are_timed_as_such(monkeypatch):
 
 
 class Recorded:
-    """How many rows made every step of an engine, and whether one of them was read in it; the clock ticks once a step."""
+    """How many rows made every step of an engine, and whether one of them was read in it; the clock
+    ticks once a step."""
 
     def __init__(self, monkeypatch, cost: Callable[[int], float] = float):
         self.rows: list[int] = []

@@ -1,4 +1,5 @@
-"""Teaching heads: which token each of them learns where, what the loss is made of, and that what is projected is what happens."""
+"""Teaching heads: which token each of them learns where, what the loss is made of, and that what is
+projected is what happens."""
 
 from __future__ import annotations
 
@@ -116,7 +117,8 @@ def gradients(module: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def slow_loss(module: HeadsModule, samples: Sequence[Sample], weights: Weights) -> float:
-    """Token by token, one sample after another, in fp64: every head's mean over the answer tokens that it learns, weighted."""
+    """Token by token, one sample after another, in fp64: every head's mean over the answer tokens
+    that it learns, weighted."""
     network, total = lively(), 0.0
     for head in range(module.count):
         found = []
@@ -547,7 +549,8 @@ class Taught:
 
 @cache
 def by_heart(kind: str) -> Taught:
-    """Heads that know these greedy answers by heart, more or less; one answer in two ends with token 19 or at 40 tokens."""
+    """Heads that know these greedy answers by heart, more or less; one answer in two ends with
+    token 19 or at 40 tokens."""
     samples = []
     for number, prompt in enumerate(ANSWERED):
         text = greedy(lively(), prompt, 40)

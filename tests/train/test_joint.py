@@ -475,8 +475,8 @@ def test_a_result_that_finds_no_room_leaves_nothing(prepared, tmp_path, monkeypa
 
 
 def test_joint_training_accepts_more_than_heads_alone_in_as_many_steps(prepared, target, data, tmp_path):
-    """The table needs two tokens, so heads that read one state must guess unless the target helps. Two stages of 100 steps
-    against 200 steps of heads alone, at the same rate for the heads."""
+    """The table needs two tokens, so heads that read one state must guess unless the target helps.
+    Two stages of 100 steps against 200 steps of heads alone, at the same rate for the heads."""
     alone = medusa1(target, data, tmp_path / "alone", 200)
     medusa1(target, data, tmp_path / "first", 100)
     settings = {"steps": 100, "rate": 2e-3, "head_rate": 1.5, "head_weight": 0.1}

@@ -1,8 +1,10 @@
-"""Acceptance: which part of a proposed tree the target would have said itself. Pure functions; luck comes in as an argument.
+"""Acceptance: which part of a proposed tree the target would have said itself. Pure functions; luck
+comes in as an argument.
 
-Every rule here leaves the law of the output as it is: by construction for `match` (the target's own choice decides, the
-tree only saves time), and by the residual laws of speculative sampling for the others (Leviathan et al. 2023, Chen et al.
-2023; siblings as in SpecInfer, Miao et al. 2024). The tests enumerate every outcome. Rules that change the law are in `lossy`.
+Every rule here leaves the law of the output as it is: by construction for `match` (the target's own
+choice decides, the tree only saves time), and by the residual laws of speculative sampling for the
+others (Leviathan et al. 2023, Chen et al. 2023; siblings as in SpecInfer, Miao et al. 2024). The
+tests enumerate every outcome. Rules that change the law are in `lossy`.
 """
 
 from __future__ import annotations
@@ -36,8 +38,9 @@ class Verdict:
 def match(tree: TokenTree, choices_BN: Tensor) -> Verdict:
     """Descend to the child that carries the target's own choice; where none does, that choice is the next token.
 
-    choices_BN: what the target says after each node: its best token (greedy match), or a token drawn from its law (sample
-    and match). Exact for every tree whose shape and tokens do not depend on the choices.
+    choices_BN: what the target says after each node: its best token (greedy match), or a token
+    drawn from its law (sample and match). Exact for every tree whose shape and tokens do not depend
+    on the choices.
     """
     kept, following, bonus = [], [], []
     for tokens, parents, choices in zip(tree.tokens, tree.topology.parents, choices_BN.tolist(), strict=True):
@@ -58,7 +61,8 @@ def _walk(tokens: Sequence[int], parents: Sequence[int], choices: Sequence[int])
 
 
 def sample_choices(laws_BNV: Tensor, tree: TokenTree, chance: Chance) -> Tensor:
-    """One token per node from the target's law there. Nodes of equal depth share their luck: only one of them can be reached."""
+    """One token per node from the target's law there. Nodes of equal depth share their luck: only
+    one of them can be reached."""
     return chance.token(laws_BNV, tree.topology.depths_BN)
 
 
@@ -92,10 +96,11 @@ def _nodes(laws_BNV: Tensor, nodes: Sequence[int]) -> Tensor:
 def recursive_rejection(tree: TokenTree, laws_BNV: Tensor, chance: Chance) -> Verdict:
     """Any tree: siblings are tried in drawing order, each against what its predecessors left of the target's law.
 
-    SpecInfer's multi-step speculative sampling (Miao et al. 2024, algorithm 2), with the proposal law of each sibling as it
-    really was: the group's law (with replacement), or the same without the earlier siblings, renormalised (without
-    replacement). Deterministic siblings wait for the target's own choice, as in `match`: equally probable to survive, and
-    the luck of a row is the same whichever rule its batch needs. Rows advance side by side.
+    SpecInfer's multi-step speculative sampling (Miao et al. 2024, algorithm 2), with the proposal
+    law of each sibling as it really was: the group's law (with replacement), or the same without
+    the earlier siblings, renormalised (without replacement). Deterministic siblings wait for the
+    target's own choice, as in `match`: equally probable to survive, and the luck of a row is the
+    same whichever rule its batch needs. Rows advance side by side.
     """
     walks = [_Walk(tree, row) for row in range(tree.rows)]
     every = torch.arange(tree.rows, device=laws_BNV.device)
@@ -190,8 +195,8 @@ def _ratio(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
 def residual(target: Tensor, draft: Tensor) -> Tensor:
     """The normalised max(0, target - draft) over the last dimension: what a rejection leaves of the target's law.
 
-    Where nothing is left the two laws are equal up to rounding, a rejection has probability zero up to rounding, and the
-    target's law stands in.
+    Where nothing is left the two laws are equal up to rounding, a rejection has probability zero up
+    to rounding, and the target's law stands in.
     """
     rest = (target - draft).clamp(min=0)
     total = rest.sum(-1, keepdim=True)

@@ -6,8 +6,8 @@ deterministic               sampled     sample and match
 sampled chain               any         speculative sampling
 anything else               any         recursive rejection
 
-A caller may ask for a lossy rule instead: typical acceptance, by which rows that sample are then judged and greedy ones as
-always, or leniency, which is for both.
+A caller may ask for a lossy rule instead: typical acceptance, by which rows that sample are then
+judged and greedy ones as always, or leniency, which is for both.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def judge(
     best_BN: Tensor | None = None,
     lossy: Lossy | None = None,
 ) -> Judgement:
-    """Accept what fits the model's law under each row's own sampling parameters. Exact, unless `lossy` asks for something else.
+    """Accept what fits the model's law under each row's own sampling parameters. Exact, unless
+    `lossy` asks for something else.
 
     best_BN: the best token of `logits_BNV` at every node, if the network has found it already.
     """
@@ -90,7 +91,8 @@ def judge(
 
 
 def _leniently(tree: TokenTree, scores_BNV: Tensor, rows: Sequence[Row], chance: Chance, rule: Lenient) -> Judgement:
-    """Greedy rows have one-hot laws, in which nothing is nearly as probable as the best: theirs are taken at temperature 1."""
+    """Greedy rows have one-hot laws, in which nothing is nearly as probable as the best: theirs are
+    taken at temperature 1."""
     greedy = [row.params.is_greedy for row in rows]
     params = [replace(row.params, temperature=1.0) if row.params.is_greedy else row.params for row in rows]
     law = laws(scores_BNV, params)

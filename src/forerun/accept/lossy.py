@@ -31,10 +31,12 @@ class Typical:
 
 
 def typical(tree: TokenTree, laws_BNV: Tensor, rule: Typical) -> Verdict:
-    """Lossy: keep the longest path of typical tokens (equal lengths: the most probable), then say the most probable token.
+    """Lossy: keep the longest path of typical tokens (equal lengths: the most probable), then say
+    the most probable token.
 
-    Nothing is drawn: the output is deterministic, and not distributed like the target at any temperature but 0, where it is what
-    `match` gives. The most probable token is always typical if delta < 1, so at least as much is kept as greedily.
+    Nothing is drawn: the output is deterministic, and not distributed like the target at any
+    temperature but 0, where it is what `match` gives. The most probable token is always typical if
+    delta < 1, so at least as much is kept as greedily.
     """
     verdict = Verdict([], [], [])
     thresholds = rule.threshold(laws_BNV).tolist()
@@ -66,10 +68,12 @@ class Lenient:
 
 
 def lenient(tree: TokenTree, laws_BNV: Tensor, rule: Lenient, greedy: Sequence[bool], chance: Chance) -> Verdict:
-    """Lossy: keep a token x for which factor * target(x) / draft(x) exceeds 1 (greedy rows), or else with that probability.
+    """Lossy: keep a token x for which factor * target(x) / draft(x) exceeds 1 (greedy rows), or
+    else with that probability.
 
-    A greedy row also keeps the target's best token, as the published code does, and ends with it; its laws here are those of
-    temperature 1. Sampled rows end with a draw from what the rejected siblings left. The code has no rule for sampling.
+    A greedy row also keeps the target's best token, as the published code does, and ends with it;
+    its laws here are those of temperature 1. Sampled rows end with a draw from what the rejected
+    siblings left. The code has no rule for sampling.
     """
     rows = torch.arange(tree.rows, device=laws_BNV.device)[:, None]
     padded = [[max(0, p) for p in (*row, *[0] * (tree.nodes - len(row)))] for row in tree.topology.parents]
@@ -138,6 +142,7 @@ def lossy_of(acceptance: str) -> Lossy | None:
     except ValueError:
         pass
     raise ForerunError(
-        f"there is no acceptance {acceptance!r}: use exact, typical, typical:EPSILON,DELTA with numbers between 0 and 1,"
+        f"there is no acceptance {acceptance!r}: use exact, typical, typical:EPSILON,DELTA with numbers between 0 and"
+        " 1,"
         " lenient, or lenient:FACTOR with a factor above 1"
     )

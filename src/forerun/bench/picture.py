@@ -18,7 +18,8 @@ def demand_matplotlib() -> None:
 
 
 def draw(rows: Sequence[Summary], title: str, kind: str = "png") -> bytes:
-    """The picture's file (png, svg or pdf). Left: tokens per second, with the range over rounds; right: seconds per token."""
+    """The picture's file (png, svg or pdf). Left: tokens per second, with the range over rounds;
+    right: seconds per token."""
     figure = _figure_class()(figsize=(10, 1.6 + 0.55 * len(rows)), layout="constrained")
     speed, cost = figure.subplots(1, 2, sharey=True)
     _draw_speed(speed, rows)

@@ -1,8 +1,8 @@
 """Measuring: several drafters over the same prompts, interleaved, several rounds, medians.
 
-One request runs at a time. Tokens are counted the same way for plain decoding and for every drafter: what the user gets,
-divided by the seconds after the prompt was read. Interleaving (prompt by prompt, drafter by drafter) lets a machine that
-slows down for a while slow all of them alike.
+One request runs at a time. Tokens are counted the same way for plain decoding and for every
+drafter: what the user gets, divided by the seconds after the prompt was read. Interleaving (prompt
+by prompt, drafter by drafter) lets a machine that slows down for a while slow all of them alike.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ class Timing:
 class Summary:
     """What a drafter cost over all prompts. Seconds are totals of one round; every figure is the median over rounds.
 
-    speedup: tokens_per_second over the baseline's. tokens_per_step counts the target's own token of every step, accepted
-    does not. identical: every token id equals the baseline's; None where the drafter may say something else by luck (sampling).
-    equal_tokens: how many come before the first difference of their text, of new_tokens in all. spread: the slowest
-    and the fastest round, tokens per second.
+    speedup: tokens_per_second over the baseline's. tokens_per_step counts the target's own token of
+    every step, accepted does not. identical: every token id equals the baseline's; None where the
+    drafter may say something else by luck (sampling). equal_tokens: how many come before the first
+    difference of their text, of new_tokens in all. spread: the slowest and the fastest round,
+    tokens per second.
     """
 
     drafter: str
@@ -118,7 +119,8 @@ def _runs(
 
 
 def table(runs: Sequence[Timing], greedy: bool = True) -> tuple[Summary, ...]:
-    """One row per drafter, in order of appearance; the first is the baseline. greedy: equal tokens are to be expected."""
+    """One row per drafter, in order of appearance; the first is the baseline. greedy: equal tokens
+    are to be expected."""
     names = list(dict.fromkeys(run.drafter for run in runs))
     texts = {run.prompt: run.token_ids for run in reversed(runs) if run.drafter == names[0]}
     rows: list[Summary] = []

@@ -1,8 +1,9 @@
 """Is the output really the same? Two questions asked of any model and drafter.
 
-*Greedy*: token ids equal plain decoding's, alone and in a batch. In half precision a forward of several tokens rounds
-differently from a forward of one, so a near-tie between two tokens can flip. A difference is called a tie only where the
-two tokens' logits lie closer together than the rounding that was measured here, on these texts; anything else fails.
+*Greedy*: token ids equal plain decoding's, alone and in a batch. In half precision a forward of
+several tokens rounds differently from a forward of one, so a near-tie between two tokens can flip.
+A difference is called a tie only where the two tokens' logits lie closer together than the rounding
+that was measured here, on these texts; anything else fails.
 
 *Law*: sampled tokens follow plain sampling's law. Both are sampled with different seeds, and their total-variation
 distance is held against what relabelling the same samples at random gives (a permutation test).
@@ -33,7 +34,8 @@ __all__ = ["Amount", "Greedy", "Law", "Report", "check"]
 
 @dataclass(frozen=True)
 class Report:
-    """What was found. `passed`: exact, as far as this many tokens and samples can tell; a lossy drafter never passes."""
+    """What was found. `passed`: exact, as far as this many tokens and samples can tell; a lossy
+    drafter never passes."""
 
     drafter: str
     dtype: str

@@ -12,10 +12,11 @@ from forerun.sampling import SamplingParams
 class Amount:
     """How much to check.
 
-    tokens: greedy tokens to compare, for every batch size in `rows`; 0: none. length: new tokens per prompt, at most. samples:
-    per prompt and arm for the law; 0: none. prompts: how many different ones the law is sampled on. positions: new tokens
-    per sample. params: sampling parameters of the law. level: the probability of failing an exact drafter by bad luck,
-    over all comparisons of the law together.
+    tokens: greedy tokens to compare, for every batch size in `rows`; 0: none. length: new tokens
+    per prompt, at most. samples: per prompt and arm for the law; 0: none. prompts: how many
+    different ones the law is sampled on. positions: new tokens per sample. params: sampling
+    parameters of the law. level: the probability of failing an exact drafter by bad luck, over all
+    comparisons of the law together.
     """
 
     tokens: int = 1000

@@ -18,8 +18,8 @@ BIT_FOR_BIT = "; no logit moves by a bit when tokens are read together"
 class Divergence:
     """Where a drafted text left plain decoding's.
 
-    position: new tokens before it. gap: by how much the plain forward preferred its own token, in logits; None: more than
-    for any of its best tokens. tie: the gap is within the rounding bound.
+    position: new tokens before it. gap: by how much the plain forward preferred its own token, in
+    logits; None: more than for any of its best tokens. tie: the gap is within the rounding bound.
     """
 
     prompt: int

@@ -23,9 +23,10 @@ PROMPT = 12
 class Law:
     """One comparison: the tokens `first` to `last` (counted from 1) behind one prompt, taken together.
 
-    distance: total variation between the two arms, the rarest outcomes pooled. noise: the same between two plain runs.
-    p: how often relabelling the samples by chance gives as striking a difference anywhere in the whole check. detectable:
-    a true distance that would have failed here in about five checks of six.
+    distance: total variation between the two arms, the rarest outcomes pooled. noise: the same
+    between two plain runs. p: how often relabelling the samples by chance gives as striking a
+    difference anywhere in the whole check. detectable: a true distance that would have failed here
+    in about five checks of six.
     """
 
     prompt: int
@@ -64,7 +65,8 @@ def check_law(
 ) -> tuple[tuple[Law, ...], bool]:
     """Sample both engines with different seeds and compare. Also says whether the drafter calls itself exact.
 
-    Different seeds, because with equal ones a deterministic drafter gives the very same text, which is another property.
+    Different seeds, because with equal ones a deterministic drafter gives the very same text, which
+    is another property.
     """
     chosen = short_prompts(prompts, plan.prompts, min(PROMPT, plain.target.max_length - plan.positions))
     arms = [_samples(engine, chosen, plan, arm) for arm, engine in enumerate((plain, plain, drafted))]

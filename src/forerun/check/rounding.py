@@ -24,9 +24,10 @@ WIDTHS = (2, 8, 16)
 def rounding_bound(model: Model, texts: Sequence[PlainText], width: int, rows: int) -> float:
     """The largest gap between two likely tokens' logits that rounding can turn around, on these texts.
 
-    The same texts are read token by token, as plain decoding does, and in blocks as verification does, alone and side by
-    side, each on the cache that it wrote itself. The bound is the most by which the distance of any likely token from the
-    best one changed. `width`: the drafter's largest tree, node 0 included.
+    The same texts are read token by token, as plain decoding does, and in blocks as verification
+    does, alone and side by side, each on the cache that it wrote itself. The bound is the most by
+    which the distance of any likely token from the best one changed. `width`: the drafter's largest
+    tree, node 0 included.
     """
     chosen = [text for text in texts[:TEXTS] if len(text.new) > 1]
     if not chosen:

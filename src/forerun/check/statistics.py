@@ -26,8 +26,9 @@ CHUNK = 500
 
 @dataclass(frozen=True)
 class Outcome:
-    """One comparison. distance: total variation, in [0, 1]. p: adjusted for all comparisons made together. detectable: a
-    true distance that the test would have called with a probability of about 0.84."""
+    """One comparison. distance: total variation, in [0, 1]. p: adjusted for all comparisons made
+    together. detectable: a true distance that the test would have called with a probability of
+    about 0.84."""
 
     distance: float
     p: float
@@ -44,7 +45,8 @@ def compare(
 ) -> list[list[Outcome]]:
     """Compare the arms of every pair, each [samples, length]; per pair one outcome per place.
 
-    level: the probability at which a difference will be called; it sets how many permutations are needed, and `detectable`.
+    level: the probability at which a difference will be called; it sets how many permutations are
+    needed, and `detectable`.
     """
     permutations = permutations or max(2000, round(10 / level))
     observed, chance = [], []

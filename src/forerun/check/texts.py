@@ -26,7 +26,8 @@ class PlainText:
     best: list[dict[int, float]]
 
     def gap(self, place: int, token: int | None) -> float | None:
-        """By how much plain decoding preferred its token there to this one (logits); None: it was not among the best."""
+        """By how much plain decoding preferred its token there to this one (logits); None: it was
+        not among the best."""
         other = self.best[place].get(token) if token is not None else None
         return None if other is None else self.best[place][self.new[place]] - other
 
@@ -34,7 +35,8 @@ class PlainText:
 def plain_texts(plain: Engine, prompts: Sequence[Sequence[int]], tokens: int, length: int) -> list[PlainText]:
     """One request at a time, until there are `tokens` new tokens or no more prompts.
 
-    Texts are `length` tokens long, or longer where there are few prompts; prompts are cut where the context asks for it.
+    Texts are `length` tokens long, or longer where there are few prompts; prompts are cut where the
+    context asks for it.
     """
     context = plain.target.max_length
     length = min(max(length, -(-tokens // len(prompts))), context // 2)

@@ -63,8 +63,8 @@ def calibrate(
 ) -> None:
     """Count which paths of best tokens the target follows, time trees of every size here, and keep the fastest.
 
-    One half of the answers says which paths a tree has, the other half how far it gets. Nothing but the tree changes: what the
-    model says stays the same.
+    One half of the answers says which paths a tree has, the other half how far it gets. Nothing but
+    the tree changes: what the model says stays the same.
     """
     import json
 
@@ -110,8 +110,8 @@ def _demand_place(target: Path) -> None:
 
 
 def _samples(engine: Engine, data: Path | None, count: int, params: SamplingParams) -> tuple[list[Sample], str]:
-    """Answers to look at, and what is to be said about them: those of a file, or to the built-in suite's later prompts (the
-    demo measures on the first)."""
+    """Answers to look at, and what is to be said about them: those of a file, or to the built-in
+    suite's later prompts (the demo measures on the first)."""
     from forerun.bench import suites
     from forerun.cli.engines import fitted
     from forerun.errors import TrainingError
@@ -126,7 +126,8 @@ def _samples(engine: Engine, data: Path | None, count: int, params: SamplingPara
 
 
 def _of_file(data: Path, count: int, temperature: float) -> tuple[list[Sample], str]:
-    """Greedy answers, or those that were drawn. First those that training holds out, for heads know the others too well."""
+    """Greedy answers, or those that were drawn. First those that training holds out, for heads know
+    the others too well."""
     from forerun.errors import TrainingError
     from forerun.train.answers import Answers as Parted
     from forerun.train.distill import read

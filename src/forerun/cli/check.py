@@ -38,9 +38,10 @@ def check(
 ) -> None:
     """Prove a drafter exact on a model, as far as this many tokens and samples can; exit code 1 if it is not.
 
-    Greedy: token ids equal plain decoding's, alone and in a batch. A difference is called a tie only where the gap between
-    the two logits is within the rounding that was measured here; in fp32 that is next to nothing. Law: sampled tokens
-    (--temperature and so on) follow plain sampling's law, by a permutation test. A drafter that calls itself lossy fails.
+    Greedy: token ids equal plain decoding's, alone and in a batch. A difference is called a tie
+    only where the gap between the two logits is within the rounding that was measured here; in fp32
+    that is next to nothing. Law: sampled tokens (--temperature and so on) follow plain sampling's
+    law, by a permutation test. A drafter that calls itself lossy fails.
     """
     from forerun.check import Amount
     from forerun.check import check as examine

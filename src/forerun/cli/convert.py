@@ -63,8 +63,9 @@ def convert(
 ) -> None:
     """Bring draft heads from one layout into another: our own, or those of other code.
 
-    Nothing is lost and nothing is guessed: every tensor is there and of the right shape, or the difference is listed. The result
-    is read back and compared bit by bit; with --target also by the acceptance that the heads have before and after.
+    Nothing is lost and nothing is guessed: every tensor is there and of the right shape, or the
+    difference is listed. The result is read back and compared bit by bit; with --target also by the
+    acceptance that the heads have before and after.
     """
     from forerun.cli.engines import quiet
     from forerun.cli.files import demand_place

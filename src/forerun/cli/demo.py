@@ -45,7 +45,8 @@ Rounds = Annotated[
     typer.Option(
         min=1,
         show_default=False,
-        help="Rounds; figures are medians over them. Without it: 3, or fewer where they would take longer than two minutes.",
+        help="Rounds; figures are medians over them. Without it: 3, or fewer where they would take longer than two"
+        " minutes.",
     ),
 ]
 JsonFile = Annotated[
@@ -79,9 +80,10 @@ def demo(
 ) -> None:
     """Generate with plain decoding and with each drafter: the text, then a table of what it cost.
 
-    `identical` compares token ids with plain decoding. With native kernels (see `forerun inspect`) and in fp32 every drafter
-    is identical. On torch in bf16 a near-tie can flip, because a forward of several tokens rounds differently from one of a
-    single token; then the table says how many tokens were equal before, and `forerun check` tells a tie from a mistake.
+    `identical` compares token ids with plain decoding. With native kernels (see `forerun inspect`)
+    and in fp32 every drafter is identical. On torch in bf16 a near-tie can flip, because a forward
+    of several tokens rounds differently from one of a single token; then the table says how many
+    tokens were equal before, and `forerun check` tells a tie from a mistake.
     """
     from forerun.cli.engines import Machine
     from forerun.cli.files import demand_place
@@ -134,7 +136,8 @@ def _beside(target: Path) -> dict[str, str]:
 
 
 def _kind(config: Path, target: Path) -> str:
-    """The drafter that a folder holds: trained heads, or a smaller model with as many tokens; empty if none for this target."""
+    """The drafter that a folder holds: trained heads, or a smaller model with as many tokens; empty
+    if none for this target."""
     from forerun.drafting.registry import names
     from forerun.sources.folder import CONFIG
 
@@ -162,7 +165,8 @@ def _bytes(folder: Path) -> int:
 def _engines(
     model: str, specs: Mapping[str, str], machine: Machine, acceptance: str, strict: bool
 ) -> dict[str, Engine]:
-    """Plain decoding and the drafters, on one target. Without `strict`, one that cannot be built is left out, and said so."""
+    """Plain decoding and the drafters, on one target. Without `strict`, one that cannot be built is
+    left out, and said so."""
     from forerun.cli.engines import beside, load
     from forerun.drafting.spec import describe
     from forerun.errors import ForerunError

@@ -103,7 +103,8 @@ def distill(
 ) -> None:
     """Let a model answer prompts and keep what it says, token for token: data to train draft heads on.
 
-    Answers are written as they finish. After Ctrl-C the same command goes on, and the answers are those of a run without it.
+    Answers are written as they finish. After Ctrl-C the same command goes on, and the answers are
+    those of a run without it.
     """
     from forerun.cli import engines
     from forerun.cli.files import demand_place
@@ -299,7 +300,8 @@ def _template(path: Path | None) -> _Template | None:
 
 
 class _Encoder:
-    """Openings to ids with the target's tokenizer. template: what the header says about the one that was used, if any."""
+    """Openings to ids with the target's tokenizer. template: what the header says about the one
+    that was used, if any."""
 
     def __init__(self, engine: Engine, template: _Template | None, chat: bool):
         self._engine, self._chat = engine, chat

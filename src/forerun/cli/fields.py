@@ -51,8 +51,8 @@ def one(name: str, kind: Any, sense: str, **how: Any) -> inspect.Parameter:
 
 
 def replacing(function: Callable[..., None], **made: Sequence[inspect.Parameter]) -> Callable[..., None]:
-    """The function as typer is to see it: with these parameters in the place of those that only mark it. It gets their values
-    as **given."""
+    """The function as typer is to see it: with these parameters in the place of those that only
+    mark it. It gets their values as **given."""
     own = inspect.signature(function, eval_str=True).parameters
     shown = [one for name, parameter in own.items() for one in made.get(name, [parameter]) if name != "given"]
     named = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in shown]

@@ -59,16 +59,16 @@ StartBatches = Annotated[
     int,
     typer.Option(
         min=0,
-        help="Batches over which untrained heads are first fitted by least squares; 0: they start as copies of the target's"
-        " output projection, as in the papers.",
+        help="Batches over which untrained heads are first fitted by least squares; 0: they start as copies of the"
+        " target's output projection, as in the papers.",
     ),
 ]
 InitFrom = Annotated[str | None, typer.Option(metavar="DIR", help="Go on from trained heads of the same shape.")]
 
 
 def command(preset: str) -> Callable[..., None]:
-    """The command that trains heads of this kind. It offers what the architectures of all kinds have, for scripts that go
-    through the presets, and refuses what its own has not."""
+    """The command that trains heads of this kind. It offers what the architectures of all kinds
+    have, for scripts that go through the presets, and refuses what its own has not."""
     _, method, chosen = registry.preset(preset)
     shapes = {one.name: one for kind in _own_last(method) for one in fields.parameters(kind.config, SHAPE)}
 
@@ -126,9 +126,9 @@ def command(preset: str) -> Callable[..., None]:
 
     train.__doc__ = f"""{chosen.sense}
 
-    The target is frozen; its states are computed on the fly. First one answer is shown with the trained tokens marked; in
-    the end, how often each head is right, and the tokens per step that this promises. The run's folder has a log of the
-    figures on the way.
+    The target is frozen; its states are computed on the fly. First one answer is shown with the trained tokens
+    marked; in the end, how often each head is right, and the tokens per step that this promises. The run's folder has a log
+    of the figures on the way.
     """
     return fields.replacing(train, shape=list(shapes.values()), loss=fields.parameters(Weights, LOSS))
 
@@ -217,7 +217,8 @@ def report(training: HeadsTraining, figures: dict[str, float], out: Path) -> Non
     console.print(table)
     nodes, where = training.objective.tree.size, "held-out" if training.answers.heldout else "the training"
     console.print(
-        f"{out}: {figures['tokens_per_step']:.2f} tokens per step projected on {where} answers (a tree of {nodes} nodes);"
+        f"{out}: {figures['tokens_per_step']:.2f} tokens per step projected on {where} answers (a tree of {nodes}"
+        " nodes);"
         " forerun calibrate fits the tree to this machine",
         highlight=False,
         soft_wrap=True,

@@ -33,8 +33,8 @@ Out = Annotated[Path, typer.Option(metavar="STORE", help="The file to write.")]
 def index(files: Files, tokenizer: Tokenizer, out: Out) -> None:
     """Sort texts so that a drafter finds in microseconds what came next at places like this one.
 
-    Every file is one text, and every row of a .jsonl file. Whatever a store holds, it changes how fast a model speaks and never
-    what it says.
+    Every file is one text, and every row of a .jsonl file. Whatever a store holds, it changes how
+    fast a model speaks and never what it says.
     """
     from forerun.sources.tokenizer import fingerprint_of
     from forerun.stores.index import build, write

@@ -23,7 +23,8 @@ def inspect(
     weights: options.Weights = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Versions, device, number format and drafters; for a model also its shape, and its memory in that number format."""
+    """Versions, device, number format and drafters; for a model also its shape, and its memory in
+    that number format."""
     from forerun.cli.files import print_json
     from forerun.nn.dtype import device_of, dtype_of
     from forerun.nn.load import demand_words

@@ -140,8 +140,8 @@ def command(method: Trained) -> Callable[..., None]:
 
     train.__doc__ = f"""{joined.sense}
 
-    The target moves through low-rank adapters, merged into DIR/model in the end. That is a new model, close to the old one; what
-    it says with DIR/heads is exactly what it says without, which need not be what MODEL says.
+    The target moves through low-rank adapters, merged into DIR/model in the end. That is a new model, close to the old
+    one; what it says with DIR/heads is exactly what it says without, which need not be what MODEL says.
     """
     decay = [one for one in fields.parameters(Weights, heads.LOSS) if one.name == "head_decay"]
     begin = f"Begin with heads that forerun train {joined.preset} has trained: the paper's two stages."
@@ -165,7 +165,8 @@ def _warn(training: JointTraining, out: Path) -> None:
 
     numbers = sum(p.numel() for p in training.objective.module.backbone.parameters())
     Console(stderr=True).print(
-        f"This changes the target, through adapters of {numbers / 1e6:.1f} M parameters: {out / 'model'} will be a new one.",
+        f"This changes the target, through adapters of {numbers / 1e6:.1f} M parameters: {out / 'model'} will be a"
+        " new one.",
         highlight=False,
         soft_wrap=True,
     )
@@ -175,7 +176,8 @@ def report(figures: dict[str, Any], target: str, out: Path) -> None:
     from forerun.cli.narration import on_stdout
 
     on_stdout().print(
-        f"{out / 'model'}: a new target, {figures['divergence']:.4f} nats per held-out token away from {target}. Speculation with"
+        f"{out / 'model'}: a new target, {figures['divergence']:.4f} nats per held-out token away from {target}."
+        " Speculation with"
         f" {out / 'heads'} says exactly what {out / 'model'} says, and that is not always what {target} says",
         highlight=False,
         soft_wrap=True,

@@ -21,8 +21,9 @@ WIDTH = 100
 class Scribe:
     """Writes the pieces of several requests as if they came one after the other: those of a later request wait.
 
-    titles: what to write above each request; none: nothing. samples: of every prompt. as_ids: write token ids, for want of a
-    tokenizer. On a terminal drafted tokens are marked; elsewhere the text goes out as it is.
+    titles: what to write above each request; none: nothing. samples: of every prompt. as_ids: write
+    token ids, for want of a tokenizer. On a terminal drafted tokens are marked; elsewhere the text
+    goes out as it is.
     """
 
     def __init__(self, console: Console, titles: Sequence[str] = (), samples: int = 1, as_ids: bool = False):

@@ -1,12 +1,15 @@
 """Cascade Speculative Drafting (Chen et al. 2024, arXiv 2312.11462): no drafter but the last ever writes word by word.
 
-*Vertical*: a drafter only reviews what the next smaller one drafts, down to Max-Gram, which copies and costs nothing; that is
-`Verified` around `Verified` ... around `MaxGram`. *Horizontal*: the first tokens of a draft come from a larger drafter and the
-later ones, which are less likely to survive, from smaller ones; that is `Cascade`. Both together are the paper's triangular
-matrix K: row i says how many tokens each part adds to the draft that reviewer i is given (increments, as in the published code).
+*Vertical*: a drafter only reviews what the next smaller one drafts, down to Max-Gram, which copies
+and costs nothing; that is `Verified` around `Verified` ... around `MaxGram`. *Horizontal*: the
+first tokens of a draft come from a larger drafter and the later ones, which are less likely to
+survive, from smaller ones; that is `Cascade`. Both together are the paper's triangular matrix K:
+row i says how many tokens each part adds to the draft that reviewer i is given (increments, as in
+the published code).
 
-A part that is asked says at least one token, and what it says beyond its share is kept ("at least"). Every token keeps the law
-it was drawn from, so that the review above is exact; leniency makes intermediate reviews lossy, never the target's.
+A part that is asked says at least one token, and what it says beyond its share is kept ("at
+least"). Every token keeps the law it was drawn from, so that the review above is exact; leniency
+makes intermediate reviews lossy, never the target's.
 """
 
 from __future__ import annotations
@@ -43,7 +46,8 @@ class Part:
 
 @dataclass
 class _Said:
-    """What one row's parts have said so far: tokens, the law of each (None: no chance was involved), and which part it was."""
+    """What one row's parts have said so far: tokens, the law of each (None: no chance was
+    involved), and which part it was."""
 
     tokens: list[int]
     laws: list[Tensor | None]
@@ -53,8 +57,8 @@ class _Said:
 class Cascade(Drafter):
     """A chain whose segments come from different drafters, the strongest first.
 
-    Of a tree that a part proposes, the path of first children is taken: of siblings drawn one after the other the first is a
-    draw from the group's law.
+    Of a tree that a part proposes, the path of first children is taken: of siblings drawn one after
+    the other the first is a draw from the group's law.
     """
 
     name = "cascade"
@@ -151,7 +155,8 @@ class Cascade(Drafter):
         self._tallies = self._new_tallies()
 
     def tallies(self) -> list[Tally]:
-        """A part answers many times before the target does, and is not told which of its answers were kept; its own row says."""
+        """A part answers many times before the target does, and is not told which of its answers
+        were kept; its own row says."""
         return [
             tally
             for own, part in zip(self._tallies, self.parts, strict=True)
@@ -191,7 +196,8 @@ class Settings:
     )
     k: Sequence[Sequence[int]] | None = setting(
         None,
-        "One row and column per drafter, upper triangular; without it every model reviews once, and the last drafter adds ten"
+        "One row and column per drafter, upper triangular; without it every model reviews once, and the last drafter"
+        " adds ten"
         " tokens.",
     )
     leniency: float = setting(1, "Of the models' reviews (1 is exact).")

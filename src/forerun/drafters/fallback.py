@@ -1,8 +1,9 @@
 """One drafter in front of another: a row takes its proposal from the first source that has one.
 
-A store of tokens costs microseconds and is right for long stretches where text repeats; a model or heads cost far more and
-always have something to say. In front of them a store saves their cost wherever it hits. Sources behind the one that answered are
-not asked, rows choose separately, and a batch may mix all of them, each token with the law it was drawn from.
+A store of tokens costs microseconds and is right for long stretches where text repeats; a model or
+heads cost far more and always have something to say. In front of them a store saves their cost
+wherever it hits. Sources behind the one that answered are not asked, rows choose separately, and a
+batch may mix all of them, each token with the law it was drawn from.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from forerun.tree import TokenTree, Topology
 
 
 class Fallback(Drafter):
-    """Sources in the order in which they are asked. enough: a source without luck in it that has fewer nodes is passed over,
-    unless nobody behind it has more. A proposal that was drawn is always an answer: to prefer it for its length, which may depend
-    on the tokens drawn, would change their law.
+    """Sources in the order in which they are asked. enough: a source without luck in it that has
+    fewer nodes is passed over, unless nobody behind it has more. A proposal that was drawn is
+    always an answer: to prefer it for its length, which may depend on the tokens drawn, would
+    change their law.
     """
 
     name = "fallback"
@@ -98,7 +100,8 @@ class Fallback(Drafter):
     def observe(self, context: Context, tree: TokenTree, verdict: Verdict, scores: Scores) -> None:
         """Sources that read hidden states see what was really kept; the others what was kept of their own proposal.
 
-        The tree may be a stranger's: where this is itself a source, another one may have answered for some rows or for all.
+        The tree may be a stranger's: where this is itself a source, another one may have answered
+        for some rows or for all.
         """
         if len(self._chosen) != tree.rows:  # it was not asked, or an interrupted step has left something
             self._chosen, self._trees = [-1] * tree.rows, {}
@@ -151,7 +154,8 @@ def assembled(trees: Sequence[TokenTree], device: torch.device) -> TokenTree:
 
 @dataclass(frozen=True)
 class Settings:
-    """{"drafter": "fallback", "sources": ["lookup", "hydra:HEADS"], "enough": 1}, on the command line `lookup | hydra:HEADS`."""
+    """{"drafter": "fallback", "sources": ["lookup", "hydra:HEADS"], "enough": 1}, on the command
+    line `lookup | hydra:HEADS`."""
 
     sources: Sequence[str | Mapping[str, Any]] = setting((), "At least two drafters, in the order of asking.", "specs")
     enough: int = setting(1, "A source without luck in it that has fewer nodes is passed over.")

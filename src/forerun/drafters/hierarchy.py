@@ -1,16 +1,20 @@
-"""Hierarchy Drafting (Cho et al. 2025, arXiv 2502.05609): several stores of tokens, asked in order of temporal locality.
+"""Hierarchy Drafting (Cho et al. 2025, arXiv 2502.05609): several stores of tokens, asked in order
+of temporal locality.
 
-The request's own text first, then what the model said before, then a corpus: the more local a store, the smaller it is and the
-likelier what it knows. Each store fills what the ones before it have left of the budget, and a store is not even asked once the
-budget is full. Proposals are merged into one tree, so that what several stores agree on is verified once.
+The request's own text first, then what the model said before, then a corpus: the more local a
+store, the smaller it is and the likelier what it knows. Each store fills what the ones before it
+have left of the budget, and a store is not even asked once the budget is full. Proposals are merged
+into one tree, so that what several stores agree on is verified once.
 
-Departures from the paper, whose published code hands over at most seven rows of four tokens, the oldest first, and pads them with
-random tokens (`grams` is its table): stores rank their continuations by the probability that they survive and propose nothing
-below `cost`; the budget counts nodes; the lookahead branch is left out, because its 28 extra tokens per forward cost more than a
-plain step on a CPU. Its order of stores, its stop rule and its exactness are the paper's.
+Departures from the paper, whose published code hands over at most seven rows of four tokens, the
+oldest first, and pads them with random tokens (`grams` is its table): stores rank their
+continuations by the probability that they survive and propose nothing below `cost`; the budget
+counts nodes; the lookahead branch is left out, because its 28 extra tokens per forward cost more
+than a plain step on a CPU. Its order of stores, its stop rule and its exactness are the paper's.
 
-A store behind the first that has had nothing to say for a while is asked less and less often (`Patience`), so that the looking
-costs next to nothing on text that it does not know. All of it is a function of the past alone.
+A store behind the first that has had nothing to say for a while is asked less and less often
+(`Patience`), so that the looking costs next to nothing on text that it does not know. All of it is
+a function of the past alone.
 """
 
 from __future__ import annotations
@@ -43,8 +47,9 @@ from forerun.tree import TokenTree
 LONGEST_PAUSE = 16
 """Steps between two questions to a store that never has an answer."""
 GRACE = 8
-"""Empty answers in a row before the pauses begin. What was proposed and rejected is no reason to pause: the estimate of survival
-sees to that (`benchmarks/stores.py`; pauses after rejected drafts cost 11 to 21 % of the speed)."""
+"""Empty answers in a row before the pauses begin. What was proposed and rejected is no reason to
+pause: the estimate of survival sees to that (`benchmarks/stores.py`; pauses after rejected drafts
+cost 11 to 21 % of the speed)."""
 
 
 WORTH = 0.25
@@ -53,7 +58,8 @@ WORTH = 0.25
 
 @dataclass
 class Patience:
-    """When to ask a store again: after some empty answers in a row the pause doubles with each; the first answer ends it."""
+    """When to ask a store again: after some empty answers in a row the pause doubles with each; the
+    first answer ends it."""
 
     empty: int = 0
     pause: int = 0
@@ -119,8 +125,8 @@ class Hierarchy(Drafter):
     def _draft(self, seat: _Seat, row: Row, limits: Limits, is_repeatable: bool) -> Draft:
         """Store by store, until the budget is full.
 
-        A store that remembers would know what the dice of a repeatable request brought the last time, and choose with knowledge
-        of them; so it is not asked there.
+        A store that remembers would know what the dice of a repeatable request brought the last
+        time, and choose with knowledge of them; so it is not asked there.
         """
         merged, seat.origins = Draft([row.tokens[-1]], [-1], [1.0]), [-1]
         if limits.depth < 1 or limits.nodes < 1:
@@ -164,10 +170,11 @@ class Hierarchy(Drafter):
 
 
 def merge(merged: Draft, found: Draft, limits: Limits) -> int:
-    """Add what is new of one tree to another with the same node 0, as long as there is room; returns how many nodes were.
+    """Add what is new of one tree to another with the same node 0, as long as there is room;
+    returns how many nodes were.
 
-    The children of a node share its probability, so a newcomer has at most what the ones before it have left; nodes that are then
-    not worth their cost stay out, and what is below them too.
+    The children of a node share its probability, so a newcomer has at most what the ones before it
+    have left; nodes that are then not worth their cost stay out, and what is below them too.
     """
     children = {
         (parent, token): node for node, (token, parent) in enumerate(zip(merged.tokens, merged.parents, strict=True))
@@ -199,10 +206,11 @@ def merge(merged: Draft, found: Draft, limits: Limits) -> int:
 class Settings:
     """{"drafter": "hierarchy", "stores": ["context", "model", "corpus:STORE"], "nodes": 16, "depth": 16}
 
-    stores, in the order in which they are asked: `context`, the request's own text; `model`, what the model said before, or
-    `model:FILE` to remember it across runs; `corpus:STORE`, made by `forerun index`. Without them: context and model, and
-    `hierarchy:STORE` adds a corpus. The paper's own tables of five-grams are stores too: `grams` of the request's text,
-    `grams:ANSWERS` of what the model said (from `forerun distill`).
+    stores, in the order in which they are asked: `context`, the request's own text; `model`, what
+    the model said before, or `model:FILE` to remember it across runs; `corpus:STORE`, made by
+    `forerun index`. Without them: context and model, and `hierarchy:STORE` adds a corpus. The
+    paper's own tables of five-grams are stores too: `grams` of the request's text, `grams:ANSWERS`
+    of what the model said (from `forerun distill`).
     """
 
     checkpoint: str | None = setting(None, "A corpus, behind the stores that are always there.", "store")

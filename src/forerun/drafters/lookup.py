@@ -1,13 +1,16 @@
-"""Continuations found in text: training-free, no second model, microseconds per step. This file: in the request's own text.
+"""Continuations found in text: training-free, no second model, microseconds per step. This file: in
+the request's own text.
 
-Prompt lookup (Saxena 2023) copies what followed the last few tokens at an earlier place. SAM-Decoding (Hu et al. 2024)
-finds the longest such suffix with a suffix automaton. Here the automaton also tells what followed at *other* places, and how
-often the same token came in a row, so that a tree can be grown best first, its nodes ranked by the probability that they
-survive (SuffixDecoding, Oliaro et al. 2024, ranks by counts; the newest occurrence predicts as well and is cheaper to keep
-up to date). A node is proposed if that probability exceeds what the node costs.
+Prompt lookup (Saxena 2023) copies what followed the last few tokens at an earlier place.
+SAM-Decoding (Hu et al. 2024) finds the longest such suffix with a suffix automaton. Here the
+automaton also tells what followed at *other* places, and how often the same token came in a row, so
+that a tree can be grown best first, its nodes ranked by the probability that they survive
+(SuffixDecoding, Oliaro et al. 2024, ranks by counts; the newest occurrence predicts as well and is
+cheaper to keep up to date). A node is proposed if that probability exceeds what the node costs.
 
-Every token that becomes firm teaches, whether it was proposed or not: where nothing hits, nothing is proposed, and nothing
-need be proposed to notice that the text begins to repeat itself. Trees are a function of the row's past alone.
+Every token that becomes firm teaches, whether it was proposed or not: where nothing hits, nothing
+is proposed, and nothing need be proposed to notice that the text begins to repeat itself. Trees are
+a function of the row's past alone.
 """
 
 from __future__ import annotations
@@ -72,9 +75,12 @@ class Settings:
     min_match: int = setting(1, "The fewest tokens that must match.")
     cost: float | None = setting(
         None,
-        "The least probability of survival for which a node is proposed. The best value is what one more node adds to a step, as"
-        " a share of a plain step, times the speed-up (on a 2-core CPU 0.045 times 1.8). Without it, that is what the engine"
-        " measures while it runs; where it has measured nothing yet, or where the clock must have no say, a node must survive"
+        "The least probability of survival for which a node is proposed. The best value is what one more node adds"
+        " to a step, as"
+        " a share of a plain step, times the speed-up (on a 2-core CPU 0.045 times 1.8). Without it, that is what"
+        " the engine"
+        " measures while it runs; where it has measured nothing yet, or where the clock must have no say, a node"
+        " must survive"
         " once in as many proposals as the largest tree has nodes, node 0 included.",
     )
 

@@ -1,14 +1,18 @@
-"""Max-Gram (Chen et al. 2023, "Cascade Speculative Drafting"): a chain of exactly so many tokens, copied from the row's own text.
+"""Max-Gram (Chen et al. 2023, "Cascade Speculative Drafting"): a chain of exactly so many tokens,
+copied from the row's own text.
 
-Copied is what followed the longest earlier match of the text's end, and the copy runs on into the draft itself; where nothing
-matches, a table names the token that follows most often. Every token is certain to its drafter, and none costs a model: the
-lowest level of a cascade, which is asked again and again behind tokens that may be taken back.
+Copied is what followed the longest earlier match of the text's end, and the copy runs on into the
+draft itself; where nothing matches, a table names the token that follows most often. Every token is
+certain to its drafter, and none costs a model: the lowest level of a cascade, which is asked again
+and again behind tokens that may be taken back.
 
-A suffix automaton knows the longest match, a scan of bytes finds its place. Both read firm text only: tentative tokens are
-followed, and copied where a copy runs on into them, but no match begins among them.
+A suffix automaton knows the longest match, a scan of bytes finds its place. Both read firm text
+only: tentative tokens are followed, and copied where a copy runs on into them, but no match begins
+among them.
 
-The authors' repository behaves otherwise at the edges (`repository_chain`): its text holds the prompt twice and lacks the last
-token, a second search overshoots, the place is always the leftmost. `compat: true` does all of that, slowly.
+The authors' repository behaves otherwise at the edges (`repository_chain`): its text holds the
+prompt twice and lacks the last token, a second search overshoots, the place is always the leftmost.
+`compat: true` does all of that, slowly.
 """
 
 from __future__ import annotations
@@ -115,7 +119,8 @@ def chain(
 
 
 def repository_chain(prompt: Sequence[int], sequence: Sequence[int], count: int, table: Successors) -> list[int]:
-    """What `mag.py` of the authors' repository returns (commit 05b22e1), peculiarities and all; up to 2 `count` - 1 tokens."""
+    """What `mag.py` of the authors' repository returns (commit 05b22e1), peculiarities and all; up
+    to 2 `count` - 1 tokens."""
     extended = list(sequence)
     extended += _after_leftmost([*prompt, *sequence[:-1]], extended, count)
     if len(extended) - len(sequence) < count:

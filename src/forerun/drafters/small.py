@@ -1,7 +1,7 @@
 """A smaller language model of the same vocabulary drafts: Leviathan et al. 2023, Chen et al. 2023.
 
-It grows any form of tree (`drafting/growth.py`): a chain that a stopping rule ends, the best continuations, a sampled tree, or
-the same ranks at every step.
+It grows any form of tree (`drafting/growth.py`): a chain that a stopping rule ends, the best
+continuations, a sampled tree, or the same ranks at every step.
 
 Rows at temperature 0 draft greedily, others sample from the draft model's law under the row's own sampling parameters.
 Stopping rules see the draft model's bare probabilities (temperature 1, nothing filtered), whatever the row asks for.

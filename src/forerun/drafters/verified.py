@@ -1,12 +1,14 @@
 """A verified model is again a drafter: it proposes what its model would say, using another drafter to say it faster.
 
-The tokens follow the model's law, whatever drafted them, so that is the law handed up (specs of hierarchical speculative
-decoding, section 3: the law of the original drafter would be wrong two levels up). Nesting it gives hierarchies of any
-depth. This is the "at least T" buffer of Fast Inference via Hierarchical Speculative Decoding (arXiv 2510.19705, a
-reconstruction): a round's surplus over `length` is kept, not cut off; only what would follow the end of the text is.
+The tokens follow the model's law, whatever drafted them, so that is the law handed up (specs of
+hierarchical speculative decoding, section 3: the law of the original drafter would be wrong two
+levels up). Nesting it gives hierarchies of any depth. This is the "at least T" buffer of Fast
+Inference via Hierarchical Speculative Decoding (arXiv 2510.19705, a reconstruction): a round's
+surplus over `length` is kept, not cut off; only what would follow the end of the text is.
 
-Every level has a cache of its own (the model's), luck of its own (`Context.path`) and counts its own passes. Tokens that a
-level above has placed are read together with the next draft, so a round is one pass.
+Every level has a cache of its own (the model's), luck of its own (`Context.path`) and counts its
+own passes. Tokens that a level above has placed are read together with the next draft, so a round
+is one pass.
 """
 
 from __future__ import annotations
@@ -36,8 +38,9 @@ from forerun.tree import TokenTree
 class Verified(Drafter):
     """`model`'s own words, at least `length` of them per proposal if there is room, drafted by `inner`.
 
-    lenient: review by this rule instead of an exact one (CS Drafting). The tokens then follow no law that anybody knows, so
-    they are handed up as if they involved no chance, which is exact whatever they are (specs, section 3, corollaries).
+    lenient: review by this rule instead of an exact one (CS Drafting). The tokens then follow no
+    law that anybody knows, so they are handed up as if they involved no chance, which is exact
+    whatever they are (specs, section 3, corollaries).
     """
 
     name = "verified"
@@ -59,7 +62,8 @@ class Verified(Drafter):
             raise
 
     def _read(self, row: Row, slot: int) -> dict[int, Tensor]:
-        """The prompt at once if the inner drafter wants to know the model's states; else when the row is first asked for."""
+        """The prompt at once if the inner drafter wants to know the model's states; else when the
+        row is first asked for."""
         parts: dict[int, list[Tensor]] = {layer: [] for layer in self.inner.reads}
         while parts and (states := self.model.prefill(row, slot, self.inner.reads)) is not None:
             for layer, part in states.items():
@@ -151,8 +155,8 @@ _VERIFY = 1 << 20
 
 
 class tentatively:  # noqa: N801 - reads as a word
-    """Whatever is appended to the rows inside is taken back: an interrupted request must not end with tokens that its target
-    never saw."""
+    """Whatever is appended to the rows inside is taken back: an interrupted request must not end
+    with tokens that its target never saw."""
 
     def __init__(self, rows: Sequence[Row]):
         self._rows, self._lengths = rows, [len(row.tokens) for row in rows]
@@ -189,7 +193,8 @@ class Settings:
     length: int = setting(5, "Tokens of a proposal, at least.")
     leniency: float = setting(
         1,
-        "Above 1, the model keeps tokens that are up to so many times less probable than their drafter thought. What the"
+        "Above 1, the model keeps tokens that are up to so many times less probable than their drafter thought. What"
+        " the"
         " target says stays exact.",
     )
 

@@ -53,7 +53,8 @@ class Checkpoint:
         unknown = sorted(set(self.architecture) - known)
         if unknown:
             raise CheckpointError(
-                f"{self.folder / CONFIG} has unknown architecture fields ({', '.join(unknown)}): it was written by another"
+                f"{self.folder / CONFIG} has unknown architecture fields ({', '.join(unknown)}): it was written by"
+                " another"
                 " version of forerun"
             )
         try:
@@ -70,8 +71,8 @@ class Checkpoint:
         return module
 
     def fill(self, module: nn.Module) -> None:
-        """Give the module the folder's weights, which must be exactly its parameters. It may be without memory yet (on the
-        device meta)."""
+        """Give the module the folder's weights, which must be exactly its parameters. It may be
+        without memory yet (on the device meta)."""
         own = dict(module.named_parameters())
         with opened(self.folder / WEIGHTS) as file:
             held = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -162,7 +163,8 @@ def demand_fit(checkpoint: Checkpoint, width: int, vocab_size: int, network: Net
     has = network.output_shape
     if has != (vocab_size, width):
         raise DrafterError(
-            f"{checkpoint.folder} holds heads for {checkpoint.target} (width {width}, {vocab_size} tokens), and this target has"
+            f"{checkpoint.folder} holds heads for {checkpoint.target} (width {width}, {vocab_size} tokens), and this"
+            " target has"
             f" width {has[1]} and {has[0]} tokens: use the target that they were trained for"
         )
 

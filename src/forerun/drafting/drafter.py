@@ -19,11 +19,12 @@ from forerun.tree import TokenTree
 class Context:
     """What a drafter is told at a step.
 
-    rows: the requests, in slot order. budgets: the most nodes it may propose for each, node 0 not counted. depths: the longest
-    path per row (a row may have room for fewer tokens; 0: propose nothing for it). path: which level and round of a
-    hierarchy asks, so that every level draws its own luck. prices: per row, the probability of survival at which a node that
-    the target reads neither gains nor loses time (`cost.NodePrice`); None where nothing has been measured, or where another
-    model than the target reads what is proposed.
+    rows: the requests, in slot order. budgets: the most nodes it may propose for each, node 0 not
+    counted. depths: the longest path per row (a row may have room for fewer tokens; 0: propose
+    nothing for it). path: which level and round of a hierarchy asks, so that every level draws its
+    own luck. prices: per row, the probability of survival at which a node that the target reads
+    neither gains nor loses time (`cost.NodePrice`); None where nothing has been measured, or where
+    another model than the target reads what is proposed.
     """
 
     rows: Sequence[Row]
@@ -39,8 +40,8 @@ class Context:
         return len(self.path) > 1
 
     def is_repeatable(self, row: Row) -> bool:
-        """Something above draws, and the row names its seed: it throws the same dice again when it is repeated, so what is
-        proposed for it must not depend on anything but its own past."""
+        """Something above draws, and the row names its seed: it throws the same dice again when it
+        is repeated, so what is proposed for it must not depend on anything but its own past."""
         return self.is_nested and row.params.seed is not None and not row.params.is_greedy
 
     def price(self, slot: int) -> float | None:
@@ -56,9 +57,9 @@ class Context:
 class Tally:
     """What one part of a drafter did so far: a level of a hierarchy, a tier of stores. Sums over rows and steps.
 
-    asked: proposals asked of it, hits: those that held anything. drafted: tokens; accepted[i]: those at depth i + 1 that the
-    level above kept, None where it was not told. seconds: of asking it, everything below included. passes: forwards of its
-    own model.
+    asked: proposals asked of it, hits: those that held anything. drafted: tokens; accepted[i]:
+    those at depth i + 1 that the level above kept, None where it was not told. seconds: of asking
+    it, everything below included. passes: forwards of its own model.
     """
 
     name: str
@@ -82,8 +83,8 @@ class Tally:
 class Drafter:
     """Proposes trees and learns what became of them. Override what your method needs.
 
-    Slots: rows are admitted at the end and released as `Cache.release` says (the last row moves into the hole), so slot i
-    is always `context.rows[i]`.
+    Slots: rows are admitted at the end and released as `Cache.release` says (the last row moves
+    into the hole), so slot i is always `context.rows[i]`.
     """
 
     name: str = "drafter"
@@ -93,10 +94,12 @@ class Drafter:
     """The most nodes it ever proposes, node 0 not counted: the target's cache keeps room for them."""
 
     def admit(self, row: Row, hidden: Mapping[int, Tensor]) -> None:
-        """A new row takes the next slot. hidden: the states it `reads`, [1, S - 1, D], for the prompt but its last token."""
+        """A new row takes the next slot. hidden: the states it `reads`, [1, S - 1, D], for the
+        prompt but its last token."""
 
     def release(self, slot: int) -> None:
-        """A row has ended. A slot that was never opened, because admitting its row failed, is nothing to complain about."""
+        """A row has ended. A slot that was never opened, because admitting its row failed, is
+        nothing to complain about."""
 
     def propose(self, context: Context) -> TokenTree:
         """A tree per row, node 0 being the row's last token."""
@@ -112,9 +115,10 @@ class Drafter:
         """
 
     def reset(self) -> None:
-        """Forget what finished requests have left behind, as if just built: measurements begin like this. Nothing is running."""
+        """Forget what finished requests have left behind, as if just built: measurements begin like
+        this. Nothing is running."""
 
     def tallies(self) -> list[Tally]:
-        """What its parts did, those of the uppermost level first. A drafter of one part has nothing to add to the engine's own
-        statistics."""
+        """What its parts did, those of the uppermost level first. A drafter of one part has nothing
+        to add to the engine's own statistics."""
         return []

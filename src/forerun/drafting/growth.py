@@ -1,16 +1,19 @@
 """How trees grow: level by level, over anything that can say what may follow.
 
-An *expander* says what may follow the nodes of a *frontier*, the newest nodes that are to have children: a draft model, heads
-level by level, a block that knows all depths at once. A *form* says which children they get and which of those go on:
+An *expander* says what may follow the nodes of a *frontier*, the newest nodes that are to have
+children: a draft model, heads level by level, a block that knows all depths at once. A *form* says
+which children they get and which of those go on:
 
     Chain        one token after the other, until a stopping rule ends it
-    TopTree      the best continuations: the `width` most probable nodes of every level are extended, and in the end the `nodes`
-                 most probable of all are proposed (EAGLE-2's dynamic tree, Li et al. 2024, section 4)
+    TopTree      the best continuations: the `width` most probable nodes of every level are extended, and in
+                 the end the `nodes` most probable of all are proposed (EAGLE-2's dynamic tree, Li et al.
+                 2024, section 4)
     SampledTree  `widths[d]` children drawn without replacement below every node of depth d
     StaticTree   the same ranks at every step
 
-Trees of best tokens are deterministic, so they are verified with one-hot laws. Chains and sampled trees are drawn from the
-expander's law under each row's own sampling parameters; rows at temperature 0 take the best.
+Trees of best tokens are deterministic, so they are verified with one-hot laws. Chains and sampled
+trees are drawn from the expander's law under each row's own sampling parameters; rows at
+temperature 0 take the best.
 """
 
 from __future__ import annotations
@@ -39,8 +42,9 @@ from forerun.tree import Ints, Paths, TokenTree, Topology
 class Frontier:
     """The nodes of one level that are to have children, W in every row (padded with children of node 0).
 
-    tokens_BW: int64, on the expander's device. depths_BW: steps below node 0. parents_BW: their parents' places in the frontier
-    before this one (the first frontier's: 0). paths_BWJ: as `Model.grow` wants them; None: a chain.
+    tokens_BW: int64, on the expander's device. depths_BW: steps below node 0. parents_BW: their
+    parents' places in the frontier before this one (the first frontier's: 0). paths_BWJ: as
+    `Model.grow` wants them; None: a chain.
     """
 
     tokens_BW: Tensor
@@ -62,7 +66,8 @@ class Expander:
         raise NotImplementedError
 
     def expand(self, frontier: Frontier) -> Scores:
-        """What may follow these nodes, children of those asked about before; N is W, or 1 if the same may follow them all."""
+        """What may follow these nodes, children of those asked about before; N is W, or 1 if the
+        same may follow them all."""
         raise NotImplementedError
 
     def best(self, logits_BWV: Tensor, count: int) -> Tensor:
@@ -95,8 +100,9 @@ class ModelExpander(Expander):
 
 
 def best_tokens(logits: Tensor, count: int) -> Tensor:
-    """The most probable tokens, equal ones by id, as the kernels and the ranks of training have it. topk promises no order
-    among equals, so it is given integers of which no two are: the bits of the number, ordered, and behind them the id."""
+    """The most probable tokens, equal ones by id, as the kernels and the ranks of training have it.
+    topk promises no order among equals, so it is given integers of which no two are: the bits of
+    the number, ordered, and behind them the id."""
     bits = (logits.float() + 0.0).view(torch.int32).long()
     ordered = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
     ids = torch.arange(logits.shape[-1], device=logits.device)
@@ -114,8 +120,8 @@ class Grown:
 class Form(Protocol):
     """Which children the nodes of a frontier get, and which of them go on.
 
-    max_nodes: of the largest tree, node 0 not counted. scratch: the most nodes that are read. reads: the layers of the draft
-    model whose states decide how the tree grows.
+    max_nodes: of the largest tree, node 0 not counted. scratch: the most nodes that are read.
+    reads: the layers of the draft model whose states decide how the tree grows.
     """
 
     @property
@@ -203,7 +209,8 @@ class _Pen:
 
 
 class _Watch:
-    """Asks a stopping rule after every token and keeps count of how long each row's chain is (`sizes`, node 0 included)."""
+    """Asks a stopping rule after every token and keeps count of how long each row's chain is
+    (`sizes`, node 0 included)."""
 
     def __init__(self, rule: Stopping, rows: Sequence[Row], sizes: list[int]):
         self.sizes, self.longest = sizes, max(sizes) - 1
@@ -228,8 +235,8 @@ class _Watch:
 
 
 def draft_laws(logits_BNV: Tensor, rows: Sequence[Row], drafted: Sequence[Sequence[Sequence[int]]]) -> Tensor:
-    """The draft model's laws [B, N, V] under each row's own sampling parameters. drafted: per row and node, what was drafted
-    behind the text (a row may have fewer nodes than N)."""
+    """The draft model's laws [B, N, V] under each row's own sampling parameters. drafted: per row
+    and node, what was drafted behind the text (a row may have fewer nodes than N)."""
     scores = logits_BNV.float()
     if any(row.params.edits_scores for row in rows):
         scores = scores.clone()  # stopping rules want the bare ones
@@ -245,8 +252,8 @@ def draft_laws(logits_BNV: Tensor, rows: Sequence[Row], drafted: Sequence[Sequen
 
 @dataclass
 class _Tree:
-    """One row's tree while it grows. entries: per node, the scratch entries on the path to it, once it was read. scores:
-    log-probability of the path (of use to the deterministic tree alone)."""
+    """One row's tree while it grows. entries: per node, the scratch entries on the path to it, once
+    it was read. scores: log-probability of the path (of use to the deterministic tree alone)."""
 
     tokens: list[int]
     parents: list[int] = field(default_factory=lambda: [-1])

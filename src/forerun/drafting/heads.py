@@ -114,8 +114,9 @@ class _Chained(Expander):
 
 
 def format_of(network: Network, weights: str) -> torch.dtype:
-    """The number format of heads on this target. weights: "int8", "target" (as the target's), or "auto": int8 on the native
-    kernels beside a target in half precision, for a guess need not be exact, and it is read at every step.
+    """The number format of heads on this target. weights: "int8", "target" (as the target's), or
+    "auto": int8 on the native kernels beside a target in half precision, for a guess need not be
+    exact, and it is read at every step.
 
     Raises DrafterError for another word, and where int8 cannot be had.
     """
@@ -140,8 +141,8 @@ class ContextReader(Protocol):
     """Turns the target's states into contexts, row by row in slot order."""
 
     def admit(self, row: Row, states_1SD: Tensor | None) -> None:
-        """A new row takes the next slot; its prompt gave these states (None: it has but one token). If this fails, nothing
-        has changed."""
+        """A new row takes the next slot; its prompt gave these states (None: it has but one token).
+        If this fails, nothing has changed."""
 
     def release(self, slot: int) -> None: ...
 
@@ -230,8 +231,9 @@ class LastState:
 class PrefixState(LastState):
     """The context is what a layer of the heads' own makes of the states of all verified tokens (Hydra++).
 
-    The layer is a model that reads states, of verified tokens only. What was verified waits until a context is asked for, or for
-    so many steps: a drafter in front of the heads may answer instead of them.
+    The layer is a model that reads states, of verified tokens only. What was verified waits until a
+    context is asked for, or for so many steps: a drafter in front of the heads may answer instead
+    of them.
     """
 
     def __init__(self, network: Network, longest: int):
@@ -355,8 +357,8 @@ class HeadDrafter(Drafter):
         self.head.reader.observe(kept)
 
     def _align(self, lengths: Sequence[int]) -> None:
-        """A row that stood still while others went on has its newest token read again and again: as the model does, forget
-        that one before it is read the next time."""
+        """A row that stood still while others went on has its newest token read again and again: as
+        the model does, forget that one before it is read the next time."""
         for slot, length in enumerate(lengths):
             if self.head.reader.known(slot) > length:
                 self.head.reader.retract(slot, length)

@@ -2,8 +2,8 @@
 
     METHOD = Method("lookup", "What followed the last tokens earlier in the text.", Settings, build, grows="certain")
 
-Every module and package in `forerun/drafters/` has one. Nothing here needs torch, and the entry of a method that is trained
-must not either: the command line reads it to say which options there are.
+Every module and package in `forerun/drafters/` has one. Nothing here needs torch, and the entry of
+a method that is trained must not either: the command line reads it to say which options there are.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ Grows = Literal["nothing", "certain", "ranks", "drawn"]
 class Method:
     """A way of drafting.
 
-    name: that of its module. sense: one line. settings: a frozen dataclass, the checked record of what a description may set,
-    its fields made with `setting`; it raises DrafterError for what makes no sense. build: from (Workshop, settings) to the
-    drafter. grows: the kind of tree: "nothing"; "certain" (no luck is involved, so a seed's text is that of plain decoding);
-    "ranks" (certain, and a static tree of ranks, which can be calibrated); "drawn" (groups may be drawn, with their law).
-    trained: about heads that are trained on a target, None for others. example: settings of a small one, where a model is called
-    MODEL and a store of tokens STORE: for tests, where the kinds of the settings do not say enough.
+    name: that of its module. sense: one line. settings: a frozen dataclass, the checked record of
+    what a description may set, its fields made with `setting`; it raises DrafterError for what
+    makes no sense. build: from (Workshop, settings) to the drafter. grows: the kind of tree:
+    "nothing"; "certain" (no luck is involved, so a seed's text is that of plain decoding); "ranks"
+    (certain, and a static tree of ranks, which can be calibrated); "drawn" (groups may be drawn,
+    with their law). trained: about heads that are trained on a target, None for others. example:
+    settings of a small one, where a model is called MODEL and a store of tokens STORE: for tests,
+    where the kinds of the settings do not say enough.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """Every method there is, by name: the modules of `forerun/drafters/`, and those of other packages.
 
-Packages outside this one register theirs under the entry point group `forerun.drafters`, as name = module. A module states its
-method as METHOD (see `Method`).
+Packages outside this one register theirs under the entry point group `forerun.drafters`, as name =
+module. A module states its method as METHOD (see `Method`).
 """
 
 from __future__ import annotations

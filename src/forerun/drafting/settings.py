@@ -1,4 +1,5 @@
-"""The fields of checked records: what each means, what it names, and how the command line offers it. Nothing here needs torch."""
+"""The fields of checked records: what each means, what it names, and how the command line offers
+it. Nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -14,16 +15,18 @@ Kind = Literal["model", "models", "heads", "store", "stores", "tree", "spec", "s
 
 
 def setting(default: Any, sense: str, kind: Kind | None = None) -> Any:
-    """A field of a settings record. kind: what it names, so that a file may name it as it lies beside the file: a "model" or
-    a list of "models", trained "heads", a "store" of tokens or a list of "stores", a "tree", another drafter ("spec"), a list
-    of them ("specs"), or of them with settings of their own beside each ("parts")."""
+    """A field of a settings record. kind: what it names, so that a file may name it as it lies
+    beside the file: a "model" or a list of "models", trained "heads", a "store" of tokens or a list
+    of "stores", a "tree", another drafter ("spec"), a list of them ("specs"), or of them with
+    settings of their own beside each ("parts")."""
     return field(default=default, metadata={"sense": sense, "kind": kind})
 
 
 @dataclass(frozen=True)
 class Option:
-    """A field as an option of the command line. least, most: its bounds. words: all that it may be. flag: what it is called
-    there, if not as the field; both names of a switch. shown: what is said in place of a default."""
+    """A field as an option of the command line. least, most: its bounds. words: all that it may be.
+    flag: what it is called there, if not as the field; both names of a switch. shown: what is said
+    in place of a default."""
 
     sense: str
     least: float | None = None

@@ -4,8 +4,8 @@
     small:models/small                        a name and a checkpoint
     verified:models/small(lookup)             a drafter inside a drafter, its "inner"
     lookup | hydra:heads                      one in front of another: a "fallback"
-    mine.yaml                                 a file (JSON or YAML) with a description; what it names may be named as it lies
-                                              beside the file
+    mine.yaml                                 a file (JSON or YAML) with a description; what it names may be
+                                              named as it lies beside the file
     {"drafter": "small", "checkpoint": "models/small", "stopping": {"rule": "confidence", "threshold": 0.5}}
 
 Wherever a description holds another drafter, any of these forms will do.
@@ -31,8 +31,8 @@ DEEPEST = 16
 
 
 def describe(spec: str | Description) -> dict[str, Any]:
-    """The description behind a SPEC: a name, `name:CHECKPOINT`, `name:CHECKPOINT(SPEC)`, `SPEC | SPEC`, JSON, or a JSON or YAML
-    file."""
+    """The description behind a SPEC: a name, `name:CHECKPOINT`, `name:CHECKPOINT(SPEC)`, `SPEC |
+    SPEC`, JSON, or a JSON or YAML file."""
     if isinstance(spec, Mapping):
         return dict(spec)
     if not isinstance(spec, str):

@@ -1,10 +1,11 @@
 """When a drafter stops growing a chain.
 
-A rule is asked after every level and may look only at what has been drawn so far: it decides whether the *next* token will
-be drawn, never whether the last one is dropped (dropping a token after seeing it changes the law of what is left).
+A rule is asked after every level and may look only at what has been drawn so far: it decides
+whether the *next* token will be drawn, never whether the last one is dropped (dropping a token
+after seeing it changes the law of what is left).
 
-A rule may be a module with parameters of its own, trained to tell from the draft model's states whether the target will agree
-(SpecDec++, arXiv 2405.19715): it states the layers it `reads`.
+A rule may be a module with parameters of its own, trained to tell from the draft model's states
+whether the target will agree (SpecDec++, arXiv 2405.19715): it states the layers it `reads`.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from forerun.row import Row
 class Drafted:
     """What has been drawn so far in some rows: `depth` tokens in each.
 
-    probs_BJ: their draft probabilities, J is `depth` (None for a rule that does not look at them). states: per layer that the
-    rule reads, the draft model's states at the newest tokens, [B, D].
+    probs_BJ: their draft probabilities, J is `depth` (None for a rule that does not look at them).
+    states: per layer that the rule reads, the draft model's states at the newest tokens, [B, D].
     """
 
     depth: int
@@ -35,8 +36,9 @@ class Drafted:
 
 
 class Stopping(Protocol):
-    """A rule. `most`: no chain is longer. `looks`: it wants to know the probabilities. `reads`: the layers of the draft model
-    whose states it wants, numbered as transformers does; the newest token is then read before the rule is asked.
+    """A rule. `most`: no chain is longer. `looks`: it wants to know the probabilities. `reads`: the
+    layers of the draft model whose states it wants, numbered as transformers does; the newest token
+    is then read before the rule is asked.
 
     A rule that neither looks nor reads is not asked: it draws `most`.
     """

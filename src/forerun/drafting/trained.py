@@ -1,4 +1,5 @@
-"""What methods whose heads are trained state beyond the rest: architecture, presets, joint training, foreign layouts."""
+"""What methods whose heads are trained state beyond the rest: architecture, presets, joint
+training, foreign layouts."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ class HeadSettings:
     checkpoint: str | None = setting(None, "The folder of the heads.", "heads")
     tree: str | Sequence[Sequence[int]] | Mapping[str, Any] | None = setting(
         None,
-        "A published tree's name, a file of `forerun calibrate`, or a list of paths of ranks; without it, the tree beside the"
+        "A published tree's name, a file of `forerun calibrate`, or a list of paths of ranks; without it, the tree"
+        " beside the"
         " checkpoint, else a small one.",
         "tree",
     )
@@ -29,8 +31,9 @@ class HeadSettings:
 
 @dataclass(frozen=True)
 class HeadsConfig:
-    """An architecture, as a checkpoint holds it. width, vocab_size: the target's. heads: K. layers: blocks per head, one set
-    of weights for all if tied_layers. vocabulary: "own" (a projection per head) or "shared" (the target's)."""
+    """An architecture, as a checkpoint holds it. width, vocab_size: the target's. heads: K. layers:
+    blocks per head, one set of weights for all if tied_layers. vocabulary: "own" (a projection per
+    head) or "shared" (the target's)."""
 
     width: int
     vocab_size: int
@@ -62,8 +65,8 @@ def demand_counts(config: Any, names: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Weights:
-    """Of the terms of a heads' loss. text: cross-entropy with the next token; teacher: with the target's law. The k-th head
-    counts decay^k (k from 1)."""
+    """Of the terms of a heads' loss. text: cross-entropy with the next token; teacher: with the
+    target's law. The k-th head counts decay^k (k from 1)."""
 
     text: float = option(1.0, "Of the next token's log-probability.", least=0.0, flag="--text-weight")
     teacher: float = option(0.0, "Of the target's whole law there.", least=0.0, flag="--teacher-weight")
@@ -72,8 +75,9 @@ class Weights:
 
 @dataclass(frozen=True)
 class Preset:
-    """A paper's training as data. sense: one line. architecture: fields of the config, except for those that follow from the
-    target. warmup: a share of the steps, or steps if 1 or more. floor: the share of the rate at the end."""
+    """A paper's training as data. sense: one line. architecture: fields of the config, except for
+    those that follow from the target. warmup: a share of the steps, or steps if 1 or more. floor:
+    the share of the rate at the end."""
 
     sense: str
     architecture: Mapping[str, object]
@@ -89,10 +93,11 @@ class Joint:
     """Heads trained together with their target, which adapters move (Medusa-2). The loss is keep + head_weight * ramp
     * heads'.
 
-    heads: their settings; the rate is the backbone's. head_rate: how much faster all of the heads' parameters learn (the
-    published code leaves their biases at the backbone's rate). keep: what holds the target in place, "original" (the
-    divergence from its own original law) or "text" (cross-entropy with the answers). ramp: see `Ramp` in
-    train/objectives/joint.py. rank, alpha: of the adapters."""
+    heads: their settings; the rate is the backbone's. head_rate: how much faster all of the heads'
+    parameters learn (the published code leaves their biases at the backbone's rate). keep: what
+    holds the target in place, "original" (the divergence from its own original law) or "text"
+    (cross-entropy with the answers). ramp: see `Ramp` in train/objectives/joint.py. rank, alpha: of
+    the adapters."""
 
     heads: Preset
     keep: str
@@ -105,8 +110,8 @@ class Joint:
 
 @dataclass(frozen=True)
 class JointMethod:
-    """A command that trains heads and target together. name: the command's. sense: one line. preset: that of the heads, by
-    name. presets: by what keeps the target."""
+    """A command that trains heads and target together. name: the command's. sense: one line.
+    preset: that of the heads, by name. presets: by what keeps the target."""
 
     name: str
     sense: str
@@ -118,9 +123,10 @@ class JointMethod:
 class Layout:
     """How other code stores the heads; it is written by its name.
 
-    sense: whose it is, as in "the layout of ...". stem: the file that heads lie in alone, .safetensors or .pt; without one they
-    lie in a whole model, whose config `knows`, under names that begin with `prefix`. read: (Stored, Base | None) to Heads.
-    pack: (Heads, Base | None) to the Parcel to write; None: a layout that is only read. The target that reading a parcel back
+    sense: whose it is, as in "the layout of ...". stem: the file that heads lie in alone,
+    .safetensors or .pt; without one they lie in a whole model, whose config `knows`, under names
+    that begin with `prefix`. read: (Stored, Base | None) to Heads. pack: (Heads, Base | None) to
+    the Parcel to write; None: a layout that is only read. The target that reading a parcel back
     asks for is `implied` by the heads, where nobody gave one: (Heads, folder) to Base.
     """
 
@@ -136,10 +142,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class Trained:
-    """Heads that are trained on a target. title: what they are called in sentences. paper: its number, by which methods
-    are listed, the oldest first. config: the record of the architecture, whose options the command line offers. network: from a
-    config to the heads without their weights. fitted: from (fields of a config, the target's network) to the fields with what
-    follows from the target. presets: by name, each a command. joint: with the target together. layouts: of other code."""
+    """Heads that are trained on a target. title: what they are called in sentences. paper: its
+    number, by which methods are listed, the oldest first. config: the record of the architecture,
+    whose options the command line offers. network: from a config to the heads without their
+    weights. fitted: from (fields of a config, the target's network) to the fields with what follows
+    from the target. presets: by name, each a command. joint: with the target together. layouts: of
+    other code."""
 
     title: str
     paper: str

@@ -15,9 +15,9 @@ from forerun.nn.network import Network
 
 @dataclass(frozen=True)
 class Workshop:
-    """What building a drafter may need: the target it is for, a way to load networks beside it, a fingerprint of the target's
-    tokenizer (empty if not known), by which stores of tokens are told from those of another one, and how many drafters this
-    one is inside."""
+    """What building a drafter may need: the target it is for, a way to load networks beside it, a
+    fingerprint of the target's tokenizer (empty if not known), by which stores of tokens are told
+    from those of another one, and how many drafters this one is inside."""
 
     target: Model
     load: Callable[[str], Network]

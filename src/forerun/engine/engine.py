@@ -6,8 +6,9 @@
     target.keep(verdict); drafter.observe(verdict)
     emit
 
-Plain decoding is the drafter that proposes nothing. A request waits, is read in chunks while the others go on, joins the
-rows, and leaves when a stop rule holds, in the middle of an accepted block if need be, or when it is cancelled.
+Plain decoding is the drafter that proposes nothing. A request waits, is read in chunks while the
+others go on, joins the rows, and leaves when a stop rule holds, in the middle of an accepted block
+if need be, or when it is cancelled.
 """
 
 from __future__ import annotations
@@ -43,17 +44,19 @@ from forerun.tree import TokenTree
 class Engine:
     """A target, a drafter and the rows that are running.
 
-    network: of the target; engines may share it, each has a cache of its own. drafter: this engine's alone, because it knows
-    the rows. max_rows: how many requests run side by side; others wait; it may be changed while the engine is idle. eos: token
-    ids that end a text unless a request ignores them. lossy: judge requests by this rule; the statistics of those that it
+    network: of the target; engines may share it, each has a cache of its own. drafter: this
+    engine's alone, because it knows the rows. max_rows: how many requests run side by side; others
+    wait; it may be changed while the engine is idle. eos: token ids that end a text unless a
+    request ignores them. lossy: judge requests by this rule; the statistics of those that it
     touches then say that they are not exact. Use `forerun.load` to make one from a model folder.
 
-    Who may call it: any thread may call `add`, `cancel`, `close`, `generate`, `stream` and `step` at any time. There is no
-    thread behind them: whoever waits for pieces drives the loop, one caller at a time, for everybody; pieces go to whoever asked
-    for them, and the requests of all callers run in one batch. What interrupts the driver (Ctrl-C) costs the others a step,
-    which is made again; any other error in a step ends the requests that were in it ("interrupted") and is raised to the driver.
-    Everything else (`drafter.reset`, `max_rows`) is for one who knows that the engine is idle. Of several engines on one network
-    one may be driven at a time.
+    Who may call it: any thread may call `add`, `cancel`, `close`, `generate`, `stream` and `step`
+    at any time. There is no thread behind them: whoever waits for pieces drives the loop, one
+    caller at a time, for everybody; pieces go to whoever asked for them, and the requests of all
+    callers run in one batch. What interrupts the driver (Ctrl-C) costs the others a step, which is
+    made again; any other error in a step ends the requests that were in it ("interrupted") and is
+    raised to the driver. Everything else (`drafter.reset`, `max_rows`) is for one who knows that
+    the engine is idle. Of several engines on one network one may be driven at a time.
     """
 
     def __init__(
@@ -92,8 +95,8 @@ class Engine:
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Output]:
-        """Generate to the end. One output per prompt and sample, in that order. Interrupted (Ctrl-C), it returns what it has,
-        with the finish reason "interrupted"."""
+        """Generate to the end. One output per prompt and sample, in that order. Interrupted
+        (Ctrl-C), it returns what it has, with the finish reason "interrupted"."""
         return self.stream(prompts, params).outputs()
 
     def stream(
@@ -177,8 +180,9 @@ class Engine:
     def cancel(self, *numbers: int) -> None:
         """End these requests, whether they wait, are being read or run; those that have ended already are left alone.
 
-        Their last pieces say "interrupted" and carry what they have, and come where all their pieces came: at once, or, while
-        another caller makes a step, when that is done. Nothing changes for the other requests.
+        Their last pieces say "interrupted" and carry what they have, and come where all their
+        pieces came: at once, or, while another caller makes a step, when that is done. Nothing
+        changes for the other requests.
         """
         with self._turn:
             self._cancelled.extend(numbers)
@@ -186,7 +190,8 @@ class Engine:
                 self._sweep()
 
     def close(self) -> None:
-        """Cancel every request, and forget the pieces of those that were added by hand. The engine can be used again."""
+        """Cancel every request, and forget the pieces of those that were added by hand. The engine
+        can be used again."""
         with self._turn:
             alive = [*self._waiting.values(), *([self._reading] if self._reading else []), *self._running]
             self.cancel(*(request.number for request in alive))
@@ -204,8 +209,8 @@ class Engine:
         return not (self._waiting or self._reading or self._running or self._inbox)
 
     def step(self) -> list[Piece]:
-        """Read a chunk of a waiting prompt, then make one step with every row that is ready. Returns what has been said since the
-        last call by the requests that were added by hand."""
+        """Read a chunk of a waiting prompt, then make one step with every row that is ready.
+        Returns what has been said since the last call by the requests that were added by hand."""
         with self._turn:
             while self._driving:
                 self._turn.wait()
@@ -381,8 +386,9 @@ class Engine:
                     return
 
     def _recover(self, is_wanted: bool) -> None:
-        """After a step that broke off anywhere: nothing is believed of what the target and the drafter hold of these rows. They
-        go back to what was told of them, and to the head of the queue if they are still wanted; else they have ended."""
+        """After a step that broke off anywhere: nothing is believed of what the target and the
+        drafter hold of these rows. They go back to what was told of them, and to the head of the
+        queue if they are still wanted; else they have ended."""
         held = {one.number: one for one in [*self._running, *([self._reading] if self._reading else [])]}
         slots, self._running, self._reading = len(self._running), [], None
         while self.target.cache.rows:

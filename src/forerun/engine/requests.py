@@ -67,7 +67,8 @@ class Stats:
 
     def as_dict(self) -> dict[str, object]:
         names = (
-            "steps new_tokens tokens_per_step accepted seconds prefill_seconds draft_seconds verify_seconds other_seconds"
+            "steps new_tokens tokens_per_step accepted seconds prefill_seconds draft_seconds verify_seconds"
+            " other_seconds"
             " tokens_per_second drafted_tokens accepted_tokens drafter rule exact"
         )
         return {name: getattr(self, name) for name in names.split()}
@@ -93,7 +94,8 @@ class Output:
 class Piece:
     """What one step added to one sample. drafted[i]: token i came from the drafter (and the target agreed).
 
-    A request's last piece says why it ended and carries its output. That of a request which was cancelled adds no token.
+    A request's last piece says why it ended and carries its output. That of a request which was
+    cancelled adds no token.
     """
 
     request: int
@@ -114,8 +116,9 @@ class Piece:
 class Request:
     """A row and everything the engine alone needs to know about it.
 
-    inbox: where its pieces go. spell: makes the stream of its text from the start; None where nobody wants text. hidden: the
-    target's states of what has been read so far, until the row joins. is_over: its last piece has been told.
+    inbox: where its pieces go. spell: makes the stream of its text from the start; None where
+    nobody wants text. hidden: the target's states of what has been read so far, until the row
+    joins. is_over: its last piece has been told.
     """
 
     number: int

@@ -32,10 +32,12 @@ class Server(Protocol):
 
 
 class Session(Iterator[Piece]):
-    """The requests of one call. Iterating yields their pieces as they are accepted, and drives the engine where nobody else does.
+    """The requests of one call. Iterating yields their pieces as they are accepted, and drives the
+    engine where nobody else does.
 
-    It sees its own requests only. Closing it, or forgetting it, cancels what is left of these; so does an error or Ctrl-C while
-    it is iterated, and who goes on iterating then gets their last pieces. One thread at a time may iterate.
+    It sees its own requests only. Closing it, or forgetting it, cancels what is left of these; so
+    does an error or Ctrl-C while it is iterated, and who goes on iterating then gets their last
+    pieces. One thread at a time may iterate.
     """
 
     def __init__(

@@ -17,8 +17,8 @@ BROKEN = "\N{REPLACEMENT CHARACTER}"
 class _Decoder:
     """Tokens to whole characters. Each new text is what decoding one token more adds to the text of the last few.
 
-    `tokenizers.decoders.DecodeStream` would be simpler, but it gives up at bytes that never become a character (with byte
-    fallback), and repeats the prompt if that ends within one.
+    `tokenizers.decoders.DecodeStream` would be simpler, but it gives up at bytes that never become
+    a character (with byte fallback), and repeats the prompt if that ends within one.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]):

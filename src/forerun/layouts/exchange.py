@@ -1,9 +1,10 @@
-"""Draft heads in the layouts of the outside world, both ways. Ours is `drafting/checkpoint.py`; the others stand beside the
-methods whose heads they hold, as their entries say.
+"""Draft heads in the layouts of the outside world, both ways. Ours is `drafting/checkpoint.py`; the
+others stand beside the methods whose heads they hold, as their entries say.
 
-A layout is a table from its tensor names to places in our parameters (`Place`). The same table reads and writes, so what one
-way does the other undoes. Tensors keep their number format, and none is skipped silently: one too many, too few or of another
-shape is an error that lists it. What is written is read back and compared bit by bit before it moves into place.
+A layout is a table from its tensor names to places in our parameters (`Place`). The same table
+reads and writes, so what one way does the other undoes. Tensors keep their number format, and none
+is skipped silently: one too many, too few or of another shape is an error that lists it. What is
+written is read back and compared bit by bit before it moves into place.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ __all__ = ["OURS", "Base", "Heads", "demand_layout", "demand_new", "read", "writ
 def read(source: str | Path, base: Base | None = None) -> Heads:
     """Heads in any layout. base: their target, which some layouts need, and which others are held against.
 
-    Raises CheckpointError for what is missing, damaged or not what its config says, DrafterError for heads that we do not
-    have or that belong to another target.
+    Raises CheckpointError for what is missing, damaged or not what its config says, DrafterError
+    for heads that we do not have or that belong to another target.
     """
     folder = folder_of(source)
     config = config_of(folder)
@@ -45,8 +46,10 @@ def _read(layout: Layout, folder: Path, config: Mapping[str, Any], files: Sequen
     heads: Heads = layout.read(Published(folder, config, tensors), base)
     if base and (heads.config.width, heads.config.vocab_size) != (base.width, base.vocab_size):
         raise DrafterError(
-            f"{folder} holds heads for {heads.target} (width {heads.config.width}, {heads.config.vocab_size} tokens), and"
-            f" {base.name} has width {base.width} and {base.vocab_size} tokens: give the target that they were trained for"
+            f"{folder} holds heads for {heads.target} (width {heads.config.width}, {heads.config.vocab_size} tokens),"
+            " and"
+            f" {base.name} has width {base.width} and {base.vocab_size} tokens: give the target that they were"
+            " trained for"
         )
     return heads
 
@@ -66,7 +69,8 @@ def _recognised(folder: Path, config: Mapping[str, Any]) -> tuple[Layout, list[P
     stems = " nor ".join(layout.stem for layout in foreign if layout.stem)
     titles = " or ".join(one.title for one in registry.trained().values())
     raise CheckpointError(
-        f"{folder} holds no heads that we know (there is neither {stems}, and its {CONFIG} does not speak of {titles}): give"
+        f"{folder} holds no heads that we know (there is neither {stems}, and its {CONFIG} does not speak of"
+        f" {titles}): give"
         " the folder of trained heads"
     )
 

@@ -63,7 +63,8 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         raise CheckpointError(
-            f"{path} is damaged, or a pickle of more than tensors, which could run code, and was not opened: get safetensors"
+            f"{path} is damaged, or a pickle of more than tensors, which could run code, and was not opened: get"
+            " safetensors"
         ) from None
     except Exception as error:  # what a cut file makes torch raise depends on where it was cut
         raise CheckpointError(f"{path} is damaged or cut short ({brief(error)}): fetch it again") from error

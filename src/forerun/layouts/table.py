@@ -29,8 +29,8 @@ Tensors = Mapping[str, Tensor]
 class Heads:
     """Draft heads, whatever layout they come from.
 
-    tensors: our parameters by name, in the number format of their file. target: the name of the model that they belong to.
-    notes: what whoever converts them should know.
+    tensors: our parameters by name, in the number format of their file. target: the name of the
+    model that they belong to. notes: what whoever converts them should know.
     """
 
     layout: str
@@ -77,7 +77,8 @@ def skeleton(config: HeadsConfig) -> HeadsModule:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a published tensor lives: rows `begin .. begin + shape[0]` of parameter[index]. Tied tensors have one place."""
+    """Where a published tensor lives: rows `begin .. begin + shape[0]` of parameter[index]. Tied
+    tensors have one place."""
 
     parameter: str
     shape: tuple[int, ...]
@@ -151,7 +152,8 @@ class Published:
 
 
 def _settled(config: HeadsConfig, tensors: dict[str, Tensor]) -> tuple[HeadsConfig, dict[str, Tensor]]:
-    """Layers that are equal are tied, and of layers that cannot differ every kind of heads says it in one way, its default."""
+    """Layers that are equal are tied, and of layers that cannot differ every kind of heads says it
+    in one way, its default."""
     blocks, biases = tensors.get("blocks"), tensors.get("biases")
     if blocks is None or biases is None or len(blocks) == 1:
         return replace(config, tied_layers=type(config).tied_layers or config.layers > 1), tensors
@@ -161,8 +163,9 @@ def _settled(config: HeadsConfig, tensors: dict[str, Tensor]) -> tuple[HeadsConf
 
 
 def count_note(stored: Published, kind: str, config: HeadsConfig) -> tuple[str, ...]:
-    """What is said about a config with too few heads, which published ones are known to have. One with too many, or with other
-    layers than are stored, means that something is missing: CheckpointError."""
+    """What is said about a config with too few heads, which published ones are known to have. One
+    with too many, or with other layers than are stored, means that something is missing:
+    CheckpointError."""
     heads, layers = (f"{kind}_num_heads", f"{kind}_num_layers") if kind else ("num_heads", "num_hidden_layers")
     said = stored.config.get(heads, config.heads)
     for key, count, is_wrong in (
@@ -171,7 +174,8 @@ def count_note(stored: Published, kind: str, config: HeadsConfig) -> tuple[str, 
     ):
         if is_wrong:
             raise CheckpointError(
-                f"{stored.folder / CONFIG} says {key} {stored.config[key]}, and the weights have {count}: fetch the weights that"
+                f"{stored.folder / CONFIG} says {key} {stored.config[key]}, and the weights have {count}: fetch the"
+                " weights that"
                 " belong to it, or correct that file"
             )
     if said == config.heads:
@@ -185,7 +189,8 @@ def target_of(stored: Published, base: Base | None) -> str:
 
 
 def name_for_others(heads: Heads, base: Base | None) -> str:
-    """How other code finds the target: a name on the hub stays, a bare folder name gives way to the path that was given."""
+    """How other code finds the target: a name on the hub stays, a bare folder name gives way to the
+    path that was given."""
     return base.name if base and "/" not in heads.target else heads.target
 
 

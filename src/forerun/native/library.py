@@ -84,8 +84,8 @@ def is_there() -> bool:
 
 @lru_cache(maxsize=1)
 def quick() -> ctypes.CDLL:
-    """The same kernels, called without giving up the interpreter's lock: for a few microseconds of work, after which another
-    thread's turn of 5 ms is not worth waiting for."""
+    """The same kernels, called without giving up the interpreter's lock: for a few microseconds of
+    work, after which another thread's turn of 5 ms is not worth waiting for."""
     return _signed(ctypes.PyDLL(kernels()._name))
 
 

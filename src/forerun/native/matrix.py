@@ -18,7 +18,8 @@ def padded(count: int, to: int) -> int:
 
 @dataclass
 class Packed:
-    """A weight matrix [out, in] in the kernels' own layout (kernels/forerun_kernels.h), and what keeps its memory alive.
+    """A weight matrix [out, in] in the kernels' own layout (kernels/forerun_kernels.h), and what
+    keeps its memory alive.
 
     gated: two matrices [out, in] in one; a product is `silu(gate) * value`.
     """

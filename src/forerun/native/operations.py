@@ -1,4 +1,5 @@
-"""Single operations on contiguous bf16 or fp32 tensors: what the tests hold against the torch reference in `nn/ops.py`."""
+"""Single operations on contiguous bf16 or fp32 tensors: what the tests hold against the torch
+reference in `nn/ops.py`."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from forerun.native.records import FORMATS, WIDEST_HEAD, FeedRecord, cache_recor
 
 
 def linear(x: Tensor, weight: Packed, residual: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias (+ residual)`; for gated weights `silu(x @ gate.T) * (x @ value.T)`. Any leading dimensions."""
+    """`x @ weight.T + bias (+ residual)`; for gated weights `silu(x @ gate.T) * (x @ value.T)`. Any
+    leading dimensions."""
     x = x.contiguous()
     y = torch.empty((*x.shape[:-1], weight.out), dtype=x.dtype)
     if x.shape[-1] != weight.record.in_:
@@ -103,9 +105,9 @@ def attention(
     window: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention [B, N, heads * head_dim] of queries [B, N, heads, head_dim] over a cache `store` that holds their keys and
-    values already (see `Cache.store`); the other arguments are those of `Feed`. Padding gives zeros. Raises IndexError for
-    paths that lead nowhere."""
+    """Attention [B, N, heads * head_dim] of queries [B, N, heads, head_dim] over a cache `store`
+    that holds their keys and values already (see `Cache.store`); the other arguments are those of
+    `Feed`. Padding gives zeros. Raises IndexError for paths that lead nowhere."""
     rows, count, heads, width = q.shape
     if width > WIDEST_HEAD or q.dtype != store.dtype:
         raise ValueError(f"heads of at most {WIDEST_HEAD}, queries and cache of one dtype")

@@ -1,14 +1,16 @@
 """Key/value storage for many rows of different lengths.
 
-A cache owns two tensors per layer, [slots, capacity, kv_heads, head_dim]. A slot's entries below `lengths[slot]` are
-committed: entry s holds the token at position s. The entries above are scratch: the nodes of the tree being scored, in
-feeding order. `keep` turns one path of the scratch into committed entries; whatever is not kept is simply overwritten later.
+A cache owns two tensors per layer, [slots, capacity, kv_heads, head_dim]. A slot's entries below
+`lengths[slot]` are committed: entry s holds the token at position s. The entries above are scratch:
+the nodes of the tree being scored, in feeding order. `keep` turns one path of the scratch into
+committed entries; whatever is not kept is simply overwritten later.
 
     slot   | committed 0 .. length-1 | scratch: node, node, node | never written |
     owner  | the row                 | the step under way        |               |
 
-Slots are dense: rows 0 .. n-1 are live, so a batch is always a slice and the committed part is never copied in the loop.
-Only `release` moves a row (the last one, into the hole), and only `reserve` allocates, both between steps.
+Slots are dense: rows 0 .. n-1 are live, so a batch is always a slice and the committed part is
+never copied in the loop. Only `release` moves a row (the last one, into the hole), and only
+`reserve` allocates, both between steps.
 """
 
 from __future__ import annotations

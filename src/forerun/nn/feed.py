@@ -17,14 +17,15 @@ from forerun.tree import Paths
 class Feed:
     """N tokens for each of the slots `start .. start + B`, to be written behind what the slots hold.
 
-    tokens_BN: int64. states_BND: the inputs themselves instead of the tokens' embeddings; of `tokens_BN` only the shape counts
-    then. lengths_B: committed entries of each slot; held: scratch entries behind them that earlier feeds wrote,
-    the same number in every row. where_BN: the positions of the tokens in their texts. paths_BNJ: the scratch entries
-    (numbers among the M = held + N that there are now) that a token sees, in order of depth, itself the last, and -1 behind
-    that (int32; a parent has the smaller number); None: all up to itself.
-    counts_B: the tokens of each row that are not padding (None: all N). last_B: if given, only the token at this index of
-    each row is scored ([B, 1, V] logits). scratch_BM: the positions of all uncommitted tokens, for sliding windows (None: these
-    tokens are all there are).
+    tokens_BN: int64. states_BND: the inputs themselves instead of the tokens' embeddings; of
+    `tokens_BN` only the shape counts then. lengths_B: committed entries of each slot; held: scratch
+    entries behind them that earlier feeds wrote, the same number in every row. where_BN: the
+    positions of the tokens in their texts. paths_BNJ: the scratch entries (numbers among the M =
+    held + N that there are now) that a token sees, in order of depth, itself the last, and -1
+    behind that (int32; a parent has the smaller number); None: all up to itself. counts_B: the
+    tokens of each row that are not padding (None: all N). last_B: if given, only the token at this
+    index of each row is scored ([B, 1, V] logits). scratch_BM: the positions of all uncommitted
+    tokens, for sliding windows (None: these tokens are all there are).
 
     The other properties say the same thing in the words of networks that want masks; they are made when asked for.
     """
@@ -118,7 +119,8 @@ class Feed:
         return self.lengths_B[:, None] + self.held + np.arange(self.tokens_BN.shape[1])
 
     def _tree_mask(self, paths_BNJ: Paths) -> np.ndarray:
-        """[B, N, span]: a token sees its row's committed entries, and of the scratch behind them what its path names."""
+        """[B, N, span]: a token sees its row's committed entries, and of the scratch behind them
+        what its path names."""
         rows, count, _ = paths_BNJ.shape
         scratch = self.held + count
         sees_BNM = np.zeros((rows, count, scratch + 1), np.bool_)  # the last column takes the padding

@@ -28,8 +28,9 @@ from forerun.nn.network import Footprint, LayerShape
 from forerun.sources.folder import brief, difference, weight_files
 
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.2
-"""How far the rehearsal may be off in fp32 and in half precision, as a part of the spread of the logits: rounding, and
-the odd expert that a mixture routes elsewhere. An ignored mask or position is off by about as much as the logits spread."""
+"""How far the rehearsal may be off in fp32 and in half precision, as a part of the spread of the
+logits: rounding, and the odd expert that a mixture routes elsewhere. An ignored mask or position is
+off by about as much as the logits spread."""
 BUFFERS = re.compile(r"(\.|^)((attn|attention|self_attn)\.(masked_)?bias|rotary_emb\.inv_freq|position_ids)$")
 """Constants that old exports carry beside the weights; transformers makes them anew."""
 ALIBI = (

@@ -13,8 +13,8 @@ LAYER = ("qkv", "out", "gate_up", "down")
 
 @dataclass(frozen=True)
 class Formats:
-    """One format for all matrices, and exceptions by name: "head", "embedding", a matrix of every layer ("down"), or of one
-    layer, which counts most ("3.down").
+    """One format for all matrices, and exceptions by name: "head", "embedding", a matrix of every
+    layer ("down"), or of one layer, which counts most ("3.down").
 
     An embedding is looked up and never multiplied, so it is a float: the network's own where it is no exception.
 

@@ -42,11 +42,12 @@ def load_network(
 ) -> Network:
     """A network from a local folder or a hub id, on `device` in `dtype`, ready to read.
 
-    kernels: "torch" (the result can be trained and saved), "native", or "auto" (native where they are and where they know
-    the model). weights: "auto" (as `dtype`), or "int8" (native kernels only): each group of 128 weights as bytes with a scale.
+    kernels: "torch" (the result can be trained and saved), "native", or "auto" (native where they
+    are and where they know the model). weights: "auto" (as `dtype`), or "int8" (native kernels
+    only): each group of 128 weights as bytes with a scale.
 
-    Raises CheckpointError for anything that is missing, damaged, or of a kind that cannot be run; ForerunError for kernels
-    that cannot be had.
+    Raises CheckpointError for anything that is missing, damaged, or of a kind that cannot be run;
+    ForerunError for kernels that cannot be had.
     """
     folder = checkpoint_folder(path_or_hub_id)
     outside = read_config(folder)
@@ -119,7 +120,8 @@ def load_packed(
 def _checked(folder: Path, config: TransformerConfig) -> tuple[TransformerConfig, dict[str, Slice]]:
     """The config as the weights have it, and the places of its tensors, all of which are there."""
     held = stored(weight_files(folder))
-    # Heads that were trained with the model (Medusa-2) travel in its folder, as X_head.* beside X_num_heads: for forerun convert.
+    # Heads that were trained with the model (Medusa-2) travel in its folder, as X_head.* beside
+    # X_num_heads: for forerun convert.
     theirs = tuple(f"{key.removesuffix('_num_heads')}_head." for key in config.source if key.endswith("_num_heads"))
     held = {name: tensor for name, tensor in held.items() if not name.startswith(theirs)}
     # A head that is published although the config ties it may differ; transformers believes the weights, and so do we.

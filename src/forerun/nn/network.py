@@ -18,8 +18,9 @@ from forerun.nn.formats import Formats
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What one of a network's layers is like beside its keys and values (`CacheShape`): query heads, width between the two
-    halves of its multilayer perceptron, epsilon of its norms, base of its rotary frequencies."""
+    """What one of a network's layers is like beside its keys and values (`CacheShape`): query
+    heads, width between the two halves of its multilayer perceptron, epsilon of its norms, base of
+    its rotary frequencies."""
 
     heads: int
     mlp_width: int
@@ -39,8 +40,8 @@ class Footprint:
 class Backend(Protocol):
     """What networks run on. A third one need only be this, and networks that name it.
 
-    name: as reports say it. keeps_bits: a token's logits have the same bits whatever is read beside it, in every number format.
-    formats: what weights may be.
+    name: as reports say it. keeps_bits: a token's logits have the same bits whatever is read beside
+    it, in every number format. formats: what weights may be.
     """
 
     @property
@@ -62,19 +63,21 @@ class Backend(Protocol):
         ...
 
     def top_log_probs(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k most probable tokens of every row [..., V] that a network of this backend gave: natural logarithms of their
-        probabilities, and their ids, [..., k]."""
+        """The k most probable tokens of every row [..., V] that a network of this backend gave:
+        natural logarithms of their probabilities, and their ids, [..., k]."""
         ...
 
 
 class Network(Protocol):
     """Anything that reads a `Feed` and scores it: our `Transformer`, or a `Foreign` model.
 
-    backend: what a forward runs on. weights: their number format (dtype, or int8), where a matrix is no exception.
-    max_length: the most tokens a row may have. windows: the sliding-window sizes for which `forward` needs a mask of its own.
+    backend: what a forward runs on. weights: their number format (dtype, or int8), where a matrix
+    is no exception. max_length: the most tokens a row may have. windows: the sliding-window sizes
+    for which `forward` needs a mask of its own.
 
-    input_embedding and output_head, [V, D] each: the matrices themselves, for drafters that use the target's. Nobody else's to
-    write to. output_head may be packed: `head_matrix` is it as a tensor in `dtype`, and output_shape its shape.
+    input_embedding and output_head, [V, D] each: the matrices themselves, for drafters that use the
+    target's. Nobody else's to write to. output_head may be packed: `head_matrix` is it as a tensor
+    in `dtype`, and output_shape its shape.
     """
 
     @property

@@ -1,8 +1,8 @@
 """The few operations a forward is made of, in plain torch.
 
-This file is the reference: the native kernels (`native/operations.py`) must agree with it. Shapes use the legend of the
-project: `B` rows, `N` tokens per row, `S` cache entries read, `D` width, `H` attention heads, `E` width of one head, `V`
-vocabulary.
+This file is the reference: the native kernels (`native/operations.py`) must agree with it. Shapes
+use the legend of the project: `B` rows, `N` tokens per row, `S` cache entries read, `D` width, `H`
+attention heads, `E` width of one head, `V` vocabulary.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The one transformer: Llama, Mistral, Qwen2, Qwen3 and their relatives, as targets, drafts and in training.
 
-The cached forward is one straight line over `nn/ops.py`: explicit positions, preallocated buffers, no branch that looks at
-data. Query, key and value share one projection, gate and up another, so a layer is four matrix products.
+The cached forward is one straight line over `nn/ops.py`: explicit positions, preallocated buffers,
+no branch that looks at data. Query, key and value share one projection, gate and up another, so a
+layer is four matrix products.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ NO_VOCABULARY = "a transformer without a vocabulary reads states, not tokens: gi
 class TransformerConfig:
     """Every architectural choice; sizes in elements, `max_length` in tokens.
 
-    With a `vocab_size` of 0 it is a stack of layers that reads states (`Feed.states_BND`) and gives states: nothing is embedded,
-    nothing scored. `windows` holds one sliding-window size per layer (None: full attention). `inv_freq` are the rotary
-    frequencies after any length scaling, `rope_scale` the factor that YaRN-like scalings put on cos and sin.
+    With a `vocab_size` of 0 it is a stack of layers that reads states (`Feed.states_BND`) and gives
+    states: nothing is embedded, nothing scored. `windows` holds one sliding-window size per layer
+    (None: full attention). `inv_freq` are the rotary frequencies after any length scaling,
+    `rope_scale` the factor that YaRN-like scalings put on cos and sin.
     """
 
     vocab_size: int

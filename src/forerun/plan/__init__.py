@@ -1,1 +1,2 @@
-"""Planning: which models draft for which, and how much, from acceptance rates and seconds that were measured elsewhere."""
+"""Planning: which models draft for which, and how much, from acceptance rates and seconds that were
+measured elsewhere."""

@@ -1,10 +1,13 @@
-"""Choosing a static tree for heads on this machine: which paths the target follows, and what a step costs at every size.
+"""Choosing a static tree for heads on this machine: which paths the target follows, and what a step
+costs at every size.
 
-For dependent heads the accuracies of single heads say too little, so whole paths are counted: at every place of the target's
-own answers, the ranks that its next tokens had. The N most followed paths are the best tree of N nodes. Paths are counted on
-one half of the answers, and a tree's tokens per step are projected on the other, so that no tree is praised for what it was
-fitted to. Step seconds are measured with the engine, sizes interleaved; the tree with the most tokens per second wins (Medusa,
-section 2.3.3, fits marginals instead; Hydra, section 4, chooses its size by measured throughput).
+For dependent heads the accuracies of single heads say too little, so whole paths are counted: at
+every place of the target's own answers, the ranks that its next tokens had. The N most followed
+paths are the best tree of N nodes. Paths are counted on one half of the answers, and a tree's
+tokens per step are projected on the other, so that no tree is praised for what it was fitted to.
+Step seconds are measured with the engine, sizes interleaved; the tree with the most tokens per
+second wins (Medusa, section 2.3.3, fits marginals instead; Hydra, section 4, chooses its size by
+measured throughput).
 """
 
 from __future__ import annotations
@@ -43,14 +46,16 @@ SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 40, 48, 63)
 WARM_UP, STEPS = 4, 24
 """Steps of one timing: those that are not counted, and those that are."""
 PATIENCE = 8
-"""In a context that is hardly longer than a draft, most steps do not count: so many times as many are made before giving up."""
+"""In a context that is hardly longer than a draft, most steps do not count: so many times as many
+are made before giving up."""
 
 Watch = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A tree size. tokens_per_step: as projected; step_seconds: the median over all timings; fastest and slowest beside it."""
+    """A tree size. tokens_per_step: as projected; step_seconds: the median over all timings;
+    fastest and slowest beside it."""
 
     nodes: int
     tokens_per_step: float
@@ -120,10 +125,11 @@ def calibrate(
     rounds: int = 3,
     watch: Watch | None = None,
 ) -> Calibration:
-    """Count, project, measure, choose. The engine's drafter must be heads; `rows` requests run side by side in the timings, at
-    the temperature of the first answer.
+    """Count, project, measure, choose. The engine's drafter must be heads; `rows` requests run side
+    by side in the timings, at the temperature of the first answer.
 
-    Raises TrainingError for too few answers or those of another model, DrafterError for a drafter that grows no static tree.
+    Raises TrainingError for too few answers or those of another model, DrafterError for a drafter
+    that grows no static tree.
     """
     drafter = engine.drafter
     if not isinstance(drafter, HeadDrafter):
@@ -211,8 +217,8 @@ def _timings(
 def _step_seconds(engine: Engine, prompts: Sequence[list[int]], params: SamplingParams) -> float:
     """The median second of a step with all of these requests running and nothing being read.
 
-    Prompts lose their beginning where the context has no room for all the steps; where half of it is not enough, a request that
-    has filled it begins again.
+    Prompts lose their beginning where the context has no room for all the steps; where half of it
+    is not enough, a request that has filled it begins again.
     """
     context = engine.target.max_length
     longest = max(2, context - (params.max_new_tokens or 0), context // 2)

@@ -1,12 +1,14 @@
 """What CS Drafting's cascades are worth: expected walltime improvement factors, and the reviews that a matrix K causes.
 
-After "Cascade Speculative Drafting for Even Faster LLM Inference" (Chen et al., arXiv 2312.11462) and its repository; the formula
-of the vertical cascade is the paper's as quoted by others, the rest is derived here, as the body of the paper was not
-available to us. A factor (EWIF) is the speedup over the target alone; costs are those of a forward in units of the
-target's. A drafter reviews, in the paper's words, where `forerun.plan.hierarchy` says that it verifies.
+After "Cascade Speculative Drafting for Even Faster LLM Inference" (Chen et al., arXiv 2312.11462)
+and its repository; the formula of the vertical cascade is the paper's as quoted by others, the rest
+is derived here, as the body of the paper was not available to us. A factor (EWIF) is the speedup
+over the target alone; costs are those of a forward in units of the target's. A drafter reviews, in
+the paper's words, where `forerun.plan.hierarchy` says that it verifies.
 
-The vertical cascade is `hierarchy.fixed_rounds` with three models. The horizontal cascade drafts the first positions with the
-largest drafter, later ones, which are less likely to be kept, with cheaper ones. K joins the two, see `Cascade`.
+The vertical cascade is `hierarchy.fixed_rounds` with three models. The horizontal cascade drafts
+the first positions with the largest drafter, later ones, which are less likely to be kept, with
+cheaper ones. K joins the two, see `Cascade`.
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ def speculative(rate: float, drafts: int, cost: float) -> float:
 
 @dataclass(frozen=True)
 class Review:
-    """A drafter and how much it does. rate: at which the level above accepts its tokens; cost: of one of its forwards; count:
-    its reviews or, where it writes by itself, its tokens."""
+    """A drafter and how much it does. rate: at which the level above accepts its tokens; cost: of
+    one of its forwards; count: its reviews or, where it writes by itself, its tokens."""
 
     rate: float
     cost: float
@@ -46,10 +48,12 @@ class Review:
 
 
 def vertical(middle: Review, lowest: Review) -> float:
-    """EWIF where the target reviews what `middle` emits in `count` reviews, of `lowest.count` tokens of the lowest each.
+    """EWIF where the target reviews what `middle` emits in `count` reviews, of `lowest.count`
+    tokens of the lowest each.
 
-    (1 - a phi^n(a)) / ((1 - a) (1 + n c1 + n k c2)) with a the middle's rate: by the pgf of the draft's length at a. As the
-    lowest becomes free, n reviews cost what n drafted tokens cost and emit more. At a = 1 the limit, 1 + n E[N]."""
+    (1 - a phi^n(a)) / ((1 - a) (1 + n c1 + n k c2)) with a the middle's rate: by the pgf of the
+    draft's length at a. As the lowest becomes free, n reviews cost what n drafted tokens cost and
+    emit more. At a = 1 the limit, 1 + n E[N]."""
     a, n = middle.rate, middle.count
     longer = review_pgf(lowest.rate, lowest.count, a) ** n
     tokens = (1 - a * longer) / (1 - a) if a < 1 else 1 + n * expected_tokens(lowest.rate, lowest.count)
@@ -70,10 +74,12 @@ def horizontal(segments: Sequence[Review]) -> float:
 
 
 def best_split(drafters: Sequence[tuple[float, float]], most: int) -> tuple[Review, ...]:
-    """The horizontal cascade with the largest EWIF: how many of at most so many positions each drafter writes, none too.
+    """The horizontal cascade with the largest EWIF: how many of at most so many positions each
+    drafter writes, none too.
 
-    drafters: (rate, cost), in the order of their segments. The higher rate belongs first: exchanging two neighbouring positions
-    leaves the survival after both and the cost as they are. Tries all splits; equal factors: the shorter draft."""
+    drafters: (rate, cost), in the order of their segments. The higher rate belongs first:
+    exchanging two neighbouring positions leaves the survival after both and the cost as they are.
+    Tries all splits; equal factors: the shorter draft."""
     splits = (
         tuple(Review(rate, cost, count) for (rate, cost), count in zip(drafters, counts, strict=True))
         for counts in splits_of(most, len(drafters))
@@ -101,14 +107,15 @@ def _splits_of_exactly(total: int, parts: int) -> Iterator[tuple[int, ...]]:
 class Cascade:
     """A target and its drafters, the largest first; models are numbered so, the target is 0.
 
-    costs: of a review, of all that review. last: what the last drafter, which does not review, writes at a time, one token or
-    more (Max-Gram: 10 tokens for nothing). rates[r][d]: how often model r accepts a token of model d, for d > r; nothing else
-    is read.
+    costs: of a review, of all that review. last: what the last drafter, which does not review,
+    writes at a time, one token or more (Max-Gram: 10 tokens for nothing). rates[r][d]: how often
+    model r accepts a token of model d, for d > r; nothing else is read.
 
-    A matrix K (upper triangular, as in the paper's repository: the first row holds increments) has a row for every model that
-    reviews. Row r says how model r's draft comes about: model r + 1 emits until K[r][r] tokens are there, model r + 2 until
-    K[r][r] + K[r][r+1], and so on; then r reviews all of them. Lengths are at least these: what is over is kept, and may leave
-    nothing to do for the next drafter. Every drafter's emissions are themselves reviews, by its own row.
+    A matrix K (upper triangular, as in the paper's repository: the first row holds increments) has
+    a row for every model that reviews. Row r says how model r's draft comes about: model r + 1
+    emits until K[r][r] tokens are there, model r + 2 until K[r][r] + K[r][r+1], and so on; then r
+    reviews all of them. Lengths are at least these: what is over is kept, and may leave nothing to
+    do for the next drafter. Every drafter's emissions are themselves reviews, by its own row.
     """
 
     costs: tuple[Price, ...]
@@ -136,8 +143,9 @@ class Step:
 def steps(cascade: Cascade, matrix: Matrix) -> tuple[Step, ...]:
     """A step of every model that reviews, the target's first. Reconstruction.
 
-    Exact, given that all acceptance is independent, also of what levels below accepted: distributions of lengths are carried from
-    segment to segment, not simulated. Real models depart from that as `forerun.plan.hierarchy` says."""
+    Exact, given that all acceptance is independent, also of what levels below accepted:
+    distributions of lengths are carried from segment to segment, not simulated. Real models depart
+    from that as `forerun.plan.hierarchy` says."""
     models = len(cascade.costs)
     _demand_matrix(matrix, models)
     done: dict[int, Step] = {}
@@ -149,7 +157,8 @@ def steps(cascade: Cascade, matrix: Matrix) -> tuple[Step, ...]:
 
 
 def _step(cascade: Cascade, reviewer: int, thresholds: Sequence[int], emitted: dict[int, Round]) -> Step:
-    """lengths[m]: the probability that m tokens are drafted so far; kept[m]: that, and that the reviewer accepts them all."""
+    """lengths[m]: the probability that m tokens are drafted so far; kept[m]: that, and that the
+    reviewer accepts them all."""
     longest = max(most + len(emits.yields) for most, emits in zip(thresholds, emitted.values(), strict=True))
     lengths, kept = np.eye(1, longest)[0], np.eye(1, longest)[0]
     calls, yields = np.zeros(len(cascade.costs) + 1), np.zeros(longest + 1)
@@ -207,8 +216,9 @@ def ewif(cascade: Cascade, matrix: Matrix) -> float:
 
 
 def reviews(cascade: Cascade, matrix: Matrix) -> Floats:
-    """By model, how often it reviews (the last drafter: writes) during one step of the target, on average. Counted costs, such
-    as the paper's standardized walltime, are the product of this with the costs. models + 1.
+    """By model, how often it reviews (the last drafter: writes) during one step of the target, on
+    average. Counted costs, such as the paper's standardized walltime, are the product of this with
+    the costs. models + 1.
 
     Steps of a model are independent and alike, so by Wald's identity calls multiply down the levels."""
     counts: Floats = np.eye(1, len(cascade.costs) + 1)[0]

@@ -1,25 +1,29 @@
 """What a token costs in a hierarchy of models, where each verifies what the next smaller one drafts.
 
-The online algorithm is that of "Fast Inference via Hierarchical Speculative Decoding" (Globerson et al., arXiv 2510.19705); the
-expressions for its expected latency are a reconstruction, as the body of the paper was not available to us. For two models
-they are those of Leviathan et al. (arXiv 2211.17192), for a fixed number of rounds those of CS Drafting (arXiv 2312.11462).
+The online algorithm is that of "Fast Inference via Hierarchical Speculative Decoding" (Globerson et
+al., arXiv 2510.19705); the expressions for its expected latency are a reconstruction, as the body
+of the paper was not available to us. For two models they are those of Leviathan et al. (arXiv
+2211.17192), for a fixed number of rounds those of CS Drafting (arXiv 2312.11462).
 
-Two things alternate on the way up. A `Draft` is what a level hands up: so many tokens, for so many seconds. A `Round` is one
-verification of a draft: so many tokens are emitted (those accepted and one more), for the seconds of the forward and of the
-draft below. A level repeats rounds until its draft is long enough, and three rules say when that is:
+Two things alternate on the way up. A `Draft` is what a level hands up: so many tokens, for so many
+seconds. A `Round` is one verification of a draft: so many tokens are emitted (those accepted and
+one more), for the seconds of the forward and of the draft below. A level repeats rounds until its
+draft is long enough, and three rules say when that is:
 
     fixed_block    exactly T tokens, the surplus is dropped. Exact for models that do not look at their context.
     at_least       T tokens or more, nothing is dropped. What the paper runs.
     fixed_rounds   n rounds, whatever they emit. CS Drafting's vertical cascade.
 
-All of them assume that drafts are accepted independently of each other with one rate per pair of models; the last two also
-that what happened to a draft at one level says nothing about the level above. Real models break both by some percent, in
-either direction: where the middle model lies between the others, a token that it corrected survives the target more often than
-one that it accepted, and these expressions are too optimistic; and easy text is easy for all levels together. Gains below 3%
-are noise until measured.
+All of them assume that drafts are accepted independently of each other with one rate per pair of
+models; the last two also that what happened to a draft at one level says nothing about the level
+above. Real models break both by some percent, in either direction: where the middle model lies
+between the others, a token that it corrected survives the target more often than one that it
+accepted, and these expressions are too optimistic; and easy text is easy for all levels together.
+Gains below 3% are noise until measured.
 
-Letters of the formulas: a acceptance rate, S drafts of one round, T tokens that a level gathers, Y tokens that a round emits, R
-rounds, X tokens that a level hands up. A pmf is an array whose entry k is the probability of k.
+Letters of the formulas: a acceptance rate, S drafts of one round, T tokens that a level gathers, Y
+tokens that a round emits, R rounds, X tokens that a level hands up. A pmf is an array whose entry k
+is the probability of k.
 """
 
 from __future__ import annotations
@@ -55,8 +59,8 @@ class Draft:
 
 @dataclass(frozen=True, eq=False)
 class Round:
-    """One verification, with the drafting before it. yields: the pmf of the number of tokens emitted, at least one; seconds:
-    what they cost, on average."""
+    """One verification, with the drafting before it. yields: the pmf of the number of tokens
+    emitted, at least one; seconds: what they cost, on average."""
 
     yields: Floats
     seconds: float
@@ -88,8 +92,9 @@ class Autoregressive:
 
 @dataclass(frozen=True)
 class Verifier:
-    """A model that verifies. rate: the probability that it accepts a token of the level below; for a store, whose tokens
-    come without probabilities, the probability that it says the same token."""
+    """A model that verifies. rate: the probability that it accepts a token of the level below; for
+    a store, whose tokens come without probabilities, the probability that it says the same
+    token."""
 
     cost: Price
     rate: float
@@ -102,9 +107,10 @@ class Verifier:
 class Chain:
     """A hierarchy, from below; the last verifier is the target.
 
-    bottom: an Autoregressive model; or the Draft that a store or a statistical model proposes at a time, of any length (none
-    at all makes a plain token of the level above); or a Round, where the lowest level that verifies was measured as a whole.
-    Without verifiers the bottom is the target itself.
+    bottom: an Autoregressive model; or the Draft that a store or a statistical model proposes at a
+    time, of any length (none at all makes a plain token of the level above); or a Round, where the
+    lowest level that verifies was measured as a whole. Without verifiers the bottom is the target
+    itself.
     """
 
     bottom: Autoregressive | Draft | Round
@@ -116,7 +122,8 @@ class Chain:
 
     @property
     def gathering(self) -> int:
-        """How many levels gather tokens, and so have a size: all but the target, and a store, whose lengths are its own."""
+        """How many levels gather tokens, and so have a size: all but the target, and a store, whose
+        lengths are its own."""
         return len(self.verifiers) - isinstance(self.bottom, Draft)
 
 
@@ -124,8 +131,8 @@ Gather = Callable[[Round, int], Draft]
 
 
 def expected_tokens(rate: float, drafts: float) -> float:
-    """n(a, S) = 1 + a + ... + a^S: what a round emits when S drafts are verified (Leviathan et al., equation 1). S may be
-    fractional."""
+    """n(a, S) = 1 + a + ... + a^S: what a round emits when S drafts are verified (Leviathan et al.,
+    equation 1). S may be fractional."""
     if rate == 1:
         return drafts + 1
     if rate == 0:
@@ -140,8 +147,9 @@ def round_yields(rate: float, lengths: Floats) -> Floats:
 
 
 def renewals(yields: Floats, tokens: int) -> Floats:
-    """u(m) = sum over y of P(Y = y) u(m - y), u(0) = 1: the probability that a round begins when m tokens are there, for m < T.
-    T, and their sum is E[R], the rounds that it takes to gather T tokens."""
+    """u(m) = sum over y of P(Y = y) u(m - y), u(0) = 1: the probability that a round begins when m
+    tokens are there, for m < T. T, and their sum is E[R], the rounds that it takes to gather T
+    tokens."""
     begins = np.zeros(tokens)
     begins[:1] = 1.0
     for m in range(1, tokens):
@@ -153,8 +161,8 @@ def renewals(yields: Floats, tokens: int) -> Floats:
 def rounds_up_to(rate: float, drafts: int, tokens: int) -> Floats:
     """r(a, S, T) for T = 0 .. tokens, in time linear in T. tokens + 1.
 
-    The renewal equation, subtracted from itself one token later: d(1) = 1, d(m) = (1-a) + a^(S+1) d(m-S-1), and r(T) is the
-    sum of d(1) .. d(T). Reconstruction."""
+    The renewal equation, subtracted from itself one token later: d(1) = 1, d(m) = (1-a) + a^(S+1)
+    d(m-S-1), and r(T) is the sum of d(1) .. d(T). Reconstruction."""
     begins = [0.0, 1.0]
     for m in range(2, tokens + 1):
         earlier = m - drafts - 1
@@ -195,7 +203,8 @@ def so_many_rounds(round: Round, count: int) -> Draft:
 
 
 def fixed_block(chain: Chain, sizes: Sequence[int]) -> Round:
-    """The target's round where every level hands up exactly its size. Sizes are those of the levels that gather, from below."""
+    """The target's round where every level hands up exactly its size. Sizes are those of the levels
+    that gather, from below."""
     return _target_round(chain, sizes, exactly_so_many)
 
 
@@ -207,8 +216,8 @@ def at_least(chain: Chain, sizes: Sequence[int]) -> Round:
 
 
 def fixed_rounds(chain: Chain, sizes: Sequence[int]) -> Round:
-    """The target's round where the sizes of levels that verify are numbers of rounds; an autoregressive bottom writes so many
-    tokens as its size."""
+    """The target's round where the sizes of levels that verify are numbers of rounds; an
+    autoregressive bottom writes so many tokens as its size."""
     return _target_round(chain, sizes, so_many_rounds)
 
 

@@ -1,11 +1,14 @@
-"""What the planner needs to know, measured: how often models agree on the target's own text, and what their work costs here.
+"""What the planner needs to know, measured: how often models agree on the target's own text, and
+what their work costs here.
 
-Acceptance: the target writes; every model reads the same text (teacher forcing), under the same sampling parameters. Model i
-accepts a token of model j with the probability sum over x of min(p_j(x), p_i(x)), 1 minus the total variation; greedily, where
-both would say the same. Averages over positions, with standard errors.
+Acceptance: the target writes; every model reads the same text (teacher forcing), under the same
+sampling parameters. Model i accepts a token of model j with the probability sum over x of
+min(p_j(x), p_i(x)), 1 minus the total variation; greedily, where both would say the same. Averages
+over positions, with standard errors.
 
-Costs: whole operations as the engine performs them, Python and sampling included, not bare forwards. Proposals of a given length
-come from `Sham`; rounds of all lengths take turns, and medians count, because the machine's speed drifts.
+Costs: whole operations as the engine performs them, Python and sampling included, not bare
+forwards. Proposals of a given length come from `Sham`; rounds of all lengths take turns, and
+medians count, because the machine's speed drifts.
 """
 
 from __future__ import annotations
@@ -65,8 +68,9 @@ def texts_of(engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingP
 
 @dataclass(frozen=True)
 class Agreement:
-    """rates[j, i]: how often model i accepts what model j drafts, in the order of the models; symmetric, ones on the diagonal.
-    errors: standard errors over `positions` tokens, as if these were independent."""
+    """rates[j, i]: how often model i accepts what model j drafts, in the order of the models;
+    symmetric, ones on the diagonal. errors: standard errors over `positions` tokens, as if these
+    were independent."""
 
     rates: Floats
     errors: Floats
@@ -110,8 +114,8 @@ def answer_laws(network: Network, text: Transcript, params: SamplingParams) -> T
 
 
 class Sham(Drafter):
-    """So many tokens of no meaning, as a draft model would hand them over: what it costs to verify them does not depend on what
-    they are. A row that samples gets a law with them."""
+    """So many tokens of no meaning, as a draft model would hand them over: what it costs to verify
+    them does not depend on what they are. A row that samples gets a law with them."""
 
     name = "sham"
 
@@ -154,8 +158,8 @@ def verifier_cost(
 ) -> Table:
     """Seconds of one round of a model in the middle of a hierarchy, by the number of tokens that it reads.
 
-    target: reads a token before every timing, as it does when the hierarchy runs, and leaves nothing of the model in the
-    processor's caches.
+    target: reads a token before every timing, as it does when the hierarchy runs, and leaves
+    nothing of the model in the processor's caches.
     """
     sham = Sham(0, network.vocab_size)
     verified = Verified(Model(network, max(LENGTHS) + 1), sham, 1)
@@ -206,7 +210,8 @@ def _demand_room(context: int, text: Transcript, rounds: int) -> None:
     wanted = len(text.tokens) + 2 * (rounds + 2) * len(LENGTHS) + max(LENGTHS)
     if wanted > context:
         raise RequestError(
-            f"a text of {len(text.tokens)} tokens leaves no room to time {rounds} rounds in a context of {context}: give a"
+            f"a text of {len(text.tokens)} tokens leaves no room to time {rounds} rounds in a context of {context}:"
+            " give a"
             " shorter prompt, or fewer new tokens"
         )
 
@@ -214,7 +219,8 @@ def _demand_room(context: int, text: Transcript, rounds: int) -> None:
 def _proposing(
     drafter: Drafter, text: Transcript, params: SamplingParams, device: torch.device, prepare: Callable[[int], object]
 ) -> Callable[[int], None]:
-    """One proposal after the other, behind a text that grows by one token each time, as if all of it had been rejected."""
+    """One proposal after the other, behind a text that grows by one token each time, as if all of
+    it had been rejected."""
     row = Row(list(text.tokens), text.prompt_length, params, key_of(0), len(text.tokens) + 4096)
     drafter.admit(row, {})
 
@@ -235,7 +241,8 @@ def _table(
     lengths: Sequence[int] = LENGTHS,
     before: Callable[[], object] = lambda: None,
 ) -> Table:
-    """Medians of interleaved timings, `before` each of which something else is done. The first rounds are not counted."""
+    """Medians of interleaved timings, `before` each of which something else is done. The first
+    rounds are not counted."""
     seconds: dict[int, list[float]] = {length: [] for length in lengths}
     with torch.inference_mode():
         for number in range(rounds + 2):
@@ -290,8 +297,8 @@ def measured_round(
 ) -> Round:
     """A round of a model over what a store proposes: its yields and its seconds, from a run with the target above it.
 
-    network: the model in the middle; None: the target itself. A store's proposals vary too much in length and luck to be put
-    into one rate.
+    network: the model in the middle; None: the target itself. A store's proposals vary too much in
+    length and luck to be put into one rate.
     """
     recorded = Recorded(store)
     if network is None:

@@ -1,13 +1,15 @@
 """Choosing a hierarchy: which of the models at hand draft, and how many tokens each gathers.
 
-`best` is optimal for `fixed_block` in time O(M^2 T^2), M models and T the most tokens a level may gather; `polished` then fits
-the sizes to `at_least`, which is what runs; `lower_bound` says what no hierarchy that runs so can beat. A caller who prints
-[lower_bound, polished, best] says all that is known before measuring.
+`best` is optimal for `fixed_block` in time O(M^2 T^2), M models and T the most tokens a level may
+gather; `polished` then fits the sizes to `at_least`, which is what runs; `lower_bound` says what no
+hierarchy that runs so can beat. A caller who prints [lower_bound, polished, best] says all that is
+known before measuring.
 
-As a generalized shortest path, which is how the paper (arXiv 2510.19705) solves it: the nodes are (model i, T tokens) and
-the target. An edge from (i, T) down to (j, S) costs r c_i and has the gain r = r(a_ji, S, T), for one call above makes r calls
-below; at any node (i, T) a path may end at the cost T c_i, the model writing for itself. A path costs the sum of its edges,
-each times the gains above it, which is the latency unrolled:
+As a generalized shortest path, which is how the paper (arXiv 2510.19705) solves it: the nodes are
+(model i, T tokens) and the target. An edge from (i, T) down to (j, S) costs r c_i and has the gain
+r = r(a_ji, S, T), for one call above makes r calls below; at any node (i, T) a path may end at the
+cost T c_i, the model writing for itself. A path costs the sum of its edges, each times the gains
+above it, which is the latency unrolled:
 
     n(a_K, T_(K-1)) * latency = c_K + sum over i of c_i R_i ... R_(K-1) + T_0 c_0 R_1 ... R_(K-1)
 
@@ -41,8 +43,8 @@ from forerun.plan.hierarchy import (
 
 @dataclass(frozen=True)
 class Start:
-    """A way to begin at a model that is not another model's writing: a round of this model over what a store proposes, computed
-    (`verified`) or measured."""
+    """A way to begin at a model that is not another model's writing: a round of this model over
+    what a store proposes, computed (`verified`) or measured."""
 
     model: int
     round: Round
@@ -53,8 +55,9 @@ class Start:
 class Family:
     """The models at hand, by number, the cheapest first and the target last; only earlier ones draft for later ones.
 
-    costs: of a forward of each. rates[j][i]: how often model i accepts a token of model j, for j < i; nothing else is read.
-    starts: the ways to begin without a model. To forbid a pair, give it the rate 0.
+    costs: of a forward of each. rates[j][i]: how often model i accepts a token of model j, for j <
+    i; nothing else is read. starts: the ways to begin without a model. To forbid a pair, give it
+    the rate 0.
     """
 
     costs: tuple[Price, ...]
@@ -90,9 +93,10 @@ class Family:
 
 @dataclass(frozen=True)
 class Plan:
-    """A hierarchy out of a family. drafters: the models below the target, from below; sizes: how many tokens each gathers;
-    start: what is below the lowest model, which is the target where there are no drafters; latency: seconds per token. With
-    neither drafters nor a start, the advice is not to speculate."""
+    """A hierarchy out of a family. drafters: the models below the target, from below; sizes: how
+    many tokens each gathers; start: what is below the lowest model, which is the target where there
+    are no drafters; latency: seconds per token. With neither drafters nor a start, the advice is
+    not to speculate."""
 
     drafters: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -111,8 +115,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Way:
-    """How tokens of a model are had for so many seconds: from `below` (a model and how many tokens it gathers), from a start, or,
-    with neither, by the model writing alone."""
+    """How tokens of a model are had for so many seconds: from `below` (a model and how many tokens
+    it gathers), from a start, or, with neither, by the model writing alone."""
 
     seconds: float
     below: tuple[int, int] | None = None
@@ -124,13 +128,15 @@ _Ways = dict[int, list[_Way]]
 
 
 def best(family: Family, most: int, drafters: Sequence[int] | None = None) -> Plan:
-    """The fastest plan under `fixed_block` with at most so many tokens per level. drafters: the models that may be used.
+    """The fastest plan under `fixed_block` with at most so many tokens per level. drafters: the
+    models that may be used.
 
         best(i, T) = min of T c_i and, over j < i and S, of r(a_ji, S, T) (c_i + best(j, S))
         latency    = min of c_K   and, over j < K and S, of (c_K + best(j, S)) / n(a_jK, S)
 
-    The latency grows with best(j, S) whatever is above, so the best hierarchy is made of best ones. Costs that depend on the
-    length change nothing: a forward's cost is a function of (i, S). Equal latencies: the shorter hierarchy.
+    The latency grows with best(j, S) whatever is above, so the best hierarchy is made of best ones.
+    Costs that depend on the length change nothing: a forward's cost is a function of (i, S). Equal
+    latencies: the shorter hierarchy.
     """
     if most < 1:
         raise DrafterError(f"at most {most} tokens per level leave nothing to choose: allow 1 or more")
@@ -184,9 +190,9 @@ def _traced(way: _Way, ways: _Ways) -> Plan:
 def polished(family: Family, plan: Plan, most: int) -> Plan:
     """The same models, with sizes that are best one at a time under `at_least`; its latency is the one of `at_least`.
 
-    Coordinate descent: no polynomial algorithm for the best sizes under `at_least` is known to us, as the cost of a level
-    depends on the whole distribution of the lengths below. It may end beside the best sizes, by some tenths of a percent where
-    we compared."""
+    Coordinate descent: no polynomial algorithm for the best sizes under `at_least` is known to us,
+    as the cost of a level depends on the whole distribution of the lengths below. It may end beside
+    the best sizes, by some tenths of a percent where we compared."""
     chain = plan.chain(family)
 
     def latency(sizes: tuple[int, ...]) -> float:
@@ -203,18 +209,20 @@ def polished(family: Family, plan: Plan, most: int) -> Plan:
 
 
 def cheapest_token(cost: Cost, rate: float, below: float, longest: int) -> float:
-    """min over S in 1 .. longest of (c(S + 1) + S f) / n(a, S): seconds per token where drafted tokens are sold singly, for
-    f seconds each, `below`.
+    """min over S in 1 .. longest of (c(S + 1) + S f) / n(a, S): seconds per token where drafted
+    tokens are sold singly, for f seconds each, `below`.
 
-    No distribution of lengths does better: by Wald's identity `at_least` has (E c(X + 1) + E X f) / E n(a, X), a ratio of two
-    means, and that is never below the smallest ratio. So it holds for costs of any shape. The paper's reconstruction allows
-    fractional lengths (the fluid bound), which is a little lower and needs convex costs.
+    No distribution of lengths does better: by Wald's identity `at_least` has (E c(X + 1) + E X f) /
+    E n(a, X), a ratio of two means, and that is never below the smallest ratio. So it holds for
+    costs of any shape. The paper's reconstruction allows fractional lengths (the fluid bound),
+    which is a little lower and needs convex costs.
     """
     return min((cost(drafts + 1) + drafts * below) / expected_tokens(rate, drafts) for drafts in range(1, longest + 1))
 
 
 def chain_bound(chain: Chain, longest: int) -> float:
-    """A latency that no sizes of this chain can beat, under `at_least` or `fixed_block`, while no draft is longer than this."""
+    """A latency that no sizes of this chain can beat, under `at_least` or `fixed_block`, while no
+    draft is longer than this."""
     level, verifiers = chain.bottom, chain.verifiers
     if isinstance(level, Draft):
         level, verifiers = verified(level, verifiers[0]), verifiers[1:]
@@ -247,7 +255,8 @@ def longest_draft(family: Family, most: int) -> int:
 
 
 def best_within(family: Family, most: int, memory: Sequence[int], budget: int) -> Plan:
-    """The fastest plan whose models fit together. memory: bytes of each model, its weights and cache; budget: of the device.
+    """The fastest plan whose models fit together. memory: bytes of each model, its weights and
+    cache; budget: of the device.
 
     Tries every largest set of drafters that fits, which is exponential in the number of models; families are small.
     """
@@ -280,9 +289,10 @@ class Detour:
 def detours(family: Family, tolerance: float) -> tuple[Detour, ...]:
     """Where 1 - rate breaks the triangle inequality by more than the tolerance.
 
-    1 - rate is the mean total variation, and with greedy models the share of places where they differ; both are distances, so
-    rates measured on the same contexts break it by sampling error only. More says that they were measured on different ones.
-    Bound the error of the three rates together, three standard errors each, to find the tolerance."""
+    1 - rate is the mean total variation, and with greedy models the share of places where they
+    differ; both are distances, so rates measured on the same contexts break it by sampling error
+    only. More says that they were measured on different ones. Bound the error of the three rates
+    together, three standard errors each, to find the tolerance."""
     found = []
     for models in combinations(range(len(family.costs)), 3):
         apart = {pair: 1 - family.rates[pair[0]][pair[1]] for pair in combinations(models, 2)}
@@ -295,8 +305,9 @@ def detours(family: Family, tolerance: float) -> tuple[Detour, ...]:
 
 
 def useless_edges(family: Family, most: int) -> tuple[tuple[int, int], ...]:
-    """Pairs (drafter, verifier) where a drafted token cannot be had cheaper than the verifier writes one, so that drafting
-    cannot help even if all is accepted. Assumes that a longer forward is never cheaper."""
+    """Pairs (drafter, verifier) where a drafted token cannot be had cheaper than the verifier
+    writes one, so that drafting cannot help even if all is accepted. Assumes that a longer forward
+    is never cheaper."""
     bounds = lower_bounds(family, most)
     pairs = combinations(range(len(family.costs)), 2)
     return tuple((low, high) for low, high in pairs if bounds[low] >= family.cost(high)(1))

@@ -11,7 +11,8 @@ from typing import Any
 from forerun.sources.folder import CONFIG, weight_files
 
 BLOCK, BLOCKS = 65536, 64
-"""Bytes of a look into a large file, and how many looks: training moves every weight, so a sample tells models apart."""
+"""Bytes of a look into a large file, and how many looks: training moves every weight, so a sample
+tells models apart."""
 
 
 def fingerprint_of_model(folder: Path) -> str:
@@ -21,7 +22,8 @@ def fingerprint_of_model(folder: Path) -> str:
 
 
 def fingerprint(paths: Iterable[Path]) -> str:
-    """A hash of files' names, sizes and contents; of a large file, 64 blocks from end to end, so that it takes no time."""
+    """A hash of files' names, sizes and contents; of a large file, 64 blocks from end to end, so
+    that it takes no time."""
     found = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size

@@ -67,5 +67,6 @@ class Source:
 
     @cached_property
     def vocabulary_fingerprint(self) -> str:
-        """Of what the tokenizer calls its tokens, by which stores of another one are told; empty without a tokenizer."""
+        """Of what the tokenizer calls its tokens, by which stores of another one are told; empty
+        without a tokenizer."""
         return fingerprint_of(self.tokenizer.backend_tokenizer.get_vocab()) if self.tokenizer else ""

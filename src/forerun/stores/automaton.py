@@ -1,14 +1,17 @@
 """A suffix automaton: every substring of a text, found again in constant time per token, while the text grows.
 
-Blumer et al. 1985 (online construction), with one addition: every state knows which token came after it last, and how many
-times in a row. A *state* stands for all substrings that end at the same places of the text; its edges lead to the tokens
-that follow there. The *suffix link* of a state leads to its longest suffix that also occurs elsewhere, so a walk along the
-links meets every suffix, from long to short.
+Blumer et al. 1985 (online construction), with one addition: every state knows which token came
+after it last, and how many times in a row. A *state* stands for all substrings that end at the same
+places of the text; its edges lead to the tokens that follow there. The *suffix link* of a state
+leads to its longest suffix that also occurs elsewhere, so a walk along the links meets every
+suffix, from long to short.
 
-Appending costs O(1) amortised: one to two microseconds in plain Python, for text of any kind. A text of n tokens has at most
-2 n - 1 states. A state takes 29 bytes, and a dict if it has several edges: together 125 to 145 bytes per token of source code,
-100 to 160 of random tokens, 290 of random bits, the worst text known (`benchmarks/lookup.py` measures both). Where there are
-native kernels, kernels/automaton.cc is used instead: the same states in less than half the memory and a twentieth of the time.
+Appending costs O(1) amortised: one to two microseconds in plain Python, for text of any kind. A
+text of n tokens has at most 2 n - 1 states. A state takes 29 bytes, and a dict if it has several
+edges: together 125 to 145 bytes per token of source code, 100 to 160 of random tokens, 290 of
+random bits, the worst text known (`benchmarks/lookup.py` measures both). Where there are native
+kernels, kernels/automaton.cc is used instead: the same states in less than half the memory and a
+twentieth of the time.
 """
 
 from __future__ import annotations
@@ -19,8 +22,9 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 REACH = 16
-"""How many suffixes, from the longest on, have their statistics brought up to date by a token, and are asked for continuations.
-Bounds the work where the text repeats itself without end; source code needs two on average."""
+"""How many suffixes, from the longest on, have their statistics brought up to date by a token, and
+are asked for continuations. Bounds the work where the text repeats itself without end; source code
+needs two on average."""
 
 
 SEPARATOR = 2**31 - 1
@@ -41,8 +45,8 @@ ROOT = Cursor(0, 0)
 
 
 class Outlook(NamedTuple):
-    """What is known about the next token. newest: the one that came last (-1: none). run: how many times in a row it came,
-    1 to 255. branches: whether other tokens have come here as well."""
+    """What is known about the next token. newest: the one that came last (-1: none). run: how many
+    times in a row it came, 1 to 255. branches: whether other tokens have come here as well."""
 
     newest: int
     run: int
@@ -52,8 +56,8 @@ class Outlook(NamedTuple):
 class SuffixAutomaton:
     """The substrings of `tokens` (integers from 0 to 2**31 - 1), and what came after each of them.
 
-    Per state: `_length` of its longest substring, suffix `_link`, `_newest` edge and its `_target`, `_run` of that edge, and
-    the first `_end` of its substrings: how many tokens had been read then.
+    Per state: `_length` of its longest substring, suffix `_link`, `_newest` edge and its `_target`,
+    `_run` of that edge, and the first `_end` of its substrings: how many tokens had been read then.
     `_edges` holds all edges of a state that has several, the newest last, and None for the others.
     """
 
@@ -122,7 +126,8 @@ class SuffixAutomaton:
                 self._note(state, token)
 
     def _split(self, whole: int, state: int, token: int) -> int:
-        """The shorter substrings of `whole`, which just ended at one more place than the longer ones, as a state of their own.
+        """The shorter substrings of `whole`, which just ended at one more place than the longer
+        ones, as a state of their own.
 
         They are reached from `state` and its suffixes by `token`.
         """
@@ -175,7 +180,8 @@ class SuffixAutomaton:
         return Cursor(state, self._length[state]) if state > 0 else ROOT
 
     def advance(self, cursor: Cursor, token: int) -> Cursor:
-        """The longest end of what the cursor has read, and `token` behind it, that occurs in the text before its last token.
+        """The longest end of what the cursor has read, and `token` behind it, that occurs in the
+        text before its last token.
 
         So there is always a token to follow, unless the length is 0. Reads only: for drafts, and for tokens that may be
         taken back.
@@ -209,8 +215,9 @@ class SuffixAutomaton:
         return self._end[cursor.state]
 
     def continuations(self, cursor: Cursor, count: int, shortest: int = 1) -> list[int]:
-        """At most `count` different tokens that came after this place: the newest first, and after those of the whole match
-        those of its shorter and shorter suffixes, of `shortest` (at least 1) tokens or more."""
+        """At most `count` different tokens that came after this place: the newest first, and after
+        those of the whole match those of its shorter and shorter suffixes, of `shortest` (at least
+        1) tokens or more."""
         found: list[int] = []
         for token in self._followers(cursor.state, shortest):
             if token not in found:

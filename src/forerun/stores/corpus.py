@@ -47,7 +47,8 @@ class Corpus:
     def open(path: str | Path) -> Corpus:
         """Raises DrafterError for a file that is missing, cut short, damaged, or something else.
 
-        Only the header is looked at. Nothing that the numbers behind it may be can do harm (`places`, `kernels/corpus.cc`).
+        Only the header is looked at. Nothing that the numbers behind it may be can do harm
+        (`places`, `kernels/corpus.cc`).
         """
         path = Path(path)
         try:
@@ -75,7 +76,8 @@ class Corpus:
         return Numbers(self.tokens.data, self.order.data, self.starts.data, self.vocabulary)
 
     def demand_fit(self, vocabulary: int, fingerprint: str = "") -> None:
-        """Refuse a corpus of other tokens than the target's. fingerprint: of the target's tokenizer, empty if not known."""
+        """Refuse a corpus of other tokens than the target's. fingerprint: of the target's
+        tokenizer, empty if not known."""
         if self.vocabulary != vocabulary:
             raise DrafterError(
                 f"{self.path} has a vocabulary of {self.vocabulary} tokens and the target one of {vocabulary}:"
@@ -83,7 +85,8 @@ class Corpus:
             )
         if fingerprint and self.fingerprint and fingerprint != self.fingerprint:
             raise DrafterError(
-                f"{self.path} was made with another tokenizer than the target's: index the texts again with the target as"
+                f"{self.path} was made with another tokenizer than the target's: index the texts again with the"
+                " target as"
                 " --tokenizer"
             )
 
@@ -110,7 +113,8 @@ def _header(path: Path, start: bytes) -> tuple[dict[str, Any], int]:
         raise foreign
     if meta.get("version") != VERSION:
         raise DrafterError(
-            f"the store {path} is of version {meta.get('version')}, and {VERSION} can be read: build it again with forerun index"
+            f"the store {path} is of version {meta.get('version')}, and {VERSION} can be read: build it again with"
+            " forerun index"
         )
     return described, 8 + length
 

@@ -46,8 +46,8 @@ class Follower(Protocol):
         """The row goes on with these tokens, for good."""
 
     def draft(self, tokens: Sequence[int], firm: int, root: int, limits: Limits) -> Draft:
-        """Read the first `firm` of the tokens, follow the others, which may be taken back, and grow a tree below `root`, the
-        last token of the row."""
+        """Read the first `firm` of the tokens, follow the others, which may be taken back, and grow
+        a tree below `root`, the last token of the row."""
 
 
 def automaton_of(reach: int = REACH) -> Automaton:

@@ -1,8 +1,10 @@
-"""The table of Hierarchy Drafting (Cho et al. 2025): per token, what followed it, and what was touched last is kept longest.
+"""The table of Hierarchy Drafting (Cho et al. 2025): per token, what followed it, and what was
+touched last is kept longest.
 
-Two stores use it. In the context tier every row fills a table of its own from its text. The model tier is one table for all
-rows, built from what the model said before. Both are asked with the row's last token alone, which is cheap and blunt: a suffix
-automaton knows more, and this is here to be measured against.
+Two stores use it. In the context tier every row fills a table of its own from its text. The model
+tier is one table for all rows, built from what the model said before. Both are asked with the row's
+last token alone, which is cheap and blunt: a suffix automaton knows more, and this is here to be
+measured against.
 """
 
 from __future__ import annotations
@@ -16,14 +18,17 @@ from forerun.stores.store import Draft, Limits, Store, View
 
 Gram = tuple[int, ...]
 FALL = 0.5
-"""A row's survival: what its elder siblings have left over, halved, at every depth. The table knows no probabilities."""
+"""A row's survival: what its elder siblings have left over, halved, at every depth. The table knows
+no probabilities."""
 
 
 @dataclass(frozen=True)
 class GramShape:
-    """length: tokens of a gram, its key included (the paper's N). width: most grams per key (G). rows: most of them drafted.
+    """length: tokens of a gram, its key included (the paper's N). width: most grams per key (G).
+    rows: most of them drafted.
 
-    compat: the repository's order, oldest first, which loses the best rows when the tree is full; else the newest first.
+    compat: the repository's order, oldest first, which loses the best rows when the tree is full;
+    else the newest first.
     """
 
     length: int = 5
@@ -121,7 +126,8 @@ class GramView:
         self.shape, self.table = shape, table
 
     def draft(self, tokens: Sequence[int], firm: int, limits: Limits) -> Draft:
-        """The key is the last token, tentative or not. `min_match` above 1 finds nothing: one token is all that matches."""
+        """The key is the last token, tentative or not. `min_match` above 1 finds nothing: one token
+        is all that matches."""
         shape, key = self.shape, tokens[-1]
         rows = self.table.rows(key) if limits.min_match <= 1 else ()
         chosen = rows[: shape.rows] if shape.compat else list(reversed(rows))[: shape.rows]

@@ -1,7 +1,8 @@
 """How a tree grows out of a suffix automaton: best first, by the probability that a node survives.
 
-The probability is a logistic function of the match (`prior`), corrected by what this row's text has done so far (`Odds`).
-This is the readable version and the one that runs without native kernels; kernels/automaton.cc has the same, bit for bit.
+The probability is a logistic function of the match (`prior`), corrected by what this row's text has
+done so far (`Odds`). This is the readable version and the one that runs without native kernels;
+kernels/automaton.cc has the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ from forerun.stores.store import Draft, Limits
 STUDIED = 256
 """Of a long text of its own that is read at once, such as a prompt, only this many tokens at its end teach the odds."""
 RATE, RATE_PER_LENGTH = 0.1, 0.2
-"""Steps of the online logistic regression, in log-odds per token: for all matches, and for those of about equal length."""
+"""Steps of the online logistic regression, in log-odds per token: for all matches, and for those of
+about equal length."""
 
 Weights = tuple[tuple[float, float, float, float], ...]
-"""Per rank of a continuation (the newest, the next one, the third): a constant, and what log2(match length), log2(run) and
-other branches add to it, in log-odds."""
+"""Per rank of a continuation (the newest, the next one, the third): a constant, and what log2(match
+length), log2(run) and other branches add to it, in log-odds."""
 
 OWN_TEXT: Weights = ((-0.8, 0.63, 0.95, -1.17), (-2.38, -0.03, -0.35, 0.42), (-3.18, -0.07, -0.41, 0.55))
-"""For a text that repeats itself: logistic regression over 200,000 tokens of Python source (the standard library, the
-reference family's vocabulary of 4,096); `benchmarks/lookup.py --fit` repeats it. Most kinds of match are within 0.05 of what
-was counted."""
+"""For a text that repeats itself: logistic regression over 200,000 tokens of Python source (the
+standard library, the reference family's vocabulary of 4,096); `benchmarks/lookup.py --fit` repeats
+it. Most kinds of match are within 0.05 of what was counted."""
 
 RANKS = len(OWN_TEXT)
 LONG, OFTEN = 64, 8

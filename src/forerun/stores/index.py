@@ -2,21 +2,23 @@
 
 A corpus is ONE safetensors file, which is read memory-mapped and never as a whole:
 
-    tokens   U16, or I32 where the vocabulary has more than 65,535 tokens: the documents one behind the other, each followed by
-             the separator, whose id is the size of the vocabulary (so no text contains it)
-    order    I32: every position that has a token behind it in its document, sorted by the text that ends there, read backwards:
-             by (t[p], t[p-1], t[p-2], ...), `depth` tokens deep or deeper, a document's start being less than any token. Ties go
-             by position
-    starts   I32 [vocabulary + 1]: how many entries of `order` end in a smaller token than each, so that those that end in token t
-             are starts[t] .. starts[t + 1]
-    bigram   I32 [vocabulary]: the token that came most often after each (the smaller id of equals), -1 where none ever did
+    tokens   U16, or I32 where the vocabulary has more than 65,535 tokens: the documents one behind the other,
+             each followed by the separator, whose id is the size of the vocabulary (so no text contains it)
+    order    I32: every position that has a token behind it in its document, sorted by the text that ends there,
+             read backwards: by (t[p], t[p-1], t[p-2], ...), `depth` tokens deep or deeper, a document's start
+             being less than any token. Ties go by position
+    starts   I32 [vocabulary + 1]: how many entries of `order` end in a smaller token than each, so that those
+             that end in token t are starts[t] .. starts[t + 1]
+    bigram   I32 [vocabulary]: the token that came most often after each (the smaller id of equals), -1 where
+             none ever did
 
-    metadata: format "forerun corpus", version "2", vocabulary (its size), depth, documents (how many), and fingerprint (of the
-             tokenizer's vocabulary, empty if it is not known)
+    metadata: format "forerun corpus", version "2", vocabulary (its size), depth, documents (how many), and
+             fingerprint (of the tokenizer's vocabulary, empty if it is not known)
 
-Positions that end in the same k tokens are one interval of `order`, and that of k + 1 lies inside that of k. So what a suffix
-array answers after two binary searches per length is here one search and a few steps outwards (REST, He et al. 2024, keeps a
-suffix array and asks it length by length). A token takes 6 bytes, or 8.
+Positions that end in the same k tokens are one interval of `order`, and that of k + 1 lies inside
+that of k. So what a suffix array answers after two binary searches per length is here one search
+and a few steps outwards (REST, He et al. 2024, keeps a suffix array and asks it length by length).
+A token takes 6 bytes, or 8.
 """
 
 from __future__ import annotations
@@ -68,8 +70,8 @@ class Contents:
 def build(documents: Iterable[Sequence[int] | Ints], vocabulary: int, watch: Watch = lambda *_: None) -> Contents:
     """Sort documents of token ids. Empty ones are left out.
 
-    Takes about 40 bytes of memory per token while it sorts. Raises ForerunError for ids outside the vocabulary, for no text at
-    all, and for more than 2,147,483,647 tokens.
+    Takes about 40 bytes of memory per token while it sorts. Raises ForerunError for ids outside the
+    vocabulary, for no text at all, and for more than 2,147,483,647 tokens.
     """
     tokens, count = _joined(documents, vocabulary)
     order = _order(tokens, vocabulary, watch)
@@ -85,7 +87,8 @@ def _joined(documents: Iterable[Sequence[int] | Ints], vocabulary: int) -> tuple
         if ids.min() < 0 or ids.max() >= vocabulary:
             wrong = int(ids[(ids < 0) | (ids >= vocabulary)][0])
             raise ForerunError(
-                f"text {number} holds the token {wrong}, and the vocabulary has {vocabulary}: use the tokenizer that made it"
+                f"text {number} holds the token {wrong}, and the vocabulary has {vocabulary}: use the tokenizer that"
+                " made it"
             )
         size += len(ids) + 1
         if size > MOST_TOKENS:
@@ -99,7 +102,8 @@ def _joined(documents: Iterable[Sequence[int] | Ints], vocabulary: int) -> tuple
 
 
 def _order(tokens: Ints, separator: int, watch: Watch) -> Ints:
-    """Prefix doubling (Manber and Myers 1990), backwards: the rank of 2 k tokens is that of the last k and the k before."""
+    """Prefix doubling (Manber and Myers 1990), backwards: the rank of 2 k tokens is that of the
+    last k and the k before."""
     before = _before(tokens, separator)
     reach = 4 if separator < 2**15 - 1 else 2  # tokens that fit into one key of 63 bits
     rounds, done = (DEPTH // reach).bit_length() + 1, 0

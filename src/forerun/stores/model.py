@@ -24,11 +24,12 @@ from forerun.stores.said import Said, SaidFile
 from forerun.stores.store import Draft, Limits, Store, View
 
 SAID: Weights = ((-2.07, 0.76, 0.48, -1.13), (-3.25, 0.22, -0.01, 0.72), (-3.26, -0.01, -0.06, 0.51))
-"""For what was said to others: short matches mean less than in a text's own past, for a large store matches everything. Fitted
-to 1,632 answers of the reference target (0.4 M tokens) after as many others, `benchmarks/lookup.py --fit --answers`."""
+"""For what was said to others: short matches mean less than in a text's own past, for a large store
+matches everything. Fitted to 1,632 answers of the reference target (0.4 M tokens) after as many
+others, `benchmarks/lookup.py --fit --answers`."""
 LEFT = 0.75
-"""What share of a full store is left when the texts that were not used for longest go: then the automata are built anew, which
-takes about as long as reading what is left, so it should be rare."""
+"""What share of a full store is left when the texts that were not used for longest go: then the
+automata are built anew, which takes about as long as reading what is left, so it should be rare."""
 FOUND_AGAIN = 32
 """Tokens at the end of a row that are looked up again when the store has changed: longer matches grow from there."""
 TRUST = 0.25
@@ -78,14 +79,17 @@ class _Memory:
 class ModelStore(Store):
     """At most `capacity` tokens that the model said, over all tenants, a separator behind every text included.
 
-    When there are more, the texts that were neither said nor of any use (tokens drafted from them were right) for longest go.
-    A text that is said again word for word is not stored again. Of a text longer than the capacity its end is stored. A text
-    is added when its row is closed. Threads may share a store.
+    When there are more, the texts that were neither said nor of any use (tokens drafted from them
+    were right) for longest go. A text that is said again word for word is not stored again. Of a
+    text longer than the capacity its end is stored. A text is added when its row is closed. Threads
+    may share a store.
 
-    path: a file (see `said`) that is read, and goes on with every text; it is written anew when it holds more than twice the
-    capacity. The order of use is not kept in it. It is this store's alone until `shut`, or until nobody has the store any more:
-    a file that another store uses is refused (DrafterError). vocabulary: its size, which a path needs; tokenizer: any
-    fingerprint of it; a file of another one is refused (DrafterError), for its tokens would mean something else, or nothing.
+    path: a file (see `said`) that is read, and goes on with every text; it is written anew when it
+    holds more than twice the capacity. The order of use is not kept in it. It is this store's alone
+    until `shut`, or until nobody has the store any more: a file that another store uses is refused
+    (DrafterError). vocabulary: its size, which a path needs; tokenizer: any fingerprint of it; a
+    file of another one is refused (DrafterError), for its tokens would mean something else, or
+    nothing.
     """
 
     name = "model"
@@ -281,7 +285,8 @@ class ModelStore(Store):
             self._file.shut()
             self._file = None
             warnings.warn(
-                f"what the model says is no longer written to {path} ({error.strerror}): make room or name another file, "
+                f"what the model says is no longer written to {path} ({error.strerror}): make room or name another"
+                " file, "
                 "and start again",
                 RuntimeWarning,
                 stacklevel=3,
@@ -289,8 +294,8 @@ class ModelStore(Store):
 
 
 class ModelView:
-    """A row's place among what the model said to its tenant. Its output teaches the odds; its prompt, which nobody said,
-    is followed only."""
+    """A row's place among what the model said to its tenant. Its output teaches the odds; its
+    prompt, which nobody said, is followed only."""
 
     def __init__(self, store: ModelStore, row: Row):
         self._store, self._tenant = store, row.params.tenant

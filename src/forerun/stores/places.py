@@ -1,11 +1,13 @@
 """What came next in a corpus at the places most like a row's end, grown into a tree best first.
 
-The places that end in the longest match come first; while they are few, places of shorter matches join them, with less weight.
-A node of the tree stands for the places that agree so far. The probability that a child survives is a logistic function of how
-much of its parent's weight it has and of how long the match is, corrected by what this row's text has shown so far (`Trust`).
+The places that end in the longest match come first; while they are few, places of shorter matches
+join them, with less weight. A node of the tree stands for the places that agree so far. The
+probability that a child survives is a logistic function of how much of its parent's weight it has
+and of how long the match is, corrected by what this row's text has shown so far (`Trust`).
 
-This is the readable form of `kernels/corpus.cc`, which returns the same of every file that is not damaged (what the two make of a
-damaged one may differ, and does no harm); it runs where there are no kernels.
+This is the readable form of `kernels/corpus.cc`, which returns the same of every file that is not
+damaged (what the two make of a damaged one may differ, and does no harm); it runs where there are
+no kernels.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ PLACES, ENOUGH = 64, 8
 """The most places looked at, and how many of them need no shorter matches beside them."""
 
 RATE, RATE_PER_LENGTH = 0.1, 0.2
-"""Steps of the online logistic regression, in log-odds per token: for all matches, and for those of about equal length."""
+"""Steps of the online logistic regression, in log-odds per token: for all matches, and for those of
+about equal length."""
 
 LENGTHS = 8  # lengths 1, 2-3, 4-7 ... as `bit_length` counts them
 
@@ -32,8 +35,9 @@ WEIGHTS = (
     (-1.96, 0.09, 0.56, -0.38),  # the heaviest child
     (-1.43, -0.11, 0.75, -0.60),  # the others
 )
-"""Logistic regression over 5,000 places, half of them in Python files and half in what the reference target said, with a corpus
-of 10 M tokens of other Python files; of depths 1 to 12 along the text that came. `benchmarks/corpus.py --fit` fits to answers."""
+"""Logistic regression over 5,000 places, half of them in Python files and half in what the
+reference target said, with a corpus of 10 M tokens of other Python files; of depths 1 to 12 along
+the text that came. `benchmarks/corpus.py --fit` fits to answers."""
 
 
 class Numbers(NamedTuple):
@@ -53,8 +57,9 @@ class Occurrence(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A draft, and what is to be learned from. length: of the longest match, 0 if there was none worth following. first: the
-    most probable next token, -1 without any. chance: the probability it was given."""
+    """A draft, and what is to be learned from. length: of the longest match, 0 if there was none
+    worth following. first: the most probable next token, -1 without any. chance: the probability it
+    was given."""
 
     draft: Draft
     length: int = 0
@@ -80,8 +85,8 @@ def bucket(length: int) -> int:
 
 
 def weight(length: int) -> int:
-    """Of a place whose match has this length. Of 1, the length and its square the square foretold best, as did 8 or 24 places
-    rather than those of the longest match alone."""
+    """Of a place whose match has this length. Of 1, the length and its square the square foretold
+    best, as did 8 or 24 places rather than those of the longest match alone."""
     return length * length
 
 

@@ -5,9 +5,10 @@ UTF-8 JSON lines. The first line is the header, every other one a text, the olde
     {"forerun": "said", "version": 1, "vocabulary": 4096, "tokenizer": null}
     {"tenant": "", "tokens": [17, 4, 1023]}
 
-vocabulary: its size. tokenizer: a fingerprint that the writer chose; null: none was given. Texts are
-appended with one write each. A last line without its newline was cut short by a crash and counts as not written; a line that
-is no text is skipped with a warning. One process at a time may use a file.
+vocabulary: its size. tokenizer: a fingerprint that the writer chose; null: none was given. Texts
+are appended with one write each. A last line without its newline was cut short by a crash and
+counts as not written; a line that is no text is skipped with a warning. One process at a time may
+use a file.
 """
 
 from __future__ import annotations
@@ -128,7 +129,8 @@ class SaidFile:
 
     def _warn(self, found: Sequence[Said | None]) -> None:
         warnings.warn(
-            f"{self.path}: {found.count(None)} of {len(found)} lines are no texts of this model and are skipped, the first one"
+            f"{self.path}: {found.count(None)} of {len(found)} lines are no texts of this model and are skipped, the"
+            " first one"
             f" is line {found.index(None) + 2}: remove them",
             RuntimeWarning,
             stacklevel=5,

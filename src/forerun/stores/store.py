@@ -1,8 +1,9 @@
 """The seam between stores of tokens and the drafters that ask them.
 
-A *store* holds text of some kind: a request's own, what the model said before, a corpus. A *view* is one row's place in a
-store: it follows the row's text, learns how well the store foretells it, and drafts a tree of what came next at similar
-places, its nodes ranked by the probability that they survive.
+A *store* holds text of some kind: a request's own, what the model said before, a corpus. A *view*
+is one row's place in a store: it follows the row's text, learns how well the store foretells it,
+and drafts a tree of what came next at similar places, its nodes ranked by the probability that they
+survive.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from forerun.row import Row
 
 @dataclass(frozen=True)
 class Limits:
-    """nodes: most nodes of a tree, node 0 not counted. depth: longest path. min_match: shortest match to follow. cost: the
-    least probability of survival that is worth a node. ends: tokens that end the text, so that nothing follows them.
-    follows_price: the cost holds only where the engine knows no better."""
+    """nodes: most nodes of a tree, node 0 not counted. depth: longest path. min_match: shortest
+    match to follow. cost: the least probability of survival that is worth a node. ends: tokens that
+    end the text, so that nothing follows them. follows_price: the cost holds only where the engine
+    knows no better."""
 
     nodes: int
     depth: int
@@ -29,8 +31,8 @@ class Limits:
 
 
 class Bounds:
-    """A drafter's limits, cut to what a row has room for: the same object from step to step as long as they are the same, which
-    saves the making of it."""
+    """A drafter's limits, cut to what a row has room for: the same object from step to step as long
+    as they are the same, which saves the making of it."""
 
     def __init__(self, limits: Limits):
         self.limits = limits
@@ -64,10 +66,12 @@ class Draft(NamedTuple):
 
 
 class View(Protocol):
-    """One row's place in a store. What it drafts is a function of the past alone: the row's text, and what the store held."""
+    """One row's place in a store. What it drafts is a function of the past alone: the row's text,
+    and what the store held."""
 
     def draft(self, tokens: Sequence[int], firm: int, limits: Limits) -> Draft:
-        """Catch up with the first `firm` tokens of the row, learn from them, look through the tentative rest, and grow."""
+        """Catch up with the first `firm` tokens of the row, learn from them, look through the
+        tentative rest, and grow."""
 
     def forget(self, length: int) -> None:
         """The row's text ends at `length` or before it."""

@@ -36,7 +36,8 @@ class File:
 
 @dataclass
 class Texts:
-    """Files that hold texts. skipped: how many files of folders were left out, by reason; complete when all were read."""
+    """Files that hold texts. skipped: how many files of folders were left out, by reason; complete
+    when all were read."""
 
     files: list[File]
     skipped: Counter[str] = field(default_factory=Counter)

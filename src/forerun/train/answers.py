@@ -22,9 +22,9 @@ POOL = 16
 class Answers:
     """Prompts and the target's answers, cut into batches of `rows` samples of at most `length` tokens.
 
-    A sample that is longer loses the beginning of its prompt. Samples come in an order that depends on the seed
-    alone, each at most once per pass, so a resumed run goes on where it stopped. Every `holdout`-th sample is never trained
-    on."""
+    A sample that is longer loses the beginning of its prompt. Samples come in an order that depends
+    on the seed alone, each at most once per pass, so a resumed run goes on where it stopped. Every
+    `holdout`-th sample is never trained on."""
 
     samples: Sequence[Sample]
     rows: int = 16

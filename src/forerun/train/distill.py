@@ -1,13 +1,15 @@
-"""The target's own answers as training data: prompts dealt to temperatures, answers streamed into a file, and read back.
+"""The target's own answers as training data: prompts dealt to temperatures, answers streamed into a
+file, and read back.
 
-A file of answers is JSON lines. The first line says what made it; every other is one answer. Tokens are ids, because what was
-generated is what is trained on (the same text could be cut into other tokens):
+A file of answers is JSON lines. The first line says what made it; every other is one answer. Tokens
+are ids, because what was generated is what is trained on (the same text could be cut into other
+tokens):
 
     {"forerun": "distilled", "version": 1, "target": {...}, "sampling": {...}, "source": {...}, "seed": 0, ...}
     {"key": "9f02...", "prompt": [1, 17, 4], "answer": [5, 8, 2], "temperature": 0.0, "finish": "stop"}
 
-The luck of an answer follows from the run's seed and its own key. So a run that was interrupted and goes on leaves the same
-answers as one that was not, though perhaps in another order.
+The luck of an answer follows from the run's seed and its own key. So a run that was interrupted and
+goes on leaves the same answers as one that was not, though perhaps in another order.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ from forerun.sources.folder import checkpoint_folder
 
 FORMAT, VERSION = "distilled", 1
 QUEUED_PER_ROW = 32
-"""Prompts queued at once for every row: the batch runs dry only at a queue's end, and the engine remembers no more than one."""
+"""Prompts queued at once for every row: the batch runs dry only at a queue's end, and the engine
+remembers no more than one."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,9 @@ class Distilled:
 class Sampling:
     """How answers are drawn.
 
-    Prompts are dealt to the temperatures in turn. The filters concern those above 0; where there is none they are refused.
-    Raises RequestError for values that make no sense, as SamplingParams does.
+    Prompts are dealt to the temperatures in turn. The filters concern those above 0; where there is
+    none they are refused. Raises RequestError for values that make no sense, as SamplingParams
+    does.
     """
 
     temperatures: tuple[float, ...] = (0.0,)
@@ -107,7 +111,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Questions:
-    """What is to be asked, each once; how often something was asked again, and how many prompts fill the context alone."""
+    """What is to be asked, each once; how often something was asked again, and how many prompts
+    fill the context alone."""
 
     asked: list[Question]
     duplicates: int = 0
@@ -179,8 +184,8 @@ Watch = Callable[[Tally, Answer | None], None]
 
 
 def deal(prompts: Iterable[Sequence[int]], sampling: Sampling, context: int) -> Questions:
-    """Prompts dealt to the temperatures in turn; equal ones at one temperature are asked once, and those that leave no room
-    for an answer in `context` tokens not at all.
+    """Prompts dealt to the temperatures in turn; equal ones at one temperature are asked once, and
+    those that leave no room for an answer in `context` tokens not at all.
 
     Raises TrainingError if nothing is left.
     """
@@ -208,7 +213,8 @@ def _question(prompt: tuple[int, ...], temperature: float, sampling: Sampling) -
 def windows(corpus: Path, lengths: tuple[int, int], count: int, seed: int) -> list[list[int]]:
     """`count` prompts cut from a corpus's train.bin, their lengths drawn evenly from lengths[0] ... lengths[1] tokens.
 
-    The same seed cuts the same windows, and the first of them whatever the count. Raises TrainingError if it cannot be done.
+    The same seed cuts the same windows, and the first of them whatever the count. Raises
+    TrainingError if it cannot be done.
     """
     low, high = lengths
     if not 1 <= low <= high or count < 1:
@@ -218,7 +224,8 @@ def windows(corpus: Path, lengths: tuple[int, int], count: int, seed: int) -> li
     path = corpus / "train.bin"
     if not path.is_file() or path.stat().st_size < 2 * high:
         raise TrainingError(
-            f"{path} is missing or shorter than {high} tokens: name a folder that forerun train lm --build-corpus has made"
+            f"{path} is missing or shorter than {high} tokens: name a folder that forerun train lm --build-corpus has"
+            " made"
         )
     tokens = np.memmap(path, dtype=np.uint16, mode="r", shape=(path.stat().st_size // 2,))
     draw = np.random.default_rng(seed)
@@ -231,8 +238,9 @@ def windows(corpus: Path, lengths: tuple[int, int], count: int, seed: int) -> li
 
 
 def demand_tokenizer(corpus: Path, engine: Engine) -> None:
-    """TrainingError if a corpus was cut by another tokenizer than the model's: its windows would be noise to it, and nothing
-    else would say so. A corpus or model without a tokenizer is taken at its word."""
+    """TrainingError if a corpus was cut by another tokenizer than the model's: its windows would be
+    noise to it, and nothing else would say so. A corpus or model without a tokenizer is taken at
+    its word."""
     from tokenizers import Tokenizer
 
     file = corpus / "tokenizer" / "tokenizer.json"
@@ -240,7 +248,8 @@ def demand_tokenizer(corpus: Path, engine: Engine) -> None:
         return
     if Tokenizer.from_file(str(file)).get_vocab() != engine.tokenizer.backend_tokenizer.get_vocab():
         raise TrainingError(
-            f"the corpus {corpus} was cut by another tokenizer than the model's: use a corpus made for this model, or --prompts"
+            f"the corpus {corpus} was cut by another tokenizer than the model's: use a corpus made for this model, or"
+            " --prompts"
         )
 
 
@@ -250,8 +259,8 @@ def demand_tokenizer(corpus: Path, engine: Engine) -> None:
 def header_of(
     model: str, engine: Engine, sampling: Sampling, source: Mapping[str, Any], template: Any
 ) -> dict[str, Any]:
-    """The first line of a file of answers: everything that they depend on. Not the batch and not the drafter, which do not
-    change what the target says.
+    """The first line of a file of answers: everything that they depend on. Not the batch and not
+    the drafter, which do not change what the target says.
 
     source: where the prompts come from. template: the chat template that they were rendered with, or None.
     """
@@ -276,8 +285,8 @@ def header_of(
 def distill(engine: Engine, questions: Questions, sampling: Sampling, ledger: Ledger, watch: Watch) -> Tally:
     """Ask what the ledger does not know, and enter every answer in the moment it is complete.
 
-    Raises TrainingError if the file cannot be written, or for an engine with a lossy rule: that does not say what the target
-    says. Whatever interrupts this, finished answers are in the file.
+    Raises TrainingError if the file cannot be written, or for an engine with a lossy rule: that
+    does not say what the target says. Whatever interrupts this, finished answers are in the file.
     """
     if engine.lossy is not None:
         raise TrainingError("a lossy rule does not keep what the target says: distill with an engine that is exact")
@@ -317,8 +326,8 @@ def _pieces(
 class Ledger:
     """A file of answers that is being written. keys: of the answers in it.
 
-    Opening one that exists goes on with it: a last line that was cut in the middle is forgotten, and another header is refused
-    (TrainingError). Nothing is written before the first answer.
+    Opening one that exists goes on with it: a last line that was cut in the middle is forgotten,
+    and another header is refused (TrainingError). Nothing is written before the first answer.
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any]):
@@ -380,7 +389,8 @@ def _demand_equal(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any
         if theirs.get(name) != ours.get(name):
             before, now = (json.dumps(values.get(name)) for values in (theirs, ours))
             raise TrainingError(
-                f"{path} holds answers with {name} {before}, and now it is {now}: choose another --out, or ask as before"
+                f"{path} holds answers with {name} {before}, and now it is {now}: choose another --out, or ask as"
+                " before"
             )
 
 
@@ -398,8 +408,9 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def read(path: Path) -> Distilled:
     """The answers in a file of `forerun distill`, or in plain rows of {"prompt": [ids], "answer": [ids]}.
 
-    The last line of a run that was interrupted may be half a line, and is left out. Raises TrainingError, which names the line,
-    for anything else that is not an answer, and for a file without any.
+    The last line of a run that was interrupted may be half a line, and is left out. Raises
+    TrainingError, which names the line, for anything else that is not an answer, and for a file
+    without any.
     """
     header: dict[str, Any] = {}
     samples: list[Sample] = []
@@ -435,8 +446,8 @@ def _are_ids(value: object) -> bool:
 
 
 def _rows(path: Path, whole_lines: bool = True) -> Iterator[tuple[int, dict[str, Any], int]]:
-    """Number, object and end (in bytes) of every line. A last one without its line end was cut; without `whole_lines` it
-    counts as one if it can be read."""
+    """Number, object and end (in bytes) of every line. A last one without its line end was cut;
+    without `whole_lines` it counts as one if it can be read."""
     end = 0
     with _opened(path) as file:
         for number, line in enumerate(file, start=1):

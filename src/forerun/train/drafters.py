@@ -39,9 +39,10 @@ SMALLEST_SHARE = 0.02
 
 @dataclass(frozen=True)
 class HeadsRecipe:
-    """A training of heads. architecture: what differs from the preset's. weights: None: the preset's. init_from: trained heads
-    of the same shape to go on from. start_batches: without them, batches over which heads are first fitted by least
-    squares (0: they start as copies of the target's output projection, as the papers' do)."""
+    """A training of heads. architecture: what differs from the preset's. weights: None: the
+    preset's. init_from: trained heads of the same shape to go on from. start_batches: without them,
+    batches over which heads are first fitted by least squares (0: they start as copies of the
+    target's output projection, as the papers' do)."""
 
     preset: str
     target: str
@@ -185,13 +186,15 @@ def _demand_data(answers: Answers, network: Network, recipe: HeadsRecipe) -> Non
     tokens = sum(len(s.answer) for s in answers.training)
     if tokens < FEWEST_TOKENS or answers.trained_share < SMALLEST_SHARE:
         raise TrainingError(
-            f"{recipe.data} has {tokens:,} answer tokens to train on, {answers.trained_share:.1%} of what would be read:"
+            f"{recipe.data} has {tokens:,} answer tokens to train on, {answers.trained_share:.1%} of what would be"
+            " read:"
             " make more or longer answers with forerun distill"
         )
 
 
 def _demand_a_law(network: Network, weights: Weights, recipe: HeadsRecipe) -> None:
-    """The target's law is taken from its states and its output matrix; some models do more than that to their logits."""
+    """The target's law is taken from its states and its output matrix; some models do more than
+    that to their logits."""
     if not weights.teacher or not isinstance(network, Foreign):
         return
     outside = network.model.config.get_text_config(decoder=True)
@@ -212,7 +215,8 @@ def _warn_of_another_target(distilled: Distilled, recipe: HeadsRecipe) -> None:
     author = (distilled.header.get("target") or {}).get("fingerprint")
     if author and author != fingerprint_of_model(checkpoint_folder(recipe.target)):
         print(
-            f"{recipe.data} holds the answers of another model than {recipe.target}: distil from this one unless you mean it",
+            f"{recipe.data} holds the answers of another model than {recipe.target}: distil from this one unless you"
+            " mean it",
             file=sys.stderr,
         )
 

@@ -1,5 +1,5 @@
-"""Everything that `forerun train medusa2` decides before the run begins, and what it leaves when the run has ended: a model, and
-heads for it."""
+"""Everything that `forerun train medusa2` decides before the run begins, and what it leaves when
+the run has ended: a model, and heads for it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ FORMATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class JointRecipe:
-    """A joint training. heads: theirs, and with it target, data and schedule. The rest: see `Joint` in drafting/trained.py."""
+    """A joint training. heads: theirs, and with it target, data and schedule. The rest: see `Joint`
+    in drafting/trained.py."""
 
     heads: drafters.HeadsRecipe
     keep: str = "original"
@@ -76,7 +77,8 @@ class JointTraining:
     heads: drafters.HeadsTraining
 
     def fit(self, run: Path, out: Path) -> dict[str, float]:
-        """Train to the schedule's end, resuming what was interrupted in `run`; merge, and write model and heads to `out`.
+        """Train to the schedule's end, resuming what was interrupted in `run`; merge, and write
+        model and heads to `out`.
 
         Can be called once: the adapters are gone afterwards.
         """
@@ -122,8 +124,8 @@ class JointTraining:
 
 
 def prepare(recipe: JointRecipe, device: torch.device) -> JointTraining:
-    """Read everything that a joint training needs. Raises TrainingError, CheckpointError or DrafterError for what does not fit,
-    before anything is written."""
+    """Read everything that a joint training needs. Raises TrainingError, CheckpointError or
+    DrafterError for what does not fit, before anything is written."""
     ramp, preset = Ramp.named(recipe.ramp), preset_of(method_of(recipe)[1], recipe.keep)
     _demand_ours(recipe.heads)
     wish = replace(
@@ -146,7 +148,8 @@ def _demand_ours(recipe: drafters.HeadsRecipe) -> None:
     target, folder = recipe.target, checkpoint_folder(recipe.target)
     if translate(read_config(folder), folder) is None:
         raise TrainingError(
-            f"{target} is not a Llama, Mistral or Qwen, and only those can be changed: leave the target as it is, and train"
+            f"{target} is not a Llama, Mistral or Qwen, and only those can be changed: leave the target as it is, and"
+            " train"
             f" heads with forerun train {recipe.preset}"
         )
 

@@ -20,12 +20,13 @@ RIDGE = 1e-3
 def least_squares(
     module: HeadsModule, teacher: Teacher, answers: Answers, batches: int, watch: Watch = lambda done, total: None
 ) -> list[Tensor]:
-    """Per head, [D, M]: the linear map from what it sees (the context, and the embeddings behind it if heads see tokens)
-    to the target's state one token before the one that it proposes, fitted over so many batches (ridge regression).
+    """Per head, [D, M]: the linear map from what it sees (the context, and the embeddings behind it
+    if heads see tokens) to the target's state one token before the one that it proposes, fitted
+    over so many batches (ridge regression).
 
-    A head that starts there is a fair predictor at once. One that starts as a copy of the target's output projection
-    first has to unlearn a sharp opinion about another token (our addition; the papers start from the copy). watch: told of
-    batches and heads.
+    A head that starts there is a fair predictor at once. One that starts as a copy of the target's
+    output projection first has to unlearn a sharp opinion about another token (our addition; the
+    papers start from the copy). watch: told of batches and heads.
     """
     module.eval()
     total = batches + module.count

@@ -1,9 +1,9 @@
 """What heads are taught on a batch, and what they answer.
 
-Every answer token teaches: at place t the heads see the target's state there (and, if they see tokens, the true
-tokens t + 1, t + 2, ... as teacher forcing has it), and head i learns token t + i + 2. States and laws of the target
-are computed on the fly, and logits for a chunk of places at a time, so that no [places, vocabulary] table of a whole batch
-ever exists.
+Every answer token teaches: at place t the heads see the target's state there (and, if they see
+tokens, the true tokens t + 1, t + 2, ... as teacher forcing has it), and head i learns token t + i
++ 2. States and laws of the target are computed on the fly, and logits for a chunk of places at a
+time, so that no [places, vocabulary] table of a whole batch ever exists.
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
 """Low-rank adapters on our transformer (LoRA, Hu et al. 2021, arXiv 2106.09685): W' = W + alpha / rank * up @ down.
 
-They sit on every linear matrix of the blocks and on the output projection, one for each matrix as it is published: the three
-parts of a fused query-key-value projection have adapters of their own. `up` starts at zero, so the adapted model starts as the
-original. An adapter is a parametrization of the weight, so the transformer's forward stays as it is, and the sum is rounded to
-the weight's number format as it is when it is merged: what is trained is what will be written. Switched off, it hands out the
-original weight itself, which makes the original model available without a second one in memory.
+They sit on every linear matrix of the blocks and on the output projection, one for each matrix as
+it is published: the three parts of a fused query-key-value projection have adapters of their own.
+`up` starts at zero, so the adapted model starts as the original. An adapter is a parametrization of
+the weight, so the transformer's forward stays as it is, and the sum is rounded to the weight's
+number format as it is when it is merged: what is trained is what will be written. Switched off, it
+hands out the original weight itself, which makes the original model available without a second one
+in memory.
 
-The published recipes also drop 5 % of an adapter's inputs at random. No parametrization of a weight can express that (the mask
-differs from token to token), and we leave it out.
+The published recipes also drop 5 % of an adapter's inputs at random. No parametrization of a weight
+can express that (the mask differs from token to token), and we leave it out.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ class LowRank(nn.Module):
 
 
 class Adapters(nn.Module):
-    """Puts adapters on a transformer and freezes everything else of it. A tied output projection becomes one of its own first.
+    """Puts adapters on a transformer and freezes everything else of it. A tied output projection
+    becomes one of its own first.
 
     The parameters of this module are those of the adapters alone, numbered as the matrices are.
     """

@@ -1,7 +1,7 @@
 """Which of its best tokens a head's true one was, and the tokens per step that this promises.
 
-Walking a tree along the ranks of an answer is what the engine does when it generates that answer, so the projected tokens per
-step are the measured ones.
+Walking a tree along the ranks of an answer is what the engine does when it generates that answer,
+so the projected tokens per step are the measured ones.
 """
 
 from __future__ import annotations

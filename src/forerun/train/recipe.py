@@ -70,8 +70,9 @@ class Start:
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """A whole training. rows x length tokens per step; first: batches that an earlier run has seen (the text comes in one
-    order for all runs, so that this means something); seed: of the first weights."""
+    """A whole training. rows x length tokens per step; first: batches that an earlier run has seen
+    (the text comes in one order for all runs, so that this means something); seed: of the first
+    weights."""
 
     corpus: Path
     sizes: Sizes
@@ -161,7 +162,8 @@ def _picks(recipe: ModelRecipe, available: int) -> list[int]:
 
 
 def read_source(source: str) -> tuple[TransformerConfig, dict[str, Tensor]]:
-    """Shape and weights of a run's folder or a model's. A run from before its shape was recorded has the reference's."""
+    """Shape and weights of a run's folder or a model's. A run from before its shape was recorded
+    has the reference's."""
     folder = Path(source)
     if (folder / STATE).is_file():
         _, state = read_run(folder / STATE)

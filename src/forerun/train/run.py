@@ -1,7 +1,7 @@
 """One run for everything that is trained here: language models, draft heads, both together, and what is made of these.
 
-An objective learns; the run makes it take its steps, and does the rest: checkpoints that resume to the same step, a record of
-what the run is made of, figures, a display, and Ctrl-C.
+An objective learns; the run makes it take its steps, and does the rest: checkpoints that resume to
+the same step, a record of what the run is made of, figures, a display, and Ctrl-C.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Objective(Protocol):
     """What learns. It owns everything that changes: parameters, and the state of what moves them."""
 
     def update(self, step: int) -> float:
-        """Take this step (from 0), and return its loss in nats. The same state and step give the same state, bit for bit."""
+        """Take this step (from 0), and return its loss in nats. The same state and step give the
+        same state, bit for bit."""
 
     def validate(self) -> dict[str, float]:
         """Figures on held-out text; `loss` is among them. Changes nothing."""
@@ -55,8 +56,8 @@ class Objective(Protocol):
 class Record:
     """What a run is made of, kept in its folder: a run goes on with the same alone.
 
-    name: what another run differs in; without it, the first field that differs. older: what fields had that are younger than
-    some records.
+    name: what another run differs in; without it, the first field that differs. older: what fields
+    had that are younger than some records.
     """
 
     fields: Mapping[str, Any]
@@ -105,8 +106,8 @@ class Run:
     def finish(self, title: str, start: Callable[[Watch], None] | None = None) -> dict[str, float]:
         """Go to the schedule's end; the last figures. start: what is done before the first step.
 
-        Ctrl-C leaves a checkpoint of the last step. Raises TrainingError where checkpoints cannot be written, and what the
-        objective raises.
+        Ctrl-C leaves a checkpoint of the last step. Raises TrainingError where checkpoints cannot
+        be written, and what the objective raises.
         """
         try:
             with Display(title, self.schedule.steps, self.step) as display:
@@ -172,7 +173,8 @@ class Run:
         except (OSError, SafetensorError) as error:
             before = "" if self._saved is None else "; the run goes on from the one before"
             raise TrainingError(
-                f"the checkpoint of step {self.step} cannot be written to {self.folder} ({error}): make room there{before}"
+                f"the checkpoint of step {self.step} cannot be written to {self.folder} ({error}): make room"
+                f" there{before}"
             ) from None
         self._saved = self.step
 

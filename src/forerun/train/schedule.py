@@ -9,11 +9,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps and learning rates. `muon_rate` moves matrices (0: AdamW moves everything), `adam_rate` embeddings and vectors.
+    """Steps and learning rates. `muon_rate` moves matrices (0: AdamW moves everything), `adam_rate`
+    embeddings and vectors.
 
-    shape "linear": the rate rises linearly over `warmup` steps, stays, and falls linearly to zero over the last `decay` share
-    of the steps (warm-up, stable, decay). "cosine": it rises from zero, and falls along a cosine to `floor` of itself.
-    scales: parameters whose name begins so learn at that many times the rate; the first that fits counts.
+    shape "linear": the rate rises linearly over `warmup` steps, stays, and falls linearly to zero
+    over the last `decay` share of the steps (warm-up, stable, decay). "cosine": it rises from zero,
+    and falls along a cosine to `floor` of itself. scales: parameters whose name begins so learn at
+    that many times the rate; the first that fits counts.
     """
 
     steps: int

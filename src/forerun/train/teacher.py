@@ -13,8 +13,8 @@ from forerun.nn.transformer import Transformer
 
 
 class Teacher:
-    """The frozen target. Layers are numbered as `Network.forward` numbers hidden states; `top` is what its output projection
-    sees."""
+    """The frozen target. Layers are numbered as `Network.forward` numbers hidden states; `top` is
+    what its output projection sees."""
 
     def __init__(self, network: Network):
         self.network = network

@@ -1,9 +1,10 @@
-"""Hydra and Hydra++ (Ankner et al. 2024, arXiv 2402.05109): heads that see the tokens drafted before theirs. This is their
-entry, which imports nothing heavy; the heads are in `network.py`.
+"""Hydra and Hydra++ (Ankner et al. 2024, arXiv 2402.05109): heads that see the tokens drafted
+before theirs. This is their entry, which imports nothing heavy; the heads are in `network.py`.
 
-Presets: Hydra++ is the recipe that its authors give for Vicuna-7B (four heads, four blocks, prefix layer, the target's law as the
-only signal, 5e-4, cosine down to a third, weight decay 0.1, dropout 0.2). Hydra: the defaults of its training script; its
-rate and length are not published, so they are Medusa's (a reconstruction).
+Presets: Hydra++ is the recipe that its authors give for Vicuna-7B (four heads, four blocks, prefix
+layer, the target's law as the only signal, 5e-4, cosine down to a third, weight decay 0.1, dropout
+0.2). Hydra: the defaults of its training script; its rate and length are not published, so they are
+Medusa's (a reconstruction).
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ class PrefixConfig:
 
 @dataclass(frozen=True)
 class HydraConfig(HeadsConfig):
-    """Layers after the first are one set of weights if tied_layers. prefix: the prefix layer (Hydra++), or None. dropout: in
-    training alone."""
+    """Layers after the first are one set of weights if tied_layers. prefix: the prefix layer
+    (Hydra++), or None. dropout: in training alone."""
 
     tied_layers: bool = option(True, "One block, repeated, or each its own weights.", flag="--tied-layers/--own-layers")
     prefix: PrefixConfig | None = None

@@ -113,7 +113,8 @@ def _left_out(stored: Published, base: Base | None) -> tuple[str, ...]:
     )
     if not same:
         raise DrafterError(
-            f"the copy of the embeddings in {stored.folder} is not that of {base.name}: give the target that the heads were"
+            f"the copy of the embeddings in {stored.folder} is not that of {base.name}: give the target that the"
+            " heads were"
             " trained for"
         )
     return (f"its copy of the embeddings, left out here, is that of {base.name}",)
@@ -123,7 +124,8 @@ def prefix_like(stored: Published, base: Base | None) -> PrefixConfig:
     """The prefix layer has the shape of one of the target's own, and the file does not say which."""
     if base is None:
         raise DrafterError(
-            f"the prefix layer in {stored.folder} has the shape of its target's layers, which the file does not say: give"
+            f"the prefix layer in {stored.folder} has the shape of its target's layers, which the file does not say:"
+            " give"
             " --target MODEL"
         )
     config = base.config
@@ -165,7 +167,8 @@ def as_hydra(heads: Heads, base: Base | None) -> Parcel:
         )
     if config.layers > 2 and not config.tied_layers:
         raise DrafterError(
-            f"these heads have {config.layers - 1} different blocks after the first, and Hydra's code repeats one: train with"
+            f"these heads have {config.layers - 1} different blocks after the first, and Hydra's code repeats one:"
+            " train with"
             " tied layers"
         )
     if config.vocabulary == "shared":
@@ -174,7 +177,8 @@ def as_hydra(heads: Heads, base: Base | None) -> Parcel:
         )
     if base and config.prefix and config.prefix != prefix_like(Published(base.folder, {}, {}), base):
         raise DrafterError(
-            f"the prefix layer of these heads is not shaped like those of {base.name}, as Hydra's code will have it: keep them"
+            f"the prefix layer of these heads is not shaped like those of {base.name}, as Hydra's code will have it:"
+            " keep them"
         )
     about = {
         "base_model_name_or_path": name_for_others(heads, base),

@@ -1,10 +1,12 @@
 """Hydra and Hydra++: heads that see the tokens drafted before theirs (Ankner et al. 2024, arXiv 2402.05109).
 
-HeadParts i sees z = [c_t, E(x_{t+1}), ..., E(x_{t+i+1})], so a tree is grown level by level, every node from its own branch:
+HeadParts i sees z = [c_t, E(x_{t+1}), ..., E(x_{t+i+1})], so a tree is grown level by level, every
+node from its own branch:
 
     y = R z + r + silu(W z + b)         the first block; R is learnt, because the width changes
     y = y + silu(W' y + b')             further blocks; the published code repeats one block ("tied_layers")
-    logits = V y + v                    a projection per head, or the target's own frozen one (`vocabulary: shared`, ours)
+    logits = V y + v                    a projection per head, or the target's own frozen one (`vocabulary: shared`,
+                                        ours)
 
 Hydra has one block and reads the target's state. Hydra++ has four, and its context is what one causal layer of its
 own makes of the target's states of all verified tokens ("prefix"). The body of the paper was not available to us:
@@ -151,8 +153,8 @@ def prefix_like(network: Network) -> PrefixConfig:
 
 
 def build(workshop: Workshop, settings: HeadSettings) -> Drafter:
-    """{"drafter": "hydra", "checkpoint": PATH, "tree": TREE, "weights": "auto" | "int8" | "target"}; Hydra++ is a checkpoint
-    with a prefix layer."""
+    """{"drafter": "hydra", "checkpoint": PATH, "tree": TREE, "weights": "auto" | "int8" |
+    "target"}; Hydra++ is a checkpoint with a prefix layer."""
     stored = load(settings.checkpoint, "hydra")
     module = stored.module(HydraHeads, HydraConfig)
     network, weights = workshop.target.network, settings.weights

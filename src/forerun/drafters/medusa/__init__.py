@@ -1,9 +1,9 @@
-"""Medusa (Cai et al. 2024, arXiv 2401.10774): independent heads on the target's last hidden state. This is its entry, which
-imports nothing heavy; the heads are in `network.py`.
+"""Medusa (Cai et al. 2024, arXiv 2401.10774): independent heads on the target's last hidden state.
+This is its entry, which imports nothing heavy; the heads are in `network.py`.
 
-Presets: Medusa-1 after section 7 (lambda_k = 0.8^k, K = 5, peak rate 1e-3 of the released heads, cosine, a tenth of warm-up).
-Medusa-2 by what keeps the target: as the paper trained Vicuna-33B and Zephyr (sections 3.2 and 7.4), and Vicuna-7B and 13B
-(section 7.3).
+Presets: Medusa-1 after section 7 (lambda_k = 0.8^k, K = 5, peak rate 1e-3 of the released heads,
+cosine, a tenth of warm-up). Medusa-2 by what keeps the target: as the paper trained Vicuna-33B and
+Zephyr (sections 3.2 and 7.4), and Vicuna-7B and 13B (section 7.3).
 """
 
 from __future__ import annotations

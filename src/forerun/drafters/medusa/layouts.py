@@ -126,7 +126,8 @@ def _demand_full_vocabulary(stored: Published) -> None:
     truncated, full = (stored.config.get(name) for name in ("truncated_vocab_size", "vocab_size"))
     if "token_map" in stored.tensors or truncated not in (None, full):
         raise DrafterError(
-            f"the heads in {stored.folder} know {truncated or 'a part'} of {full} tokens (token_map), and ours score all: a"
+            f"the heads in {stored.folder} know {truncated or 'a part'} of {full} tokens (token_map), and ours score"
+            " all: a"
             " token without a row would be proposed with the score 0; get heads with the full vocabulary"
         )
 
@@ -148,7 +149,8 @@ def _with_vocabulary(
     Published(stored.folder, {}, {"lm_head.weight": original}).demand_same({"lm_head.weight": Place("", shape)})
     if base is None:
         raise DrafterError(
-            f"the heads in {stored.folder} share one vocabulary matrix: give --target, to see whether it is the target's"
+            f"the heads in {stored.folder} share one vocabulary matrix: give --target, to see whether it is the"
+            " target's"
         )
     if _is_copy(original, base.head_VD):
         return config, tensors, ()
@@ -192,7 +194,8 @@ def as_fasterdecoding(heads: Heads, base: Base | None) -> Parcel:
     config = _medusa_only(heads, "Medusa's own code")
     if config.layers > 1 and not config.tied_layers:
         raise DrafterError(
-            f"these heads have {config.layers} layers of their own, and Medusa's code repeats one layer (of tied ones it would"
+            f"these heads have {config.layers} layers of their own, and Medusa's code repeats one layer (of tied ones"
+            " it would"
             " read the last): convert to vllm, or train with tied layers"
         )
     about: dict[str, Any] = {
@@ -213,7 +216,8 @@ def as_vllm(heads: Heads, base: Base | None) -> Parcel:
     if shared:
         if base is None:
             raise DrafterError(
-                "these heads share their target's vocabulary matrix, and a folder for vLLM must hold it: give --target MODEL"
+                "these heads share their target's vocabulary matrix, and a folder for vLLM must hold it: give"
+                " --target MODEL"
             )
         tensors["lm_head.weight"] = base.head_VD.to(heads.dtype)
     about = {
@@ -238,6 +242,7 @@ def _medusa_only(heads: Heads, where: str) -> MedusaConfig:
     if isinstance(heads.config, MedusaConfig):
         return heads.config
     raise DrafterError(
-        f"{heads.method.title}'s heads see the tokens drafted before theirs, and {where} gives heads the target's state alone:"
+        f"{heads.method.title}'s heads see the tokens drafted before theirs, and {where} gives heads the target's"
+        " state alone:"
         f" keep them as they are, or convert to {heads.homes}"
     )

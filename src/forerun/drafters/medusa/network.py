@@ -1,9 +1,10 @@
 """Medusa: independent heads on the target's last hidden state (Cai et al. 2024, arXiv 2401.10774, section 2.1.1).
 
-HeadParts i is L residual blocks, u = h + silu(W h + b), and a projection to the vocabulary. The paper has no b, its code has; we
-start it at zero, so that untrained heads are the target's own output projection. Blocks of a head with L > 1 share their weights
-in the published code ("tied_layers"); ours are independent unless asked. `vocabulary: shared` is the code's version 2: the
-target's own frozen projection instead of one per head.
+HeadParts i is L residual blocks, u = h + silu(W h + b), and a projection to the vocabulary. The
+paper has no b, its code has; we start it at zero, so that untrained heads are the target's own
+output projection. Blocks of a head with L > 1 share their weights in the published code
+("tied_layers"); ours are independent unless asked. `vocabulary: shared` is the code's version 2:
+the target's own frozen projection instead of one per head.
 """
 
 from __future__ import annotations

@@ -14,11 +14,12 @@ from forerun.ranktree import RankTree
 
 @dataclass(frozen=True)
 class HeadWeights:
-    """One draft head as matrices: `y = through z + silu(first z + first_bias)`, then `y = y + silu(W y + b)` for every block,
-    and `logits = vocabulary y + vocabulary_bias`.
+    """One draft head as matrices: `y = through z + silu(first z + first_bias)`, then `y = y +
+    silu(W y + b)` for every block, and `logits = vocabulary y + vocabulary_bias`.
 
-    through: None stands for the identity. A tensor that is given more than once is packed once: tied blocks, or a vocabulary
-    that heads share. vocabulary may be packed already, such as the target's own head.
+    through: None stands for the identity. A tensor that is given more than once is packed once:
+    tied blocks, or a vocabulary that heads share. vocabulary may be packed already, such as the
+    target's own head.
     """
 
     first: Tensor  # [D, M]
@@ -31,11 +32,12 @@ class HeadWeights:
 
 
 class DraftHeads(Protocol):
-    """The module of `count` heads, as it is trained. sees_tokens: heads see the tokens drafted before theirs, not only the
-    context.
+    """The module of `count` heads, as it is trained. sees_tokens: heads see the tokens drafted
+    before theirs, not only the context.
 
-    `logits` and `head_logits` are the readable arithmetic of all heads and of one (see `HeadsModule`); `weights` is the same as
-    plain matrices, for kernels. head: the target's output projection, for heads that share it.
+    `logits` and `head_logits` are the readable arithmetic of all heads and of one (see
+    `HeadsModule`); `weights` is the same as plain matrices, for kernels. head: the target's output
+    projection, for heads that share it.
     """
 
     sees_tokens: bool

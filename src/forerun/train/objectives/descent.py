@@ -35,8 +35,8 @@ class Group:
 
 
 class Descent(ABC):
-    """An objective of one loss (see `Objective` in train/run.py). A subclass says what its loss is, and how which parameters
-    learn."""
+    """An objective of one loss (see `Objective` in train/run.py). A subclass says what its loss is,
+    and how which parameters learn."""
 
     module: nn.Module
     schedule: Schedule
@@ -87,7 +87,8 @@ class Descent(ABC):
         self._bad = 0 if math.isfinite(loss) else self._bad + 1
         if self._bad > 1:
             raise TrainingError(
-                f"the loss was {loss} at steps {step - 1} and {step}: lower the learning rate, or look at the data there"
+                f"the loss was {loss} at steps {step - 1} and {step}: lower the learning rate, or look at the data"
+                " there"
             )
         return not self._bad
 

@@ -1,6 +1,7 @@
 """Draft heads on a frozen target.
 
-Losses are summed over chunks of places and computed again in the backward pass, so that the logits of a whole batch never exist.
+Losses are summed over chunks of places and computed again in the backward pass, so that the logits
+of a whole batch never exist.
 """
 
 from __future__ import annotations

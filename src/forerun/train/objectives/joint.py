@@ -2,14 +2,17 @@
 
     loss = keep + head_weight * ramp(step) * sum_k decay^k CE_k        (the paper's eq. 2; k from 1)
 
-The target moves through low-rank adapters (train/lora.py), which are merged in the end: what is written is another model, and
-heads for that. keep holds it to what it was. "original" is self-distillation, KL(original || current) of the law of every answer
-token (section 2.3.2), where the original is the same network with its adapters off; "text" is cross-entropy with the answer
-tokens themselves. Either is a mean over the tokens trained on. The published code divides the divergence, and it alone, by all
-tokens, prompts included, so its weight there depends on how long prompts are.
+The target moves through low-rank adapters (train/lora.py), which are merged in the end: what is
+written is another model, and heads for that. keep holds it to what it was. "original" is
+self-distillation, KL(original || current) of the law of every answer token (section 2.3.2), where
+the original is the same network with its adapters off; "text" is cross-entropy with the answer
+tokens themselves. Either is a mean over the tokens trained on. The published code divides the
+divergence, and it alone, by all tokens, prompts included, so its weight there depends on how long
+prompts are.
 
-The target's term and the first head's see the same tokens: all of an answer (but the first, if the prompt has one token only).
-Heads may be warmed up by the ramp, or by a training of their own before this one (`init_from`).
+The target's term and the first head's see the same tokens: all of an answer (but the first, if the
+prompt has one token only). Heads may be warmed up by the ramp, or by a training of their own before
+this one (`init_from`).
 """
 
 from __future__ import annotations
@@ -34,8 +37,8 @@ from forerun.train.schedule import Schedule
 
 @dataclass(frozen=True)
 class Ramp:
-    """How much of the heads' weight counts at a share of the steps: "constant", "linear", "sine", or "sine:R", which has risen
-    after the first R of them."""
+    """How much of the heads' weight counts at a share of the steps: "constant", "linear", "sine",
+    or "sine:R", which has risen after the first R of them."""
 
     kind: str
     share: float = 1.0
@@ -79,8 +82,9 @@ class Moved(nn.Module):
 
 @dataclass(frozen=True)
 class Terms:
-    """Of a batch's loss, in nats. text: mean -log p of the answer tokens; divergence: mean KL(original || current) of their laws,
-    0 where it was not asked for; heads: the heads' cross-entropies, each a mean over the tokens it has, weighted and added."""
+    """Of a batch's loss, in nats. text: mean -log p of the answer tokens; divergence: mean
+    KL(original || current) of their laws, 0 where it was not asked for; heads: the heads'
+    cross-entropies, each a mean over the tokens it has, weighted and added."""
 
     text: Tensor
     divergence: Tensor
@@ -152,7 +156,8 @@ class JointObjective(Descent):
         return torch.cat((torch.stack((text, divergence)), heads_K))
 
     def validate(self) -> dict[str, float]:
-        """The heads' figures on held-out answers, `text` and `divergence` of the target, and the whole `loss` without its ramp.
+        """The heads' figures on held-out answers, `text` and `divergence` of the target, and the
+        whole `loss` without its ramp.
 
         The answers are the original's, so `tokens_per_step` is what the heads promise on what the target used to say.
         """

@@ -30,8 +30,8 @@ OUTSIDE = ("embedding.", "head.")
 class TokenWindows:
     """Token streams on disk (uint16, documents separated by BOS) and how they are cut into batches.
 
-    Every step takes `rows` windows of `length` + 1 tokens; windows are visited once per pass in an order that depends on
-    the seed alone, so a resumed run goes on where it stopped.
+    Every step takes `rows` windows of `length` + 1 tokens; windows are visited once per pass in an
+    order that depends on the seed alone, so a resumed run goes on where it stopped.
     """
 
     train: Path

@@ -1,8 +1,8 @@
 """Draft heads on native kernels: a whole static tree is one call, as a transformer's forward is (kernels/draft.cc).
 
-Two kinds of heads share it. Independent ones (Medusa, arXiv 2401.10774) see a context vector alone, so that all of them run
-at once; chained ones (Hydra, arXiv 2402.05109) see behind it the embedded tokens of the path, so that a tree grows level by
-level.
+Two kinds of heads share it. Independent ones (Medusa, arXiv 2401.10774) see a context vector alone,
+so that all of them run at once; chained ones (Hydra, arXiv 2402.05109) see behind it the embedded
+tokens of the path, so that a tree grows level by level.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class PackedHeads:
     """Draft heads for depths 1, 2, ... of a tree.
 
     Args:
-        embedding: [V, D]. With it, the head for the children of a node reads the context and behind it the embeddings of the
+        embedding: [V, D]. With it, the head for the children of a node reads the context and behind
+        it the embeddings of the
             tokens from the root to that node; without it, the context alone.
         dtype: of contexts and embedding, bf16 or fp32.
         weights: of the matrices packed here: bf16, fp32 or int8; None: `dtype`.
@@ -64,7 +65,8 @@ class PackedHeads:
         return self._arena.used + sum(bias.nbytes for bias in self._biases)
 
     def draft(self, context_BD: Tensor, roots: Sequence[int], tree: RankTree) -> list[list[int]]:
-        """The tokens of all nodes of `tree` for every row, the root first. Among equal logits the lower token comes first.
+        """The tokens of all nodes of `tree` for every row, the root first. Among equal logits the
+        lower token comes first.
 
         A row's tokens do not depend on the rows beside it.
         """

@@ -1,7 +1,8 @@
 """The one transformer again, on native kernels: the same config and weights, packed; a whole forward is one call.
 
-A call per operation would cost more than the arithmetic of a small model (decision 10 in docs/decisions.md), so the layers are
-walked in C++ (kernels/forward.cc). `nn/transformer.py` stays the readable version and the oracle.
+A call per operation would cost more than the arithmetic of a small model (decision 10 in
+docs/decisions.md), so the layers are walked in C++ (kernels/forward.cc). `nn/transformer.py` stays
+the readable version and the oracle.
 
 Activations are rounded to bf16 only as inputs of products; the residual stream, norms, scores and logits are fp32.
 """
@@ -68,7 +69,8 @@ def shapes(config: TransformerConfig) -> dict[str, MatrixShape]:
 class PackedTransformer:
     """A `Network` on native kernels. Make one with `load_packed` or `pack`.
 
-    dtype: of the cache, and of the weights unless `weights` says otherwise: int8, or a format per matrix. Logits are fp32.
+    dtype: of the cache, and of the weights unless `weights` says otherwise: int8, or a format per
+    matrix. Logits are fp32.
     """
 
     device = CPU
@@ -274,8 +276,8 @@ class PackedTransformer:
         return states if states.dtype in (torch.bfloat16, torch.float32) else states.to(self.dtype)
 
     def _turn_up_to(self, length: int) -> None:
-        """Rotary tables [length, head_dim / 2] for every position the cache may hold. Old ones are kept: another thread may
-        be reading them."""
+        """Rotary tables [length, head_dim / 2] for every position the cache may hold. Old ones are
+        kept: another thread may be reading them."""
         length = min(length, self.max_length)
         if self._record.table_length >= length:
             return
