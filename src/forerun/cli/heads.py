@@ -126,9 +126,9 @@ def command(preset: str) -> Callable[..., None]:
 
     train.__doc__ = f"""{chosen.sense}
 
-    The target is frozen; its states are computed on the fly. First one answer is shown with the trained tokens
-    marked; in the end, how often each head is right, and the tokens per step that this promises. The run's folder has a log
-    of the figures on the way.
+    The target is frozen; its states are computed on the fly. First one answer is shown with the trained
+    tokens marked; in the end, how often each head is right, and the tokens per step that this promises. The
+    run's folder has a log of the figures on the way.
     """
     return fields.replacing(train, shape=list(shapes.values()), loss=fields.parameters(Weights, LOSS))
 
