@@ -31,17 +31,17 @@ def load(
     """An engine for a model and a drafter.
 
     Args:
-        path: a folder in Hugging Face format, or a hub id. drafter: `none`, `lookup`, `small:PATH`,
-        a JSON or YAML file, or a description (see `forerun.drafters`). dtype: auto (bf16 where the
-        processor multiplies bf16 itself, else fp32), bf16, fp32 or fp16; for every network. device:
-        auto (cuda if there is one), cpu, cuda, cuda:1 ... max_rows: requests that run side by side.
-        kernels: auto (native where this machine and the model allow it), native, or torch; for
-        every network. weights: auto (as dtype) or int8 (needs native kernels); the model with such
-        weights is then the one whose output is
-            kept exactly.
-        acceptance: exact, or a lossy rule, so marked in every statistic: typical[:EPSILON,DELTA],
-        Medusa's for requests that
-            sample (`forerun.accept.Typical`), or lenient[:FACTOR], CS Drafting's (`forerun.accept.Lenient`).
+        path: a folder in Hugging Face format, or a hub id.
+        drafter: `none`, `lookup`, `small:PATH`, a JSON or YAML file, or a description (see `forerun.drafters`).
+        dtype: auto (bf16 where the processor multiplies bf16 itself, else fp32), bf16, fp32 or fp16; for every network.
+        device: auto (cuda if there is one), cpu, cuda, cuda:1 ...
+        max_rows: requests that run side by side.
+        kernels: auto (native where this machine and the model allow it), native, or torch; for every network.
+        weights: auto (as dtype) or int8 (needs native kernels); the model with such weights is then the one
+            whose output is kept exactly.
+        acceptance: exact, or a lossy rule, so marked in every statistic: typical[:EPSILON,DELTA], Medusa's
+            for requests that sample (`forerun.accept.Typical`), or lenient[:FACTOR], CS Drafting's
+            (`forerun.accept.Lenient`).
 
     Raises:
         CheckpointError: a checkpoint that is missing, broken or of an unsupported kind.

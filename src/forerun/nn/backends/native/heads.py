@@ -28,9 +28,8 @@ class PackedHeads:
     """Draft heads for depths 1, 2, ... of a tree.
 
     Args:
-        embedding: [V, D]. With it, the head for the children of a node reads the context and behind
-        it the embeddings of the
-            tokens from the root to that node; without it, the context alone.
+        embedding: [V, D]. With it, the head for the children of a node reads the context and behind it the
+            embeddings of the tokens from the root to that node; without it, the context alone.
         dtype: of contexts and embedding, bf16 or fp32.
         weights: of the matrices packed here: bf16, fp32 or int8; None: `dtype`.
 
