@@ -3,12 +3,11 @@
 A number is a function of (seed, purpose, place): no state, no order of calls, no dependence on the
 batch. Two places matter:
 
-- the last word on the token at position t uses the place t. Plain decoding and speculative decoding
-of a deterministic tree
-  therefore draw the same token from the same law: equal seeds give equal text, with and without a drafter;
-- a drafter must never see a number twice. Its keys contain the row's step count (`Dice.deeper`),
-because a token that was
-  drafted and thrown away has already told the drafter's stopping rule about its number.
+- the last word on the token at position t uses the place t. Plain decoding and speculative decoding of a
+  deterministic tree therefore draw the same token from the same law: equal seeds give equal text, with and
+  without a drafter;
+- a drafter must never see a number twice. Its keys contain the row's step count (`Dice.deeper`), because a
+  token that was drafted and thrown away has already told the drafter's stopping rule about its number.
 """
 
 from __future__ import annotations
