@@ -1,7 +1,7 @@
 """Predicted against measured: what hierarchies of models and a store cost per token, and which one the planner chooses.
 
-    python benchmarks/hierarchies.py models/target --model models/small --model models/wide
-    --temperature 0 --temperature 0.8 \\
+    python benchmarks/hierarchies.py models/target --model models/small --model models/wide \\
+        --temperature 0 --temperature 0.8 \\
         --json benchmarks/records/hierarchies.json
 
 Acceptance rates come from the target's own answers, costs from timing whole operations
