@@ -26,7 +26,7 @@ def test_everything_about_a_model() -> None:
     source = Source.of(TARGET)
     assert (source.asked, source.folder, source.name) == (str(TARGET), TARGET, "target")
     assert source.config.model_type == "llama"
-    assert source.ends == {1, 2} and source.template is None
+    assert source.ends == (2, 1) and source.template is None
     assert source.tokenizer is not None and source.tokenizer is source.tokenizer
     assert source.weights == [TARGET / "model.safetensors"]
     assert len(source.fingerprint) == len(source.vocabulary_fingerprint) == 64
@@ -34,9 +34,9 @@ def test_everything_about_a_model() -> None:
 
 def test_parts_are_read_once_and_only_when_asked_for(folder: Path) -> None:
     source = Source.of(folder)
-    assert source.ends == {1, 2}
+    assert source.ends == (2, 1)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
-    assert source.ends == {1, 2} and Source.of(folder).ends == {7}
+    assert source.ends == (2, 1) and Source.of(folder).ends == (7,)
     with pytest.raises(CheckpointError, match=r"has no model\.safetensors"):
         _ = source.weights
 

@@ -176,11 +176,11 @@ def introduce(training: HeadsTraining) -> None:
     from rich.text import Text
 
     from forerun.cli.narration import DRAFTED
-    from forerun.sources.tokenizer import tokenizer_of
+    from forerun.sources.source import Source
     from forerun.train.drafters import example
 
     console, sample = Console(stderr=True), example(training)
-    tokenizer = tokenizer_of(training.recipe.target)
+    tokenizer = Source.of(training.recipe.target).tokenizer
 
     def said(ids: Any) -> str:
         return str(tokenizer.backend_tokenizer.decode(list(ids))) if tokenizer else " ".join(map(str, ids)) + " "

@@ -96,14 +96,13 @@ def describe(path: str, dtype: torch.dtype, device: torch.device, kernels: str, 
     from forerun.cli.engines import quiet
     from forerun.nn.load import load_network, why_torch
     from forerun.nn.translate import translate
-    from forerun.sources.folder import checkpoint_folder, read_config
-    from forerun.sources.tokenizer import end_tokens, tokenizer_of
+    from forerun.sources.source import Source
 
     quiet()
-    config = read_config(checkpoint_folder(path))
-    folder = checkpoint_folder(path)
-    reason = why_torch(translate(config, folder), dtype, device, kernels, weights)
-    network = load_network(path, dtype, device, kernels, weights)
+    source = Source.of(path)
+    config = source.config
+    reason = why_torch(translate(config, source.folder), dtype, device, kernels, weights)
+    network = load_network(source, dtype, device, kernels, weights)
     shape = network.cache_shape
     return {
         "path": path,
@@ -116,8 +115,8 @@ def describe(path: str, dtype: torch.dtype, device: torch.device, kernels: str, 
         "head_dim": shape.head_dim,
         "context": network.max_length,
         "vocabulary": network.vocab_size,
-        "eos": end_tokens(path),
-        "tokenizer": tokenizer_of(path) is not None,
+        "eos": list(source.ends),
+        "tokenizer": source.tokenizer is not None,
     }
 
 

@@ -15,7 +15,8 @@ from forerun.model import Model
 from forerun.nn.dtype import device_of, dtype_of
 from forerun.nn.load import load_network
 from forerun.nn.network import Network
-from forerun.sources.tokenizer import HuggingFaceTokenizer, end_tokens, fingerprint_of, tokenizer_of
+from forerun.sources.source import Source
+from forerun.sources.tokenizer import HuggingFaceTokenizer, fingerprint_of
 
 
 def load(
@@ -50,10 +51,10 @@ def load(
     place = device_of(device)
     kind = dtype_of(dtype, place)
     lossy = lossy_of(acceptance)
-    target = load_network(str(path), kind, place, kernels, weights)
-    tokenizer = tokenizer_of(path)
-    made = drafter_for(target, drafter, kernels, weights, tokenizer)
-    return Engine(target, made, tokenizer, end_tokens(path), max_rows, lossy)
+    source = Source.of(path)
+    target = load_network(source, kind, place, kernels, weights)
+    made = drafter_for(target, drafter, kernels, weights, source.tokenizer)
+    return Engine(target, made, source.tokenizer, source.ends, max_rows, lossy)
 
 
 def drafter_for(

@@ -11,7 +11,8 @@ from torch import Tensor
 from forerun.errors import CheckpointError
 from forerun.nn.transformer import TransformerConfig
 from forerun.nn.translate import translate
-from forerun.sources.folder import CONFIG, brief, checkpoint_folder, opened, read_config, weight_files
+from forerun.sources.folder import CONFIG, brief, opened, weight_files
+from forerun.sources.source import Source
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Base:
 
     @staticmethod
     def of(path_or_hub_id: str) -> Base:
-        folder = checkpoint_folder(path_or_hub_id)
-        outside = read_config(folder)
+        source = Source.of(path_or_hub_id)
+        folder, outside = source.folder, source.config
         text = outside.get_text_config(decoder=True)
         try:
             return Base(path_or_hub_id, folder, text.hidden_size, text.vocab_size, translate(outside, folder))

@@ -26,7 +26,8 @@ from forerun.nn.formats import Formats
 from forerun.nn.network import Network
 from forerun.nn.transformer import Transformer, TransformerConfig
 from forerun.nn.translate import Slice, places, translate
-from forerun.sources.folder import Stored, checkpoint_folder, difference, opened, read_config, stored, weight_files
+from forerun.sources.folder import Stored, difference, opened, stored, weight_files
+from forerun.sources.source import Source
 
 KERNELS = ("auto", "native", "torch")
 WEIGHTS = ("auto", "int8")
@@ -34,7 +35,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def load_network(
-    path_or_hub_id: str | Path,
+    source: str | Path | Source,
     dtype: torch.dtype,
     device: torch.device,
     kernels: str = "torch",
@@ -49,8 +50,8 @@ def load_network(
     Raises CheckpointError for anything that is missing, damaged, or of a kind that cannot be run;
     ForerunError for kernels that cannot be had.
     """
-    folder = checkpoint_folder(path_or_hub_id)
-    outside = read_config(folder)
+    source = Source.of(source)
+    folder, outside = source.folder, source.config
     config = translate(outside, folder)
     reason = why_torch(config, dtype, device, kernels, weights)
     if config is None:

@@ -24,8 +24,10 @@ class Source:
     folder: Path
 
     @staticmethod
-    def of(path_or_hub_id: str | Path) -> Source:
+    def of(path_or_hub_id: str | Path | Source) -> Source:
         """A folder in Hugging Face format, or the hub's model of that name, which is fetched if it is not here."""
+        if isinstance(path_or_hub_id, Source):
+            return path_or_hub_id
         return Source(str(path_or_hub_id), checkpoint_folder(path_or_hub_id))
 
     @property
@@ -56,9 +58,9 @@ class Source:
         return str(found) if found else None
 
     @cached_property
-    def ends(self) -> frozenset[int]:
+    def ends(self) -> tuple[int, ...]:
         """Tokens that end a text."""
-        return frozenset(end_tokens(self.folder))
+        return tuple(end_tokens(self.folder))
 
     @cached_property
     def fingerprint(self) -> str:

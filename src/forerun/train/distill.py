@@ -31,8 +31,8 @@ from forerun.engine.engine import Engine
 from forerun.engine.requests import Piece
 from forerun.errors import TrainingError
 from forerun.sampling import SamplingParams
-from forerun.sources.fingerprint import digest, fingerprint_of_model
-from forerun.sources.folder import checkpoint_folder
+from forerun.sources.fingerprint import digest
+from forerun.sources.source import Source
 
 FORMAT, VERSION = "distilled", 1
 QUEUED_PER_ROW = 32
@@ -264,11 +264,11 @@ def header_of(
 
     source: where the prompts come from. template: the chat template that they were rendered with, or None.
     """
-    folder, network = checkpoint_folder(model), engine.target.network
+    target, network = Source.of(model), engine.target.network
     return {
         "forerun": FORMAT,
         "version": VERSION,
-        "target": {"name": folder.resolve().name, "fingerprint": fingerprint_of_model(folder)},
+        "target": {"name": target.name, "fingerprint": target.fingerprint},
         "dtype": str(network.dtype).removeprefix("torch."),
         "weights": str(network.weights).removeprefix("torch."),
         "kernels": network.backend.name,

@@ -19,8 +19,8 @@ from forerun.nn.dtype import dtype_of
 from forerun.nn.foreign import Foreign
 from forerun.nn.load import load_network
 from forerun.nn.network import Network
-from forerun.sources.fingerprint import digest, fingerprint_of_model
-from forerun.sources.folder import checkpoint_folder
+from forerun.sources.fingerprint import digest
+from forerun.sources.source import Source
 from forerun.train.answers import Answers
 from forerun.train.distill import Distilled, Sample, read
 from forerun.train.least_squares import least_squares
@@ -112,7 +112,7 @@ class HeadsTraining:
         recipe = self.recipe
         return {
             "preset": recipe.preset,
-            "target": fingerprint_of_model(checkpoint_folder(recipe.target)),
+            "target": Source.of(recipe.target).fingerprint,
             "data": digest([[sample.prompt, sample.answer] for sample in self.answers.samples]),
             "architecture": asdict(self.config),
             "weights": asdict(self.objective.weights),
@@ -213,7 +213,7 @@ def _demand_a_law(network: Network, weights: Weights, recipe: HeadsRecipe) -> No
 def _warn_of_another_target(distilled: Distilled, recipe: HeadsRecipe) -> None:
     """Heads learn what the answers' author would say."""
     author = (distilled.header.get("target") or {}).get("fingerprint")
-    if author and author != fingerprint_of_model(checkpoint_folder(recipe.target)):
+    if author and author != Source.of(recipe.target).fingerprint:
         print(
             f"{recipe.data} holds the answers of another model than {recipe.target}: distil from this one unless you"
             " mean it",
