@@ -37,6 +37,7 @@ from forerun.model import Model, Scores
 from forerun.nn.network import Network
 from forerun.row import Row, final_chance
 from forerun.sampling import SamplingParams
+from forerun.slots import Slots
 from forerun.sources.tokenizer import HuggingFaceTokenizer
 from forerun.tree import TokenTree
 
@@ -76,7 +77,7 @@ class Engine:
         self._price = NodePrice(self.costs)
         self._waiting: OrderedDict[int, Request] = OrderedDict()
         self._reading: Request | None = None
-        self._running: list[Request] = []
+        self._running: Slots[Request] = Slots()
         self._numbers = count()
         self._room = (0, 0)  # rows and length to allocate before the next step
         self._inbox: deque[Piece] = deque()  # of requests that were added by hand
@@ -320,8 +321,7 @@ class Engine:
         """Close a slot; the last row takes its place, in every part alike."""
         self.target.release(slot, len(self._running))
         self.drafter.release(slot)
-        self._running[slot] = self._running[-1]
-        self._running.pop()
+        self._running.release(slot)
 
     # ---- those who come
 
@@ -390,7 +390,7 @@ class Engine:
         drafter hold of these rows. They go back to what was told of them, and to the head of the
         queue if they are still wanted; else they have ended."""
         held = {one.number: one for one in [*self._running, *([self._reading] if self._reading else [])]}
-        slots, self._running, self._reading = len(self._running), [], None
+        slots, self._running, self._reading = len(self._running), Slots(), None
         while self.target.cache.rows:
             self.target.release(self.target.cache.rows - 1)
         for slot in reversed(range(slots)):
