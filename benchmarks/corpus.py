@@ -5,7 +5,7 @@
 
 Answers are a file of `forerun distill` whose prompts were encoded with the store's tokenizer.
 Prints microseconds per draft at the end of a row of --context tokens, tokens per step and nodes per
-step at cost 0.08, per temperature; with --fit the `WEIGHTS` of forerun/drafters/lookup/places.py.
+step at cost 0.08, per temperature; with --fit the `WEIGHTS` of forerun/stores/places.py.
 """
 
 from __future__ import annotations

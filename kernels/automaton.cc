@@ -1,5 +1,5 @@
 // Text that is looked up: a suffix automaton, and trees that grow out of it best first. The readable version, to which this one is equal
-// bit for bit, is src/forerun/automaton.py and src/forerun/drafters/lookup/growth.py.
+// bit for bit, is src/forerun/stores/automaton.py and src/forerun/stores/growth.py.
 #include <algorithm>
 #include <bit>
 #include <cmath>

@@ -1,4 +1,4 @@
-// What came next in a corpus at the places most like a row's end, grown into a tree. src/forerun/drafters/lookup/places.py is the
+// What came next in a corpus at the places most like a row's end, grown into a tree. src/forerun/stores/places.py is the
 // same in readable form; every number that decides something is computed here as there.
 //
 // The file behind a corpus may hold anything: positions are brought into range, tokens are compared before they are used.
