@@ -8,7 +8,7 @@ import torch
 
 from forerun.chance import key_of
 from forerun.cost import CHEAPEST, DEAREST, ENOUGH, REFRESH, NodePrice, Step, Table
-from forerun.drafters.lookup import Lookup, limits_of, limits_within
+from forerun.drafters.lookup import Lookup, Settings, limits_within
 from forerun.drafting.drafter import Context
 from forerun.row import Row
 from forerun.sampling import SamplingParams
@@ -130,7 +130,7 @@ def context(rows: list[Row], prices: list[float] | None, path: tuple[int, ...] =
 
 
 def costs(cost: float | None, told: Context) -> list[float]:
-    return [limits.cost for limits in limits_within(Bounds(limits_of("lookup", 9, 8, 1, cost)), told)]
+    return [limits.cost for limits in limits_within(Bounds(Settings(9, 8, 1, cost).limits), told)]
 
 
 def test_a_cost_that_is_given_holds_and_one_that_is_not_follows_the_price() -> None:
@@ -138,7 +138,7 @@ def test_a_cost_that_is_given_holds_and_one_that_is_not_follows_the_price() -> N
     assert costs(0.08, context(rows, [0.25, 0.125])) == [0.08, 0.08]
     assert costs(None, context(rows, [0.25, 0.125])) == [0.25, 0.125]
     assert costs(None, context(rows, None)) == [0.1, 0.1], "once in ten proposals, of nine nodes and node 0"
-    assert limits_of("lookup", 1, 8, 1, None).cost == 0.5
+    assert Settings(1, 8, 1, None).limits.cost == 0.5
 
 
 def test_the_clock_has_no_say_in_what_a_repeatable_request_draws() -> None:
@@ -148,7 +148,7 @@ def test_the_clock_has_no_say_in_what_a_repeatable_request_draws() -> None:
 
 
 def test_limits_are_the_same_object_as_long_as_the_price_is() -> None:
-    bounds, rows = Bounds(limits_of("lookup", 9, 8, 1, None)), [row()]
+    bounds, rows = Bounds(Settings(9, 8, 1, None).limits), [row()]
     (first,) = limits_within(bounds, context(rows, [0.25]))
     (other,) = limits_within(bounds, context(rows, [0.5]))
     assert limits_within(bounds, context(rows, [0.25]))[0] is first is not other
@@ -157,7 +157,7 @@ def test_limits_are_the_same_object_as_long_as_the_price_is() -> None:
 def test_a_dearer_node_is_proposed_less() -> None:
     sizes = []
     for price in (0.01, 0.5):
-        drafter, rows = Lookup(limits_of("lookup", 16, 16, 1, None)), [row()]
+        drafter, rows = Lookup(Settings(16, 16, 1, None).limits), [row()]
         drafter.admit(rows[0], {})
         sizes.append(drafter.propose(context(rows, [price])).nodes)
     assert sizes[0] > sizes[1]
