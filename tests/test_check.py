@@ -18,7 +18,7 @@ from forerun.check.law import short_prompts
 from forerun.check.rounding import moved, rounding_bound
 from forerun.check.statistics import compare, distance, places
 from forerun.check.texts import PlainText, plain_texts
-from forerun.drafters import small
+from forerun.drafting import growth
 from forerun.engine.engine import Engine
 from forerun.errors import RequestError
 from forerun.sampling import SamplingParams
@@ -78,8 +78,8 @@ def test_a_drafter_that_lies_about_its_law_fails():
 
 def test_a_drafter_that_draws_more_sharply_than_it_says_fails(monkeypatch):
     """The mistake of the field: temperature or filters applied to the draft, and not to the law that is reported."""
-    draw = small.draw
-    monkeypatch.setattr(small, "draw", lambda law, *rest: draw(law**3 / (law**3).sum(-1, keepdim=True), *rest))
+    draw = growth.draw
+    monkeypatch.setattr(growth, "draw", lambda law, *rest: draw(law**3 / (law**3).sum(-1, keepdim=True), *rest))
     assert not check(engine(), engine(SMALL), PROMPTS, replace(PLAN, tokens=0)).passed
 
 

@@ -40,7 +40,7 @@ def rows_of(sizes: Sequence[int], **wishes: float) -> list[Row]:
 
 
 def context_of(rows: Sequence[Row], depths: Sequence[int], budget: int = 99) -> Context:
-    return Context(rows, budget, depths, CPU)
+    return Context(rows, [budget] * len(rows), depths, CPU)
 
 
 def paths_of(tree: object, row: int) -> list[tuple[int, ...]]:

@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from forerun.nn.packed import pack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,6 +16,7 @@ import forerun.model
 from fakes import TableNetwork
 from forerun.drafting.heads import PrefixState
 from forerun.model import Inputs, Model
+from forerun.nn.backends.native.transformer import pack
 from forerun.nn.cache import Cache
 from forerun.nn.feed import Feed, Read
 from forerun.nn.network import Network

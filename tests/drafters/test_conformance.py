@@ -90,7 +90,7 @@ def made(name: str, preset: str, heads: Callable[[str, str], str]) -> Drafter:
 
 
 def engine(drafter: Drafter, max_rows: int = 8) -> Engine:
-    return Engine(Model(lively(), 1), drafter, max_rows=max_rows)
+    return Engine(lively(), drafter, max_rows=max_rows)
 
 
 def said(one: Engine, prompts: Sequence[list[int]], wishes: SamplingParams | Sequence[SamplingParams]) -> Any:

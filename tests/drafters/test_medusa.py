@@ -63,14 +63,13 @@ from forerun.drafters.medusa.network import MedusaHeads
 from forerun.drafting import checkpoint
 from forerun.drafting.checkpoint import Checkpoint
 from forerun.drafting.drafter import Context
-from forerun.drafting.heads import HeadDrafter, HeadParts, LastState, drafting, format_of
+from forerun.drafting.heads import HeadDrafter, HeadParts, LastState, TorchHeads, drafting, format_of
 from forerun.drafting.trained import HeadSettings
 from forerun.drafting.workshop import Workshop
 from forerun.engine.engine import Engine
 from forerun.errors import DrafterError
 from forerun.model import Model
 from forerun.nn.backends.native.transformer import pack
-from forerun.nn.backends.torch import TorchHeads
 from forerun.nn.save import save_pretrained
 from forerun.ranktree import PUBLISHED, RankTree
 from forerun.row import Row

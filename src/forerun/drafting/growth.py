@@ -197,15 +197,17 @@ class _Pen:
             return scores.best
         law_B1V = draft_laws(scores.logits_BNV, self._rows, [[chain[1:]] for chain in chains])
         self._laws.append(law_B1V)
-        if self._is_greedy:
-            return law_B1V.argmax(-1)
-        # Greedy rows have one-hot laws, so luck does not matter to them.
-        return self._chance.token(law_B1V, np.full((len(self._rows), 1), depth))
+        return law_B1V.argmax(-1) if self._is_greedy else draw(law_B1V, self._chance, depth)
 
     def tree(self, tokens: Sequence[Sequence[int]]) -> TokenTree:
         if self._is_greedy:
             return TokenTree.chain(tokens, self._device)
         return TokenTree.drawn_chain(tokens, torch.cat([*self._laws, torch.zeros_like(self._laws[0])], 1))
+
+
+def draw(law_B1V: Tensor, chance: Dice, depth: int) -> Tensor:
+    """A token per row, [B, 1]; greedy rows have one-hot laws, so luck does not matter to them."""
+    return chance.token(law_B1V, np.full((len(law_B1V), 1), depth))
 
 
 class _Watch:
