@@ -143,13 +143,14 @@ def of_a_step(spec: str, source: Path) -> list[str]:
 
 def of_a_batch(preset: str, source: Path) -> list[str]:
     """Of one step of training: reading the batch, the teacher, the loss, the optimiser."""
-    from forerun.train.heads import HeadsRecipe, prepare, schedule_for
+    from forerun.drafting import registry
+    from forerun.train.drafters import HeadsRecipe, prepare, schedule_for
 
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "answers.jsonl"
         row = json.dumps({"prompt": [1, *range(300, 340)], "answer": list(range(500, 700))})
         data.write_text(f"{row}\n" * 40)
-        schedule = schedule_for(preset, 10)
+        schedule = schedule_for(registry.preset(preset)[2], 10)
         recipe = HeadsRecipe(preset, str(MODELS / "target"), data, {}, None, schedule, rows=2, length=256)
         objective = prepare(recipe, torch.device("cpu")).objective
         objective.update(0)
