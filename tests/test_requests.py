@@ -6,17 +6,21 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from itertools import count
 from random import Random
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from fakes import Near, TableNetwork, Wild, engine_of, plain
 from forerun.drafters.none import Nothing
 from forerun.engine.engine import Engine
 from forerun.engine.requests import Output, Piece, Request
+from forerun.engine.session import Session
+from forerun.errors import RequestError
 from forerun.sampling import SamplingParams
 from test_engine import Letters
 
@@ -71,7 +75,8 @@ def last(pieces: list[Piece]) -> Output:
 
 def demand_nothing_left(one: Engine) -> None:
     assert one.is_idle and one.target.cache.rows == 0
-    assert not (one._waiting or one._running or one._reading or one._inbox or one._cancelled or one._driving)
+    assert not (one._waiting or one._running or one._reading or one._inbox or one._cancelled)
+    assert one._driver is None and one._is_whole
 
 
 # ---- sessions
@@ -364,7 +369,7 @@ def test_ctrl_c_anywhere_in_a_step_costs_the_others_nothing(
     share = 0.5 if place in ("admit", "prefill") else 0.2  # these are not called with every step
     breaking = Breaking(KeyboardInterrupt, Random(f"{name} {place}"), share)
     one = broken_engine(name, place, breaking, monkeypatch)
-    monkeypatch.setattr(Request, "rewind", unarmed(breaking, Request.rewind))
+    monkeypatch.setattr(Request, "_rewind", unarmed(breaking, Request._rewind))
     going = one.stream([PROMPTS[1], PROMPTS[2]], [wishes(1), wishes(2)])
     pieces = [next(going)]
     for index in (3, 4, 5, 6):
@@ -401,14 +406,17 @@ def test_an_error_in_a_step_ends_who_was_in_it_and_nobody_else(
 ) -> None:
     breaking = Breaking(ZeroDivisionError, Random(f"{name} {place}"), 1.0)
     one = broken_engine(name, place, breaking, monkeypatch)
-    monkeypatch.setattr(Request, "rewind", unarmed(breaking, Request.rewind))
+    monkeypatch.setattr(Request, "_rewind", unarmed(breaking, Request._rewind))
     going = one.stream(PROMPTS[:5], [wishes(index) for index in range(5)])
     pieces = [next(going) for _ in range(4)]
+    one.max_rows = 8  # so that somebody is read
     breaking.armed = True
     with pytest.raises(ZeroDivisionError):
-        one.generate([PROMPTS[5]], wishes(5)) if place not in ("admit", "prefill") else crowd(one)
+        one.generate([PROMPTS[5]], wishes(5))
     breaking.armed = False
-    pieces += going
+    with pytest.raises(ZeroDivisionError):
+        hear(going, pieces)
+    hear(going, pieces)
     for index in range(5):
         output = last([piece for piece in pieces if piece.prompt_index == index])
         assert output.finish_reason in ("length", "interrupted")
@@ -419,10 +427,84 @@ def test_an_error_in_a_step_ends_who_was_in_it_and_nobody_else(
     assert one.generate([PROMPTS[6]], wishes(6))[0].token_ids == alone(name, 6)
 
 
-def crowd(one: Engine) -> None:
-    """Until somebody is read."""
-    one.max_rows = 8
-    one.generate([PROMPTS[5]], wishes(5))
+def hear(session: Session, pieces: list[Piece]) -> None:
+    """To its end or to an error, whichever comes first."""
+    for piece in session:
+        pieces += [piece]
+
+
+def test_an_error_is_raised_to_whom_it_concerns_and_not_to_whoever_drives() -> None:
+    one = engine("small", max_rows=2)
+    breaking = Breaking(ZeroDivisionError, Random(0), 1.0)
+    breaking.into(one.target, "score")
+    with one.stream([PROMPTS[1], PROMPTS[2]], wishes(1)) as owner:
+        next(owner)
+        waiting = one.stream([PROMPTS[3]], wishes(3))
+        score, calls = one.target.score, count()
+
+        def first_breaks(*given: Any) -> Any:
+            breaking.armed = next(calls) == 0
+            return score(*given)
+
+        one.target.score = first_breaks  # type: ignore[method-assign]
+        assert last(list(waiting)).token_ids == alone("small", 3)
+        with pytest.raises(ZeroDivisionError):
+            hear(owner, [])
+        assert [piece.finish_reason for piece in owner] == ["interrupted", "interrupted"]
+    demand_nothing_left(one)
+
+
+def test_an_error_in_a_step_of_requests_by_hand_is_raised_by_it_and_told() -> None:
+    one = engine("none")
+    breaking = Breaking(ZeroDivisionError, Random(0), 1.0)
+    breaking.into(one.target, "score")
+    numbers = one.add(PROMPTS[1], wishes(1)) + one.add(PROMPTS[2], wishes(2))
+    one.step()
+    breaking.armed = True
+    with pytest.raises(ZeroDivisionError):
+        one.step()
+    breaking.armed = False
+    pieces = one.step()
+    assert [piece.request for piece in pieces] == numbers
+    assert [(piece.finish_reason, type(piece.error)) for piece in pieces] == [("interrupted", ZeroDivisionError)] * 2
+    demand_nothing_left(one)
+
+
+@pytest.mark.parametrize("call", ["generate", "step"])
+def test_an_engine_cannot_be_asked_from_within_its_own_step(call: str) -> None:
+    one = engine("none")
+
+    def asks(tokens: Tensor, logits: Tensor) -> Tensor:
+        one.generate([PROMPTS[2]], wishes(2)) if call == "generate" else one.step()
+        return logits
+
+    with pytest.raises(RequestError, match="from within its own step"):
+        one.generate([PROMPTS[1]], SamplingParams(max_new_tokens=5, processors=(asks,)))
+    demand_nothing_left(one)
+    assert one.generate([PROMPTS[3]], wishes(3))[0].token_ids == alone("none", 3)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("place", ["propose", "observe", "score", "keep", "prefill"])
+def test_ctrl_c_again_while_it_is_dealt_with(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = broken_engine("small", place, Breaking(KeyboardInterrupt, Random(place), 0.0), monkeypatch)
+    breaking = Breaking(KeyboardInterrupt, Random(place), 0.2)
+    for owner, method in ((one, "_recover"), (one, "_sweep"), (one.target, "release"), (one.drafter, "release")):
+        breaking.into(owner, method)
+    breaking.into(one.target if place in ("score", "keep", "prefill") else one.drafter, place)
+    going = one.stream([PROMPTS[1], PROMPTS[2]], [wishes(1), wishes(2)])
+    pieces = [next(going)]
+    for index in (3, 4, 5, 6) * 5:
+        breaking.armed = True
+        with suppress(KeyboardInterrupt):
+            one.generate([PROMPTS[index]], wishes(index))
+        breaking.armed = False
+    assert breaking.count > 10
+    hear(going, pieces)
+    for index in (1, 2):
+        assert last([piece for piece in pieces if piece.prompt_index == index - 1]).token_ids == alone("small", index)
+    one.cancel()  # nobody has called since the last Ctrl-C
+    demand_nothing_left(one)
 
 
 @pytest.mark.parametrize("name", ["none", "small"])

@@ -68,7 +68,7 @@ class Lookup(Drafter):
 
 @dataclass(frozen=True)
 class Settings:
-    """{"drafter": "lookup", "nodes": 16, "depth": 16, "min_match": 1, "cost": 0.08}"""
+    """{"drafter": "lookup", "nodes": 16, "depth": 16, "min_match": 1}"""
 
     nodes: int = setting(16, "The largest tree.")
     depth: int = setting(16, "Its longest path.")

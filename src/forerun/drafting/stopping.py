@@ -108,7 +108,7 @@ RULES: dict[str, Callable[..., Stopping]] = {
 
 def stopping(rule: str = "fixed", **settings: float) -> Stopping:
     """A rule by name, as drafter files give it: {"rule": "confidence", "threshold": 0.5, "most": 8}."""
-    if rule not in RULES:
+    if not isinstance(rule, str) or rule not in RULES:
         raise DrafterError(f"unknown stopping rule {rule!r}: there are {', '.join(RULES)}")
     try:
         made = RULES[rule](**settings)

@@ -41,6 +41,9 @@ from forerun.slots import Slots
 from forerun.sources.tokenizer import HuggingFaceTokenizer
 from forerun.tree import TokenTree
 
+WAKE_SECONDS = 0.1
+"""Who waits for a turn looks after this time, in case nobody could say that it has come."""
+
 
 class Engine:
     """A target, a drafter and the rows that are running.
@@ -52,11 +55,12 @@ class Engine:
     touches then say that they are not exact. Use `forerun.load` to make one from a model folder.
 
     Who may call it: any thread may call `add`, `cancel`, `close`, `generate`, `stream` and `step`
-    at any time. There is no thread behind them: whoever waits for pieces drives the loop, one
-    caller at a time, for everybody; pieces go to whoever asked for them, and the requests of all
-    callers run in one batch. What interrupts the driver (Ctrl-C) costs the others a step, which is
-    made again; any other error in a step ends the requests that were in it ("interrupted") and is
-    raised to the driver. Everything else (`drafter.reset`, `max_rows`) is for one who knows that
+    at any time, but not from within a step (a logits processor cannot ask its own engine). There is
+    no thread behind them: whoever waits for pieces drives the loop, one caller at a time, for
+    everybody; pieces go to whoever asked for them, and the requests of all callers run in one
+    batch. What interrupts the driver (Ctrl-C) costs the others a step, which is made again; any
+    other error in a step ends the requests that were in it ("interrupted") and is raised to the
+    callers of these. Everything else (`drafter.reset`, `max_rows`) is for one who knows that
     the engine is idle. Of several engines on one network one may be driven at a time.
     """
 
@@ -82,8 +86,10 @@ class Engine:
         self._room = (0, 0)  # rows and length to allocate before the next step
         self._inbox: deque[Piece] = deque()  # of requests that were added by hand
         self._turn = threading.Condition()  # held for moments only, never during a step
-        self._driving = False
-        self._cancelled: deque[int] = deque()
+        self._driver: int | None = None  # the thread that makes a step
+        self._is_whole = True  # no step has broken off
+        self._cancelled: deque[int | None] = deque()  # None: whatever was added by hand is forgotten
+        self._is_sweeping = False
         self._spelling = threading.Lock()
 
     def beside(self, drafter: Drafter, max_rows: int | None = None) -> Engine:
@@ -187,16 +193,21 @@ class Engine:
         """
         with self._turn:
             self._cancelled.extend(numbers)
-            if not self._driving:
+            if self._driver is None:
                 self._sweep()
+
+    def abandon(self, inbox: deque[Piece]) -> None:
+        """Cancel every request whose pieces go there."""
+        with self._turn:
+            self.cancel(*(request.number for request in self._requests() if request.inbox is inbox))
 
     def close(self) -> None:
         """Cancel every request, and forget the pieces of those that were added by hand. The engine
         can be used again."""
         with self._turn:
-            alive = [*self._waiting.values(), *([self._reading] if self._reading else []), *self._running]
-            self.cancel(*(request.number for request in alive))
-            self._inbox.clear()
+            self._cancelled.extend(request.number for request in self._requests())
+            self._cancelled.append(None)
+            self.cancel()
 
     def __enter__(self) -> Self:
         return self
@@ -209,41 +220,65 @@ class Engine:
         """No request is left, and no piece that `step` would return."""
         return not (self._waiting or self._reading or self._running or self._inbox)
 
+    def _requests(self) -> list[Request]:
+        return [*self._waiting.values(), *([self._reading] if self._reading else []), *self._running]
+
     def step(self) -> list[Piece]:
         """Read a chunk of a waiting prompt, then make one step with every row that is ready.
         Returns what has been said since the last call by the requests that were added by hand."""
+        self._drive(None)
         with self._turn:
-            while self._driving:
-                self._turn.wait()
-            self._driving = True
-        self._drive()
-        return [self._inbox.popleft() for _ in range(len(self._inbox))]
+            return [self._inbox.popleft() for _ in range(len(self._inbox))]
 
     def await_piece(self, inbox: deque[Piece]) -> None:
         """Return when there is a piece in this inbox: drive the loop, or wait for the one who does."""
         while not inbox:
+            self._drive(inbox)
             with self._turn:
-                while self._driving and not inbox:
-                    self._turn.wait()
-                if inbox:
-                    return
-                self._driving = True
-            self._drive()
+                if not inbox and not self._requests():
+                    raise RuntimeError("a piece is awaited of requests that are gone: this is a mistake of the engine")
 
     # ---- the loop
 
-    def _drive(self) -> None:
-        """One step, by the caller whose turn it is."""
+    def _drive(self, inbox: Sequence[Piece] | None) -> None:
+        """When the turn has come, make one step, unless there is something in this inbox by then. An error is
+        told to those whom it concerns with their last pieces, and raised where there is no inbox to find it in.
+
+        Ctrl-C may come between any two lines. So whatever it breaks off is left to be mended by the next
+        step (`_is_whole`), and the turn is given back in the innermost `finally`.
+        """
+        me = threading.get_ident()
+        if self._driver == me:
+            raise RequestError("an engine cannot be asked from within its own step: use another engine there")
         try:
-            self._step()
-        except BaseException as error:
-            self._recover(is_wanted=isinstance(error, KeyboardInterrupt))
-            raise
-        finally:
             with self._turn:
-                self._sweep()
-                self._driving = False
-                self._turn.notify_all()
+                while self._driver is not None and not inbox:
+                    self._turn.wait(WAKE_SECONDS)
+                if inbox:
+                    return
+                self._driver = me
+            if not self._is_whole:
+                self._recover(None)
+            self._is_whole = False
+            self._step()
+            self._is_whole = True
+        except Exception as error:
+            is_told = self._recover(error)
+            if inbox is None or not is_told:
+                raise
+        finally:
+            self._give_back(me)
+
+    def _give_back(self, me: int) -> None:
+        try:
+            if self._driver == me:
+                with self._turn:
+                    self._sweep()
+        finally:
+            if self._driver == me:
+                self._driver = None
+                with self._turn:
+                    self._turn.notify_all()
 
     @torch.inference_mode()
     def _step(self) -> None:
@@ -344,10 +379,12 @@ class Engine:
                 return
 
     def _next(self) -> Request | None:
-        if not self._waiting or len(self._running) >= self.max_rows:
-            return None
-        _, self._reading = self._waiting.popitem(last=False)
-        self._reading.started = self._reading.started or time.perf_counter()
+        with self._turn:
+            if not self._waiting or len(self._running) >= self.max_rows:
+                return None
+            self._reading = next(iter(self._waiting.values()))
+            del self._waiting[self._reading.number]
+        self._reading.begin()
         self.target.admit(self._reading.row.limit)
         return self._reading
 
@@ -368,38 +405,57 @@ class Engine:
 
     def _sweep(self) -> None:
         """Drop the requests that were cancelled. Nobody is making a step."""
-        while self._cancelled:
-            self._drop(self._cancelled.popleft())
+        if self._is_sweeping:  # a session that was forgotten cancels wherever it is collected
+            return
+        self._is_sweeping = True
+        try:
+            if not self._is_whole:
+                self._recover(None)
+            while self._cancelled:
+                number = self._cancelled[0]
+                if number is None:
+                    self._inbox.clear()
+                else:
+                    self._drop(number)
+                self._cancelled.popleft()
+        finally:
+            self._is_sweeping = False
+            self._turn.notify_all()
 
     def _drop(self, number: int) -> None:
-        if request := self._waiting.pop(number, None):
-            request.interrupt()
-        elif self._reading and self._reading.number == number:
-            request, self._reading = self._reading, None
+        """Tell first, then let go: broken off in between, the rest is left to `_recover`."""
+        request = next((one for one in self._requests() if one.number == number), None)
+        if request is None:
+            return
+        request.interrupt()
+        if self._waiting.pop(number, None):
+            return
+        self._is_whole = False
+        if request is self._reading:
+            self._reading = None
             self.target.release(len(self._running))
-            request.interrupt()
         else:
-            for slot, request in enumerate(self._running):
-                if request.number == number:
-                    self._release(slot)
-                    request.interrupt()
-                    return
+            self._release(next(slot for slot, one in enumerate(self._running) if one is request))
+        self._is_whole = True
 
-    def _recover(self, is_wanted: bool) -> None:
-        """After a step that broke off anywhere: nothing is believed of what the target and the
-        drafter hold of these rows. They go back to what was told of them, and to the head of the
-        queue if they are still wanted; else they have ended."""
+    def _recover(self, error: Exception | None) -> bool:
+        """After a step that broke off anywhere: nothing is believed of what the target and the drafter
+        hold of these rows. They go back to the head of the queue, to begin again behind what was told of
+        them; an error ends them. Breaking off here too does no harm: all of it can be done again. True if
+        somebody was told of the error."""
         held = {one.number: one for one in [*self._running, *([self._reading] if self._reading else [])]}
-        slots, self._running, self._reading = len(self._running), Slots(), None
+        with self._turn:
+            for request in reversed([one for one in held.values() if not one.is_over]):
+                request.is_told = False
+                self._waiting[request.number] = request
+                self._waiting.move_to_end(request.number, last=False)
         while self.target.cache.rows:
             self.target.release(self.target.cache.rows - 1)
-        for slot in reversed(range(slots)):
+        for slot in reversed(range(len(self._running))):
             self.drafter.release(slot)
-        for request in reversed([one for one in held.values() if not one.is_over]):
-            request.rewind()
-            if is_wanted:
-                with self._turn:
-                    self._waiting[request.number] = request
-                    self._waiting.move_to_end(request.number, last=False)
-            else:
-                request.interrupt()
+        self._running, self._reading, self._is_whole = Slots(), None, True
+        for number, request in held.items() if error else ():
+            with self._turn:
+                if self._waiting.pop(number, None):
+                    request.interrupt(error)
+        return bool(held)

@@ -33,7 +33,7 @@ def load(
 
     Args:
         path: a folder in Hugging Face format, or a hub id.
-        drafter: `none`, `lookup`, `small:PATH`, a JSON or YAML file, or a description (see `forerun.drafters`).
+        drafter: `none`, `lookup`, `small:PATH`, a JSON or YAML file, or a description (see `forerun.drafting.spec`).
         dtype: auto (bf16 where the processor multiplies bf16 itself, else fp32), bf16, fp32 or fp16; for every network.
         device: auto (cuda if there is one), cpu, cuda, cuda:1 ...
         max_rows: requests that run side by side.

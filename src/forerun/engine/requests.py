@@ -95,7 +95,7 @@ class Piece:
     """What one step added to one sample. drafted[i]: token i came from the drafter (and the target agreed).
 
     A request's last piece says why it ended and carries its output. That of a request which was
-    cancelled adds no token.
+    cancelled adds no token; error: what went wrong in the step that ended it.
     """
 
     request: int
@@ -106,6 +106,7 @@ class Piece:
     texts: list[str]
     finish_reason: str | None = None
     output: Output | None = None
+    error: Exception | None = None
 
     @property
     def text(self) -> str:
@@ -118,7 +119,8 @@ class Request:
 
     inbox: where its pieces go. spell: makes the stream of its text from the start; None where
     nobody wants text. hidden: the target's states of what has been read so far, until the row
-    joins. is_over: its last piece has been told.
+    joins. is_over: its last piece has been told. is_told: the row holds nothing but what was told; a
+    step that broke off may have added more.
     """
 
     number: int
@@ -134,6 +136,7 @@ class Request:
     hidden: dict[int, list[Tensor]] = field(default_factory=dict)
     finish_reason: str | None = None
     is_over: bool = False
+    is_told: bool = True
 
     def __post_init__(self) -> None:
         self.stream = self.spell() if self.spell else None
@@ -169,15 +172,23 @@ class Request:
         stats.seconds = time.perf_counter() - self.started
         self._hand_out(tokens, [place < accepted for place in range(count)], texts)
 
-    def interrupt(self) -> None:
+    def begin(self) -> None:
+        """It is its turn, for the first time or again."""
+        self.started = self.started or time.perf_counter()
+        self._rewind()
+
+    def interrupt(self, error: Exception | None = None) -> None:
         """End with what has been told."""
+        self._rewind()
         self.finish_reason = "interrupted"
         if self.started:
             self.stats.seconds = time.perf_counter() - self.started
-        self._hand_out([], [], [])
+        self._hand_out([], [], [], error)
 
-    def rewind(self) -> None:
-        """Back to what has been told: a step that failed may have added more."""
+    def _rewind(self) -> None:
+        """Back to what has been told."""
+        if self.is_told:
+            return
         row, told = self.row, self.stats.new_tokens
         del row.tokens[row.prompt_length + told :], self.logprobs[told:]
         self.finish_reason = None
@@ -186,12 +197,15 @@ class Request:
             self.stream = self.spell()
             for token in row.tokens[row.prompt_length :]:
                 self.stream.feed(token)
+        self.is_told = True
 
-    def _hand_out(self, tokens: list[int], drafted: list[bool], texts: list[str]) -> None:
-        self.is_over = self.finish_reason is not None
+    def _hand_out(
+        self, tokens: list[int], drafted: list[bool], texts: list[str], error: Exception | None = None
+    ) -> None:
         output = self._output(self.finish_reason) if self.finish_reason else None
         place = self.number, self.prompt_index, self.sample
-        self.inbox.append(Piece(*place, tokens, drafted, texts, self.finish_reason, output))
+        self.inbox.append(Piece(*place, tokens, drafted, texts, self.finish_reason, output, error))
+        self.is_over = output is not None
 
     def _output(self, finish_reason: str) -> Output:
         return Output(

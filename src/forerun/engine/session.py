@@ -28,6 +28,8 @@ class Server(Protocol):
 
     def cancel(self, *numbers: int) -> None: ...
 
+    def abandon(self, inbox: deque[Piece]) -> None: ...
+
     def await_piece(self, inbox: deque[Piece]) -> None: ...
 
 
@@ -50,6 +52,7 @@ class Session(Iterator[Piece]):
         self._engine = engine
         self._inbox: deque[Piece] = deque()
         self._open: dict[int, None] = {}
+        self._is_broken = False  # an error has been raised; once is enough
         batch = _as_batch(prompts)
         each = list(params) if isinstance(params, Sequence) else [params] * len(batch)
         if len(each) != len(batch):
@@ -57,21 +60,28 @@ class Session(Iterator[Piece]):
         planned = [(engine.encode(prompt), one or SamplingParams()) for prompt, one in zip(batch, each, strict=True)]
         limits = [engine.limit_of(tokens, one) for tokens, one in planned]
         engine.reserve(sum(one.n for _, one in planned), max(limits, default=1))
-        for index, (tokens, one) in enumerate(planned):
-            self._open.update(dict.fromkeys(engine.add(tokens, one, index, text, self._inbox)))
+        try:
+            for index, (tokens, one) in enumerate(planned):
+                self._open.update(dict.fromkeys(engine.add(tokens, one, index, text, self._inbox)))
+        except BaseException:
+            engine.abandon(self._inbox)
+            raise
 
     def __next__(self) -> Piece:
         if not self._open:
             raise StopIteration
         try:
             self._engine.await_piece(self._inbox)
-            piece = self._inbox.popleft()
+            piece = self._inbox[0]
+            if piece.error and not self._is_broken:
+                self._is_broken = True
+                raise piece.error
         except BaseException:
             self.cancel()
             raise
         if piece.finish_reason:
-            del self._open[piece.request]
-        return piece
+            self._open.pop(piece.request, None)
+        return self._inbox.popleft()
 
     def outputs(self, watch: Callable[[Piece], None] = lambda piece: None) -> list[Output]:
         """Iterate to the end; one output per prompt and sample, in that order. watch: is shown every piece.
@@ -109,7 +119,8 @@ class Session(Iterator[Piece]):
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        if hasattr(self, "_open"):  # else it was never made
+            self.close()
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
