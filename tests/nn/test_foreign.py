@@ -16,7 +16,7 @@ from torch import Tensor
 
 from forerun.errors import CheckpointError
 from forerun.nn.cache import CacheShape
-from forerun.nn.foreign import Foreign
+from forerun.nn.foreign.network import Foreign
 from forerun.nn.load import load_network
 from nn.feeding import CPU, Reader, plain, saved, small_model, some_tokens, some_tree
 
