@@ -97,29 +97,45 @@ OWN: dict[str, dict[str, Any]] = {
 }
 """What an architecture wants beside or instead of the sizes above."""
 
+WINDOWED = frozenset(
+    """
+    afmoe beam cohere2 cohere2_moe cohere_compass_text cwm doge exaone4 exaone_moe flint gemma2 gemma3
+    gemma3_text got_ocr2 gpt_oss granite_swa granitemoe_swa kolibri1 laguna mellum ministral ministral3 mistral
+    mixtral modernbert-decoder olmo3 phi3 phi4_multimodal phimoe qwen2 qwen2_moe qwen3 qwen3_moe smollm3
+    starcoder2 vaultgemma
+    """.split()
+)
+RUNS = WINDOWED | frozenset(
+    """
+    apertus arcee aria_text bert bert-generation big_bird biogpt bitnet codegen cohere ctrl dbrx diffllama dots1
+    electra emu3 ernie ernie4_5 ernie4_5_moe falcon flex_olmo fuyu gemma git glm glm4 glm4_moe gpt-sw3 gpt2
+    gpt_bigcode gpt_neox gptj granite granitemoe granitemoeshared helium hrm_text hunyuan_v1_dense
+    hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe llama megatron-bert minimax_m2 nanochat
+    nemotron olmo olmo2 olmoe opt persimmon phi rembert roc_bert seed_oss solar_open stablelm xglm
+    """.split()
+)
+"""They say what transformers says; those with windows, beyond them too."""
+
+LONG = {"max_position_embeddings": 32768, "sliding_window": 4096}
+USED = {**LONG, "use_sliding_window": True, "max_window_layers": 0}
 PUBLISHED: dict[str, dict[str, Any]] = {
-    "big_bird": {"is_decoder": True},
     "cohere_compass_text": {"num_hidden_layers": LAYERS, **OWN["cohere_compass_text"]},
-    "dots1": {"n_shared_experts": 1, "n_routed_experts": 8, "num_experts_per_tok": 2},
+    "doge": {**LONG, "keep_window_size": 32768},
+    "exaone4": LONG,
+    "exaone_moe": LONG,
+    "got_ocr2": {"text_config": USED},
     "laguna": {"num_hidden_layers": LAYERS, **SLIDING},
     "mellum": {"num_hidden_layers": LAYERS, **SLIDING},
     "ministral": {"head_dim": 128},
+    "ministral3": LONG,
+    "mixtral": LONG,
+    "olmo3": LONG,
+    "phi3": LONG,
+    "phimoe": LONG,
+    **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3"), USED),
+    "starcoder2": LONG,
 }
-"""What published configs have and their classes leave out."""
-
-RUNS = frozenset(
-    """
-    afmoe apertus arcee aria_text beam bert bert-generation big_bird biogpt bitnet codegen cohere cohere2 cohere2_moe
-    cohere_compass_text ctrl cwm dbrx diffllama doge dots1 electra emu3 ernie ernie4_5 ernie4_5_moe exaone4 exaone_moe
-    falcon flex_olmo flint fuyu gemma gemma2 gemma3 gemma3_text git glm glm4 glm4_moe got_ocr2 gpt-sw3 gpt2 gpt_bigcode
-    gpt_neox gpt_oss gptj granite granite_swa granitemoe granitemoe_swa granitemoeshared helium hrm_text
-    hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1 laguna llama
-    megatron-bert mellum minimax_m2 ministral ministral3 mistral mixtral modernbert-decoder nanochat nemotron olmo olmo2
-    olmo3 olmoe opt persimmon phi phi3 phi4_multimodal phimoe qwen2 qwen2_moe qwen3 qwen3_moe rembert roc_bert seed_oss
-    smollm3 solar_open stablelm starcoder2 vaultgemma xglm
-    """.split()
-)
-"""They say what transformers says, beyond their windows too."""
+"""What published configs have and their classes leave out: windows above all."""
 
 REFUSED: dict[str, str] = {
     "has recurrent layers": """

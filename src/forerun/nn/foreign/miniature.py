@@ -13,6 +13,8 @@ WINDOW = re.compile(r"(window(_size|_len|_length)?|chunk_(size|len|length)|local
 """Fields that say how far a token looks, or how many it looks at, as the configs of transformers call them."""
 STEP = 8
 """Tokens: the shortest window of a miniature, and how much longer the next one is."""
+LARGEST = 50_000_000
+"""Weights: what a miniature may have at most."""
 SIZES = {
     "vocab_size": 61,
     "hidden_size": 32,
@@ -59,17 +61,28 @@ def _integers(fields: Mapping[object, object], inherited: str = "") -> Iterator[
 
 def miniature(config: transformers.PreTrainedConfig, windows: Mapping[str, int]) -> transformers.PreTrainedModel:
     """The language model of a config with short `windows` and random weights, the same at every
-    call, in fp32 on the CPU. The global random state is left as it is."""
+    call, in fp32 on the CPU. The global random state is left as it is.
+
+    Raises ValueError where it would not be small, and whatever transformers raises.
+    """
     small = deepcopy(config.get_text_config(decoder=True))
     for name, size in (SIZES | _shorter(windows)).items():
         if isinstance(getattr(small, name, None), int):
             setattr(small, name, size)
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]), torch.no_grad():
+        with torch.device("meta"):
+            numbers = _built(small).num_parameters()
+        if numbers > LARGEST:
+            raise ValueError(f"it would have {numbers / 1e6:.0f} million weights")
         torch.manual_seed(0)
-        model: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_config(small, dtype=torch.float32)
+        model = _built(small)
         for weight in model.parameters():
             weight.add_(torch.randn_like(weight) * 0.1)  # nothing stays at its neutral value
     return model.requires_grad_(False).eval()
+
+
+def _built(config: transformers.PreTrainedConfig) -> transformers.PreTrainedModel:
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def _shorter(windows: Mapping[str, int]) -> dict[str, int]:
