@@ -157,11 +157,11 @@ REFUSED: dict[str, str] = {
     "keeps no keys and values that could be rolled back": "mllama openai-gpt reformer xlm xlnet",
     "attends in chunks": "llama4 llama4_text",
     "cannot read a tree": "blt gpt_neox_japanese",
-    "does not honour given masks and positions from token 1 on:": """
+    "does not honour given masks and positions, from token 1 on": """
         camembert data2vec-text roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl xmod
     """,  # they count positions from the number of their padding token
-    "does not honour given masks and positions from token 18 on (it has a window_size of 8)": "gpt_neo",
-    "does not honour given masks and positions from token 9 on (it has a sliding_window of 8)": "moshi",
+    "does not honour given masks and positions beyond its window_size of 8, from token 18 on": "gpt_neo",
+    "does not honour given masks and positions beyond its sliding_window of 8, from token 9 on": "moshi",
 }
 """What the error says -> the architectures that are refused with it."""
 

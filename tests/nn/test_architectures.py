@@ -17,6 +17,7 @@ from forerun.engine.engine import Engine
 from forerun.errors import CheckpointError
 from forerun.model import Scores
 from forerun.nn.foreign import network as foreign
+from forerun.nn.foreign import rehearsal
 from forerun.nn.foreign.load import adopt
 from forerun.nn.foreign.miniature import SIZES, miniature, windows_of
 from forerun.nn.foreign.rehearsal import AFFORDABLE
@@ -154,7 +155,7 @@ def test_a_window_that_gets_lost_is_found_out(window: int, monkeypatch: pytest.M
     adopt(model, "model")
     made = foreign._additive
     monkeypatch.setattr(foreign, "_additive", lambda feed, window: made(feed, None))
-    assert f"from token 9 on (it has a sliding_window of {window})" in refused(model)
+    assert f"beyond its sliding_window of {window}, from token 9 on" in refused(model)
 
 
 @pytest.mark.parametrize("kind", sorted(WINDOWED - {"phi4_multimodal"}))
@@ -189,7 +190,7 @@ def test_a_long_window_costs_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_window_that_cannot_be_tried_out_is_a_reason_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SIZES, "num_key_value_heads", 3)  # no copy can be built
     model = built(small_config("gemma2", sliding_window=300, max_position_embeddings=512))
-    assert "has a sliding_window of 300, which cannot be tried out on a small copy" in refused(model)
+    assert "cannot be tried out beyond its sliding_window of 300 on a small copy" in refused(model)
 
 
 def test_a_copy_that_would_not_be_small() -> None:
@@ -197,6 +198,23 @@ def test_a_copy_that_would_not_be_small() -> None:
     config = transformers.Phi4MultimodalConfig(**LONG)
     with pytest.raises(ValueError, match="it would have 870 million weights"):
         miniature(config, {"sliding_window": 4096})
+
+
+def test_what_differs_in_half_precision_only_is_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mixture may route a token elsewhere. Its copy in fp32 tells whether it was that."""
+    model = built(small_config("mixtral")).to(torch.bfloat16)
+    monkeypatch.setattr(rehearsal, "HALF_TOLERANCE", 0.0)
+    adopt(model, "model")
+    made = foreign._additive
+    monkeypatch.setattr(foreign, "_additive", lambda feed, window: made(feed, None))
+    assert "does not honour given masks" in refused(model)
+
+
+def test_numbers_that_are_none() -> None:
+    model = built(small_config("gpt2"))
+    with torch.no_grad():
+        model.transformer.ln_f.weight[0] = float("nan")
+    assert "gives no numbers in torch.float32: choose another dtype" in refused(model)
 
 
 def test_the_luck_of_others_is_left_alone() -> None:

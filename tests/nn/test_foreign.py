@@ -172,6 +172,11 @@ def test_chunks(tmp_path: Path) -> None:
     refuse(saved(theirs, tmp_path), "attends in chunks")
 
 
+def test_windows_by_the_order_of_the_cache(tmp_path: Path) -> None:
+    theirs = small_model("gpt_neo", attention_types=[[["global", "local", "global"], 1]], window_size=20)
+    refuse(saved(theirs, tmp_path), "(gpt_neo)", "beyond its window_size of 20", "choose another model")
+
+
 def test_no_longest_text(tmp_path: Path) -> None:
     theirs = small_model("gpt_neox")
     folder = saved(theirs, tmp_path)

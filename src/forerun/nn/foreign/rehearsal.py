@@ -34,75 +34,86 @@ PARENTS = (-1, 0, 0, 2)
 BRANCHES = ((0, 1), (0, 2, 3))
 
 
+class _DifferenceError(CheckpointError):
+    """What it says through our cache is not what it says by itself."""
+
+
 @torch.inference_mode()
 def rehearse(foreign: Foreign, name: str) -> None:
     """CheckpointError unless `foreign` reads chains and trees right. `name` is what the error calls it."""
     windows = windows_of(foreign.model.config, foreign.max_length)
-    longest = max(windows.values(), default=0)
-    if longest <= AFFORDABLE:
-        return _compare(foreign, name, longest + BEYOND, windows)
-    _compare(foreign, name, BEYOND, {})
-    copy = _copy(foreign, name, windows)
-    _compare(copy, name, max(windows_of(copy.model.config, copy.max_length).values()) + BEYOND, windows)
+    within_reach = {field: size for field, size in windows.items() if size <= AFFORDABLE}
+    try:
+        _compare(foreign, name, within_reach)
+        if within_reach == windows:
+            return
+    except _DifferenceError:
+        if foreign.dtype == torch.float32:
+            raise  # otherwise rounding may have routed a token of a mixture elsewhere: its copy in fp32 will tell
+    _compare(_copy(foreign, name, windows), name, windows)
 
 
 def _copy(foreign: Foreign, name: str, windows: dict[str, int]) -> Foreign:
     """A miniature that reaches beyond all windows in few tokens."""
+    what = f"cannot be tried out{_beyond(windows)} on a small copy"
     try:
         copy = Foreign(miniature(foreign.model.config, windows), name)
     except Exception as error:  # any line of any model's own code
-        raise CheckpointError(
-            f"{name} has a {_listed(windows)}, which cannot be tried out on a small copy ({brief(error)}): "
-            "choose another model"
-        ) from error
+        raise CheckpointError(f"{name} {what} ({brief(error)}): choose another model") from error
     shortened = windows_of(copy.model.config, copy.max_length)
-    if shortened.keys() != windows.keys() or max(shortened.values()) > AFFORDABLE:
-        raise CheckpointError(
-            f"{name} has a {_listed(windows)}, which cannot be shortened to try it out: choose another model"
-        )
+    if shortened.keys() != windows.keys() or any(size > AFFORDABLE for size in shortened.values()):
+        raise CheckpointError(f"{name} {what} (it cannot be shortened): choose another model")
     return copy
 
 
-def _compare(foreign: Foreign, name: str, length: int, windows: dict[str, int]) -> None:
-    room = foreign.max_length - len(PARENTS)
-    rows = [_text(foreign, min(length, room), 3), _text(foreign, min(SHORT, room), 5)]
+def _compare(foreign: Foreign, name: str, windows: dict[str, int]) -> None:
+    """windows: those to look beyond, as errors name them; in a miniature they are shorter."""
+    own = windows_of(foreign.model.config, foreign.max_length)
+    longest, room = max((own[field] for field in windows), default=0), foreign.max_length - len(PARENTS)
+    rows = [_text(foreign, min(longest + BEYOND, room), 3), _text(foreign, min(SHORT, room), 5)]
     trees = [_text(foreign, len(PARENTS), 11), _text(foreign, len(PARENTS), 13)]
     with refusing(name, "cannot read a tree"):
         ours = _through_cache(foreign, rows, trees)
         for text, tree, said in zip(rows, trees, ours, strict=True):
             plain = [_plain(foreign, text + [tree[node] for node in path]) for path in BRANCHES]
-            _demand_causal(name, *(logits[: len(text) + 1] for logits in plain))
+            _demand_causal(foreign, name, *(logits[: len(text) + 1] for logits in plain))
             for path, logits in zip(BRANCHES, plain, strict=True):
                 places = [*range(len(text)), *(len(text) + node for node in path)]
-                _demand_same(name, said[places], logits, windows)
+                _demand_same(foreign, name, said[places], logits, windows)
 
 
-def _demand_causal(name: str, one_NV: Tensor, other_NV: Tensor) -> None:
+def _demand_causal(foreign: Foreign, name: str, one_NV: Tensor, other_NV: Tensor) -> None:
     """What was said by itself about one text in front of two ends."""
-    if _first_difference(one_NV, other_NV) is not None:
+    if one_NV.isnan().any():
+        raise CheckpointError(f"{name} gives no numbers in {foreign.dtype}: choose another dtype or model")
+    if _first_difference(foreign, one_NV, other_NV) is not None:
         raise CheckpointError(f"{name} {NOT_CAUSAL}")
 
 
-def _demand_same(name: str, ours_NV: Tensor, plain_NV: Tensor, windows: dict[str, int]) -> None:
-    first = _first_difference(ours_NV, plain_NV)
+def _demand_same(foreign: Foreign, name: str, ours_NV: Tensor, plain_NV: Tensor, windows: dict[str, int]) -> None:
+    first = _first_difference(foreign, ours_NV, plain_NV)
     if first is not None:
-        beyond = f" (it has a {_listed(windows)})" if windows else ""
-        raise CheckpointError(
-            f"{name} does not honour given masks and positions from token {first} on{beyond}: choose another model"
+        raise _DifferenceError(
+            f"{name} does not honour given masks and positions{_beyond(windows)}, from token {first} on: "
+            "choose another model"
         )
 
 
-def _first_difference(logits_NV: Tensor, plain_NV: Tensor) -> int | None:
+def _first_difference(foreign: Foreign, logits_NV: Tensor, plain_NV: Tensor) -> int | None:
     """The first token, counted from 1, about which more than rounding differs."""
-    share = TOLERANCE if logits_NV.dtype == torch.float32 else HALF_TOLERANCE
+    share = TOLERANCE if foreign.dtype == torch.float32 else HALF_TOLERANCE
     logits_NV, plain_NV = logits_NV.float(), plain_NV.float()
     allowed_N = share * (plain_NV.amax(1) - plain_NV.amin(1))
     differs_N = ~((logits_NV - plain_NV).abs().amax(1) <= allowed_N)  # True for NaN
     return int(differs_N.nonzero()[0, 0]) + 1 if bool(differs_N.any()) else None
 
 
+def _beyond(windows: dict[str, int]) -> str:
+    return f" beyond its {_listed(windows)}" if windows else ""
+
+
 def _listed(windows: dict[str, int]) -> str:
-    return " and a ".join(f"{field} of {size}" for field, size in windows.items())
+    return " and its ".join(f"{field} of {size}" for field, size in windows.items())
 
 
 def _text(foreign: Foreign, count: int, step: int) -> list[int]:
