@@ -36,7 +36,9 @@ def load_foreign(
 
 
 def adopt(model: transformers.PreTrainedModel, name: str) -> Foreign:
-    """A causal LM of transformers that is in memory already: its weights are shared. `name` is what errors call it.
+    """A causal LM of transformers that is in memory already. `name` is what errors call it.
+
+    Its weights are shared, and it is put into evaluation, without gradients.
 
     Raises CheckpointError for models that cannot be rolled back or cannot read a tree.
     """
