@@ -6,7 +6,7 @@
 
 namespace {
 
-const Kernels* const every[] = {&portable_kernels, &avx2_kernels, &avx512_kernels, &avx512_bf16_kernels};
+const Kernels* const every[] = {&portable_kernels, &avx2_kernels, &avx512_kernels, &avx512_bf16_kernels, &amx_kernels};
 int32_t active = best_isa();
 
 }  // namespace

@@ -330,7 +330,7 @@ struct Chunk {
 
     void mix(const uint8_t* packed, int64_t words, int64_t query, int32_t b, int64_t count) const {
         tiles<F>({packed, value_step, words, weights + query * weight_stride + column(b) * heads.size, weight_stride,
-                  out.mixed + query * out.stride, out.stride, false},
+                  out.mixed + query * out.stride, out.stride, false, value_words},
                  count, int(heads.padded / 16));
     }
 
@@ -438,6 +438,7 @@ static void attend_split(Team& team, const Heads<F>& heads, Shelf& own) {
             const Running part = running(call.partials + task * floats, count, heads.padded);
             Chunk<F>(strip, int32_t(task % chunks), queries, part, own).run();
         }
+        release_unit();
     });
     team.each(kv_heads, 1, [&](int64_t first, int64_t last) {
         for (int64_t kv_head = first; kv_head < last; ++kv_head) {
@@ -483,6 +484,7 @@ static void attention_in(Team& team, const AttentionCall& call, Shelf& own) {
             }
             task += last_head - first_head;
         }
+        release_unit();
     });
     if (split) attend_split<F>(team, heads, own);
 }

@@ -121,7 +121,7 @@ struct fr_tree {
 };
 
 // Instruction sets, best last. fr_isa_best: the best this processor runs; fr_isa_use: choose one (false: cannot).
-enum fr_isa : int32_t { FR_PORTABLE = 0, FR_AVX2 = 1, FR_AVX512 = 2, FR_AVX512_BF16 = 3 };
+enum fr_isa : int32_t { FR_PORTABLE = 0, FR_AVX2 = 1, FR_AVX512 = 2, FR_AVX512_BF16 = 3, FR_AMX = 4 };
 FR_API int32_t fr_isa_best();
 FR_API int32_t fr_isa_active();
 FR_API int32_t fr_isa_use(int32_t isa);

@@ -72,15 +72,18 @@ template <int F>
 static void panels_floats(const Product& product, int64_t first, int64_t last, int64_t tokens, int32_t rank) {
     const fr_matrix& matrix = *product.matrix;
     const Inputs& x = product.x;
-    const int64_t words = matrix.padded_in / per_word<F>(), blocks = (tokens + TALLEST - 1) / TALLEST;
-    alignas(64) float sums[TALLEST * PANEL];
+    constexpr int64_t tallest = has_unit<F>() ? 32 : TALLEST;
+    const int64_t words = matrix.padded_in / per_word<F>(), blocks = (tokens + tallest - 1) / tallest;
+    // Blocks of nearly equal height; a matrix unit would rather keep its shape.
+    const auto begin_of = [&](int64_t b) { return !has_unit<F>() ? tokens * b / blocks : b < blocks ? b * tallest : tokens; };
+    alignas(64) float sums[tallest * PANEL];
     for (int64_t panel = first; panel < last; ++panel) {
         for (int64_t b = 0; b < blocks; ++b) {
-            const int64_t begin = tokens * b / blocks, height = tokens * (b + 1) / blocks - begin;
+            const int64_t begin = begin_of(b), height = begin_of(b + 1) - begin;
             const uint8_t* weights = matrix.data + panel * words * 128;
             TileCall call{weights, 128, words, x.data + begin * x.stride, x.stride, sums, PANEL, true};
-            if (blocks > 1) {
-                const Fetch next = share_of_next(weights, words * 128, words, b, blocks);
+            if (blocks > 1 || has_unit<F>()) {
+                const Fetch next = blocks > 1 ? share_of_next(weights, words * 128, words, b, blocks) : Fetch{weights + AHEAD, 128};
                 call.ahead = next.from;
                 call.ahead_step = next.step;
             }
@@ -187,6 +190,7 @@ static void products(Team& team, const Product* list, int64_t count, int64_t tok
             first -= own;
             last -= own;
         }
+        release_unit();
     });
 }
 

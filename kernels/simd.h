@@ -31,7 +31,7 @@ static inline V from_bf16(const uint16_t* p) {
 static inline V round_to_int(V x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 static inline V times_power_of_two(V x, V n) { return _mm512_scalef_ps(x, n); }
 static inline void to_bf16(uint16_t* p, V x) {
-#if FR_ISA == 3
+#if FR_ISA >= 3
     _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x));
 #else
     __m512i u = _mm512_castps_si512(x);
@@ -43,14 +43,14 @@ static inline void to_bf16(uint16_t* p, V x) {
 #endif
 }
 static inline V dot_bf16(V sum, W w, W x) {
-#if FR_ISA == 3
+#if FR_ISA >= 3
     return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x);
 #else
     return fma(high_bf16(w), high_bf16(x), fma(low_bf16(w), low_bf16(x), sum));
 #endif
 }
 static inline W dot_int8(W sum, W w, W x) {  // x unsigned, w signed
-#if FR_ISA == 3
+#if FR_ISA >= 3
     return _mm512_dpbusd_epi32(sum, x, w);
 #else
     __m512i low = _mm512_madd_epi16(_mm512_cvtepu8_epi16(_mm512_castsi512_si256(x)), _mm512_cvtepi8_epi16(_mm512_castsi512_si256(w)));

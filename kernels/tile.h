@@ -19,6 +19,7 @@ struct TileCall {
     float* sums;  // [T][NV * 16], `sums_stride` floats from token to token
     int64_t sums_stride;
     bool fresh;  // start from zero instead of from what is there
+    int64_t unit = 16;  // words that a matrix unit sums at once
     const uint8_t* ahead = nullptr;  // memory to fetch meanwhile, `ahead_step` bytes further with every word; null: the weights AHEAD
     int64_t ahead_step = 0;
 };
@@ -70,6 +71,16 @@ static void tile(const TileCall& call) {
         for (int v = 0; v < NV; ++v) store(call.sums + t * call.sums_stride + v * 16, sum[t][v]);
 }
 
+#if FR_ISA == 4
+#include "matrix_unit.h"
+#else
+static inline void release_unit() {}
+#endif
+
+// Whether a matrix unit makes these products.
+template <int F>
+constexpr bool has_unit() { return FR_ISA == 4 && F == FR_BF16; }
+
 using TileFunction = void (*)(const TileCall&);
 
 #if FR_ISA >= 2
@@ -88,6 +99,9 @@ static TileFunction tile_of(int64_t height, std::integer_sequence<int, HEIGHTS..
 // `tokens` x `vectors` * 16 outputs, in as few tiles of nearly equal height as possible.
 template <int F>
 static void tiles(TileCall call, int64_t tokens, int vectors) {
+#if FR_ISA == 4
+    if (has_unit<F>()) return unit_tiles(call, tokens, vectors);
+#endif
     const std::make_integer_sequence<int, TALLEST> heights{};
     const int64_t blocks = (tokens + TALLEST - 1) / TALLEST;
     const TileCall first = call;

@@ -196,4 +196,4 @@ static inline int64_t partial_floats(const Tokens& tokens, const fr_cache& cache
 }
 
 const Kernels& kernels();  // of the active instruction set
-extern const Kernels portable_kernels, avx2_kernels, avx512_kernels, avx512_bf16_kernels;
+extern const Kernels portable_kernels, avx2_kernels, avx512_kernels, avx512_bf16_kernels, amx_kernels;

@@ -10,7 +10,7 @@ import torch
 
 from forerun.native import library
 from forerun.nn.backends.native.transformer import PackedTransformer
-from forerun.nn.foreign import Foreign
+from forerun.nn.foreign.network import Foreign
 from forerun.nn.load import load_network
 from forerun.nn.network import Network
 from forerun.nn.transformer import Transformer

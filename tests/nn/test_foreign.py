@@ -16,7 +16,7 @@ from torch import Tensor
 
 from forerun.errors import CheckpointError
 from forerun.nn.cache import CacheShape
-from forerun.nn.foreign import Foreign
+from forerun.nn.foreign.network import Foreign
 from forerun.nn.load import load_network
 from nn.feeding import CPU, Reader, plain, saved, small_model, some_tokens, some_tree
 
@@ -170,6 +170,11 @@ def test_keys_and_values_of_different_shapes(tmp_path: Path) -> None:
 def test_chunks(tmp_path: Path) -> None:
     theirs = small_model("llama4_text", head_dim=8, intermediate_size_mlp=48, num_local_experts=2)
     refuse(saved(theirs, tmp_path), "attends in chunks")
+
+
+def test_windows_by_the_order_of_the_cache(tmp_path: Path) -> None:
+    theirs = small_model("gpt_neo", attention_types=[[["global", "local", "global"], 1]], window_size=20)
+    refuse(saved(theirs, tmp_path), "(gpt_neo)", "beyond its window_size of 20", "choose another model")
 
 
 def test_no_longest_text(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from forerun.native import library
 from forerun.nn.backends.native.transformer import PackedTransformer, pack
 from forerun.nn.cache import Cache
 from forerun.nn.feed import Feed, Read
-from forerun.nn.foreign import Foreign
+from forerun.nn.foreign.network import Foreign
 from forerun.nn.network import Network
 from forerun.nn.transformer import Transformer, TransformerConfig
 from nn.feeding import small_model, some_tokens

@@ -25,7 +25,7 @@ ERRORS: dict[int, tuple[type[Exception], str]] = {
     5: (IndexError, "a path does not ascend through scratch entries to its own token"),
 }
 """`fr_error`, as networks and heads mean it."""
-ISAS = ("portable", "avx2", "avx512", "avx512-bf16")
+ISAS = ("portable", "avx2", "avx512", "avx512-bf16", "amx")
 
 
 @lru_cache(maxsize=1)

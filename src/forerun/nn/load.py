@@ -21,7 +21,7 @@ from forerun.errors import CheckpointError, ForerunError
 from forerun.native.library import why_not
 from forerun.native.records import WIDEST_HEAD
 from forerun.nn.backends.native.transformer import PackedTransformer
-from forerun.nn.foreign import load_foreign
+from forerun.nn.foreign.load import load_foreign
 from forerun.nn.formats import Formats
 from forerun.nn.network import Network
 from forerun.nn.transformer import Transformer, TransformerConfig

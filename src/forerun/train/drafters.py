@@ -16,7 +16,7 @@ from forerun.drafting.checkpoint import DEFAULT_TREE, Checkpoint
 from forerun.drafting.trained import HeadsConfig, Preset, Weights
 from forerun.errors import TrainingError
 from forerun.nn.dtype import dtype_of
-from forerun.nn.foreign import Foreign
+from forerun.nn.foreign.network import Foreign
 from forerun.nn.load import load_network
 from forerun.nn.network import Network
 from forerun.sources.fingerprint import digest

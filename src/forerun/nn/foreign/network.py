@@ -1,20 +1,12 @@
-"""Any other Hugging Face causal LM behind the same seam: its own forward, our cache, our masks, our positions.
-
-Nothing is patched. transformers lets a caller bring a cache, a 4-D mask (or one per layer type) and explicit positions,
-and that is all a tree needs. Whether a model really honours the three is not taken on trust: before it is handed out it
-rehearses a small tree, and must say about every node what it says at the end of that node's path in a plain forward.
-"""
+"""A transformers model as a `Network`: its own forward, our cache, our masks, our positions."""
 
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from torch import Tensor
@@ -25,81 +17,11 @@ from forerun.nn.backends.torch import TORCH, footprint_of
 from forerun.nn.cache import Cache, CacheShape
 from forerun.nn.feed import Feed, Read
 from forerun.nn.network import Footprint, LayerShape
-from forerun.sources.folder import brief, difference, weight_files
+from forerun.sources.folder import brief
 
-TOLERANCE, HALF_TOLERANCE = 1e-3, 0.2
-"""How far the rehearsal may be off in fp32 and in half precision, as a part of the spread of the
-logits: rounding, and the odd expert that a mixture routes elsewhere. An ignored mask or position is
-off by about as much as the logits spread."""
-BUFFERS = re.compile(r"(\.|^)((attn|attention|self_attn)\.(masked_)?bias|rotary_emb\.inv_freq|position_ids)$")
-"""Constants that old exports carry beside the weights; transformers makes them anew."""
-ALIBI = (
-    "derives positions from the order of its cache (ALiBi and the like), so tree nodes cannot be placed: "
-    "choose a model that takes explicit positions"
-)
+NOT_CAUSAL = "looks at later tokens and cannot be a target: choose a causal language model"
 RECURRENT = "has recurrent layers, whose state cannot be rolled back: choose a model with attention in every layer"
 CACHELESS = "keeps no keys and values that could be rolled back: choose a model that transformers runs with a cache"
-
-
-def load_foreign(
-    folder: Path, config: transformers.PreTrainedConfig, dtype: torch.dtype, device: torch.device
-) -> Foreign:
-    """A causal LM that transformers knows, wrapped; `config` is the one read from the folder.
-
-    Raises CheckpointError for damaged weights and for models that cannot be rolled back or cannot read a tree.
-    """
-    name = f"{folder} ({config.model_type})"
-    _refuse_by_config(name, config)
-    weight_files(folder)
-    model = _read(folder, name, config, dtype).to(device).requires_grad_(False).eval()
-    _refuse_by_signature(name, model)
-    foreign = Foreign(model, name)
-    _rehearse(foreign, name)
-    return foreign
-
-
-def _refuse_by_config(name: str, config: transformers.PreTrainedConfig) -> None:
-    if config.is_encoder_decoder:
-        raise CheckpointError(f"{name} is an encoder-decoder, not a causal language model: choose a decoder-only one")
-    if not getattr(config, "is_causal", True):
-        raise CheckpointError(f"{name} looks at later tokens and cannot be a target: choose a causal language model")
-    if getattr(config, "alibi", False):
-        raise CheckpointError(f"{name} {ALIBI}")
-
-
-def _refuse_by_signature(name: str, model: transformers.PreTrainedModel) -> None:
-    accepted = inspect.signature(model.forward).parameters
-    if "past_key_values" not in accepted:
-        recurrent = "cache_params" in accepted or "state" in accepted
-        raise CheckpointError(f"{name} {RECURRENT if recurrent else CACHELESS}")
-    if "position_ids" not in accepted:
-        raise CheckpointError(f"{name} {ALIBI}")
-
-
-def _read(
-    folder: Path, name: str, config: transformers.PreTrainedConfig, dtype: torch.dtype
-) -> transformers.PreTrainedModel:
-    try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except Exception as error:  # an unknown kind, a missing package, a damaged file: each has its own class
-        raise CheckpointError(
-            f"{name} cannot be loaded by transformers {transformers.__version__} ({brief(error)}): "
-            "fetch it again or choose another model"
-        ) from error
-    lines = [f"missing     {key}" for key in info["missing_keys"]]
-    lines += [f"unexpected  {key}" for key in info["unexpected_keys"] if not BUFFERS.search(key)]
-    if lines:
-        raise CheckpointError(difference(folder, lines))
-    loaded: transformers.PreTrainedModel = model
-    return loaded
 
 
 class Foreign:
@@ -263,7 +185,7 @@ def _max_length(name: str, config: transformers.PreTrainedConfig) -> int:
 def _first_forward(name: str, model: transformers.PreTrainedModel) -> tuple[list[Any], int]:
     """One token through the model with the cache that transformers would use: its layers, and the vocabulary's size."""
     token = torch.ones((1, 1), dtype=torch.int64, device=model.device)
-    with _refusing(name, "cannot run with a cache"):
+    with refusing(name, "cannot run with a cache"):
         cache = transformers.DynamicCache(config=model.config)
         for layer in cache.layers:
             _demand_plain(name, layer)
@@ -280,7 +202,8 @@ def _demand_plain(name: str, layer: object) -> None:
 
 
 @contextmanager
-def _refusing(name: str, what: str) -> Iterator[None]:
+def refusing(name: str, what: str) -> Iterator[None]:
+    """Whatever a model's own code raises is a CheckpointError with its name and `what` it failed to do."""
     try:
         yield
     except CheckpointError:
@@ -312,55 +235,3 @@ def _mask_kinds(
     if len(pairs) != len(set(kinds)):
         raise CheckpointError(f"{name} has several window sizes for one kind of layer: choose another model")
     return dict(pairs) if len(set(windows)) > 1 else {"every": windows[0]}
-
-
-# ---- the rehearsal
-
-
-@torch.inference_mode()
-def _rehearse(foreign: Foreign, name: str) -> None:
-    """A short text and a tree behind it, against plain forwards of both branches.
-
-    text 0 1 2, then 3, which has the children 4 and 5; 6 is a child of 5.
-    """
-    ids = [(7 * step + 3) % foreign.vocab_size for step in range(7)]
-    with _refusing(name, "cannot read a tree"):
-        ours = _read_tree(foreign, ids)
-        plain = _read_path(foreign, ids, [0, 1, 2, 3, 4]) | _read_path(foreign, ids, [0, 1, 2, 3, 5, 6])
-    share = TOLERANCE if foreign.dtype == torch.float32 else HALF_TOLERANCE
-    for node, logits in ours.items():
-        allowed = share * (plain[node].max() - plain[node].min())
-        if not (logits - plain[node]).abs().max() <= allowed:  # also true for NaN
-            raise CheckpointError(f"{name} does not honour given masks and positions: choose another model")
-
-
-def _read_path(foreign: Foreign, ids: Sequence[int], path: list[int]) -> dict[int, Tensor]:
-    """What the model by itself says after each node of a path."""
-    tokens = torch.tensor([[ids[node] for node in path]], device=foreign.device)
-    logits = foreign.model(input_ids=tokens, use_cache=False, return_dict=True).logits[0].float()
-    return dict(zip(path, logits, strict=True))
-
-
-def _read_tree(foreign: Foreign, ids: Sequence[int]) -> dict[int, Tensor]:
-    """What it says through our cache and masks: the text first, then the tree at once."""
-    cache = Cache(foreign.cache_shape, foreign.dtype, foreign.device)
-    cache.reserve(1, len(ids))
-    cache.admit()
-    text = _feed(foreign, ids, {0: [], 1: [0], 2: [0, 1]})
-    tree = _feed(foreign, ids, {3: [0, 1, 2], 4: [0, 1, 2, 3], 5: [0, 1, 2, 3], 6: [0, 1, 2, 3, 5]})
-    logits = [row for feed in (text, tree) for row in foreign.forward(feed, cache).logits_BNV[0].float()]
-    return dict(enumerate(logits))
-
-
-def _feed(foreign: Foreign, ids: Sequence[int], ancestors: dict[int, list[int]]) -> Feed:
-    nodes, deepest = list(ancestors), max(map(len, ancestors.values()))
-    return Feed(
-        tokens_BN=torch.tensor([[ids[node] for node in nodes]], device=foreign.device),
-        lengths_B=np.zeros(1, np.int64),
-        where_BN=np.asarray([[len(ancestors[node]) for node in nodes]]),
-        held=nodes[0],
-        paths_BNJ=np.asarray(
-            [[[*above, node, *[-1] * (deepest - len(above))] for node, above in ancestors.items()]], np.int32
-        ),
-        dtype=foreign.dtype,
-    )
