@@ -15,7 +15,7 @@ COLUMNS = {
     "drafter", "tokens_per_second", "speedup", "tokens_per_step", "draft_seconds", "verify_seconds", "other_seconds",
     "identical",
 }  # fmt: skip
-SMALL = ("--prompts", 2, "--rounds", 1, "--max-new-tokens", 6, "--dtype", "fp32")
+SMALL = ("--limit", 2, "--rounds", 1, "--max-new-tokens", 6, "--dtype", "fp32")
 
 
 @pytest.fixture

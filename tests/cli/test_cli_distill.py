@@ -11,7 +11,7 @@ import pytest
 import transformers
 
 import forerun as library
-from forerun.cli.distill import parse
+from forerun.cli.openings import parse
 from forerun.engine.engine import Engine
 from forerun.errors import RequestError
 from forerun.sampling import SamplingParams
@@ -236,8 +236,8 @@ def test_values_that_make_no_sense(target, texts, refused, tmp_path):
 def test_prompts_that_cannot_be_read(target, corpus, refused, tmp_path):
     base = ("distill", target, "--out", tmp_path / "a.jsonl", "--prompts")
     assert "No such file" in refused(*base, tmp_path / "no.txt")
-    (tmp_path / "p.md").write_text("x")
-    assert "neither .txt" in refused(*base, tmp_path / "p.md")
+    (tmp_path / "p.json").write_text("[]")
+    assert "neither text nor .jsonl" in refused(*base, tmp_path / "p.json")
     (tmp_path / "p.txt").write_bytes(b"\xff")
     assert "not UTF-8" in refused(*base, tmp_path / "p.txt")
     (tmp_path / "p.txt").write_text("\n\n")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from forerun.cli import options
+from forerun.cli import openings, options
 from forerun.drafting.registry import calibrated
 
 if TYPE_CHECKING:
@@ -41,8 +41,15 @@ Data = Annotated[
     ),
 ]
 Answers = Annotated[int, typer.Option(min=4, help="So many answers are looked at.")]
-Rows = Annotated[int, typer.Option(min=1, help="Requests that run side by side in the timings.")]
+Rows = Annotated[
+    int, typer.Option("--rows", "--batch-size", min=1, help="Requests that run side by side in the timings.")
+]
 Rounds = Annotated[int, typer.Option(min=1, help="Timings of every size; their median counts.")]
+
+EXAMPLES = """
+forerun calibrate MODEL --drafter hydra:HEADS
+forerun calibrate MODEL --drafter medusa:HEADS --data answers.jsonl --batch-size 8
+"""
 
 
 def calibrate(
@@ -50,6 +57,7 @@ def calibrate(
     drafter: Heads,
     out: Out = None,
     data: Data = None,
+    prompts: options.PromptFile = None,
     answers: Answers = 48,
     rows: Rows = 1,
     rounds: Rounds = 5,
@@ -60,6 +68,7 @@ def calibrate(
     device: options.Device = "auto",
     kernels: options.Kernels = "auto",
     weights: options.Weights = "auto",
+    revision: options.Revision = None,
 ) -> None:
     """Count which paths of best tokens the target follows, time trees of every size here, and keep the fastest.
 
@@ -76,12 +85,15 @@ def calibrate(
     description = describe(drafter)
     checkpoint = _checkpoint(description, drafter)
     module = calibration.module_of(checkpoint)
+    asked = _asked(data, prompts)
     target = out or Path(checkpoint) / "tree.json"
     _demand_place(target)
     spec = json.dumps(description | {"tree": [[0]]})  # whatever tree is there now, even a damaged one, does not matter
-    engine = engines.load(model, spec, engines.Machine(dtype, device, kernels, weights), max(rows, 8))
+    engine = engines.load(
+        options.at(model, revision), spec, engines.Machine(dtype, device, kernels, weights), max(rows, 8)
+    )
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    samples, note = _samples(engine, data, answers, params)
+    samples, note = _samples(engine, data, asked, answers, params)
     found = _watched(engine, module, samples, rows, rounds)
     calibration.write(found, calibration.machine_of(engine) | {"temperature": temperature}, target)
     _report(found, target, found_there=out is None)
@@ -109,9 +121,19 @@ def _demand_place(target: Path) -> None:
         raise ForerunError(f"cannot write {target}, for it is a folder: name a file in it")
 
 
-def _samples(engine: Engine, data: Path | None, count: int, params: SamplingParams) -> tuple[list[Sample], str]:
-    """Answers to look at, and what is to be said about them: those of a file, or to the built-in
-    suite's later prompts (the demo measures on the first)."""
+def _asked(data: Path | None, prompts: Path | None) -> list[openings.Opening]:
+    from forerun.errors import RequestError
+
+    if data and prompts:
+        raise RequestError("--data are answers and --prompts asks for new ones: give one of them")
+    return openings.read(prompts) if prompts else []
+
+
+def _samples(
+    engine: Engine, data: Path | None, asked: list[openings.Opening], count: int, params: SamplingParams
+) -> tuple[list[Sample], str]:
+    """Answers to look at, and what is to be said about them: those of a file, to prompts of the
+    user's, or to the built-in suite's later prompts (the demo measures on the first)."""
     from forerun.bench import suites
     from forerun.cli.engines import fitted
     from forerun.errors import TrainingError
@@ -119,6 +141,10 @@ def _samples(engine: Engine, data: Path | None, count: int, params: SamplingPara
 
     if data is not None:
         return _of_file(data, count, params.temperature)
+    if asked:
+        reader = openings.Reader(engine, openings.Manner())
+        ids = [fitted(engine, reader.ids(one), params) for one in asked[:count]]
+        return answers_of(engine, ids, params), ""
     if engine.tokenizer is None:
         raise TrainingError("this model has no tokenizer for the built-in prompts: give its answers with --data")
     prompts = [fitted(engine, prompt.prompt, params) for prompt in suites.spread(suites.load())[-count:]]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from forerun.cli import openings, options
 from forerun.drafting.registry import layouts
 
 if TYPE_CHECKING:
@@ -44,14 +45,10 @@ Target = Annotated[
         help="The model that the heads belong to: some layouts need it, and the result is checked on its answers.",
     ),
 ]
-PromptFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--prompts",
-        metavar="FILE",
-        help=f"With --target: the first {PROMPTS} prompts of this file instead of built-in ones.",
-    ),
-]
+EXAMPLES = """
+forerun convert HEADS --to vllm --out heads-for-vllm --target MODEL
+forerun convert FasterDecoding/medusa-vicuna-7b-v1.3 --to ours --out heads
+"""
 
 
 def convert(
@@ -59,7 +56,7 @@ def convert(
     to: To,
     out: Out,
     target: Target = None,
-    prompts: PromptFile = None,
+    prompts: options.PromptFile = None,
 ) -> None:
     """Bring draft heads from one layout into another: our own, or those of other code.
 
@@ -133,13 +130,18 @@ def _compare(before: float, after: float) -> None:
 
 def _answers(engine: Engine, file: Path | None) -> list[Sample]:
     """What the target says, greedily."""
-    from forerun.bench import suites
     from forerun.cli.engines import fitted
-    from forerun.cli.files import prompts_in
     from forerun.plan.calibrate import answers_of
     from forerun.sampling import SamplingParams
 
-    texts = prompts_in(file) if file else [prompt.prompt for prompt in suites.spread(suites.load())]
+    reader = openings.Reader(engine, openings.Manner())
+    asked = [reader.ids(one) for one in openings.read(file)[:PROMPTS]] if file else _built_in()
     params = SamplingParams(max_new_tokens=ANSWER_TOKENS)
-    ids = [fitted(engine, text, params)[-PROMPT_TOKENS:] for text in texts[:PROMPTS]]
+    ids = [fitted(engine, one, params)[-PROMPT_TOKENS:] for one in asked]
     return answers_of(engine, ids, params)
+
+
+def _built_in() -> list[str]:
+    from forerun.bench import suites
+
+    return [prompt.prompt for prompt in suites.spread(suites.load())[:PROMPTS]]

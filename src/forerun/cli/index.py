@@ -29,6 +29,11 @@ Tokenizer = Annotated[
 ]
 Out = Annotated[Path, typer.Option(metavar="STORE", help="The file to write.")]
 
+EXAMPLES = """
+forerun index src docs --tokenizer MODEL --out code.store
+forerun generate MODEL "def main():" --drafter hierarchy:code.store
+"""
+
 
 def index(files: Files, tokenizer: Tokenizer, out: Out) -> None:
     """Sort texts so that a drafter finds in microseconds what came next at places like this one.

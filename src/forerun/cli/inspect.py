@@ -12,6 +12,11 @@ from forerun.cli import options
 if TYPE_CHECKING:
     import torch
 
+EXAMPLES = """
+forerun inspect                     this machine
+forerun inspect MODEL               what it needs here; also heads, a store, a tree, answers, or a GGUF
+"""
+
 Model = Annotated[str | None, typer.Argument(metavar="MODEL", help="A folder in Hugging Face format, or a hub id.")]
 
 
