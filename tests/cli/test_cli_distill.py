@@ -244,7 +244,7 @@ def test_prompts_that_cannot_be_read(target, corpus, refused, tmp_path):
     assert "holds no prompts" in refused(*base, tmp_path / "p.txt")
     messages = {"messages": [{"role": "user", "content": "x"}]}
     complaint = refused(*base, rows_of(tmp_path / "p.jsonl", {"prompt": "x"}, messages))
-    assert "p.jsonl, line 2" in complaint and "no chat template" in complaint and "--template FILE" in complaint
+    assert "p.jsonl, line 2" in complaint and "no chat template" in complaint and "--chat-template FILE" in complaint
     assert "no chat template" in refused("distill", target, "--out", tmp_path / "a.jsonl", "--builtin", "--chat")
     complaint = refused(*base, rows_of(tmp_path / "p.jsonl", {"prompt_ids": [1, 600]}))
     assert "line 1: token id 600 is outside the vocabulary of 600" in complaint

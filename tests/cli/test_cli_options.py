@@ -18,8 +18,8 @@ CHAT = "--chat --system --chat-template --template"
 MACHINE = "--dtype --device --kernels --weights"
 HEADS = (
     "--target --data --out --run --heads --layers --tied-layers --vocabulary --dropout --text-weight --teacher-weight"
-    " --head-decay --steps --rows --batch-size --length --parts --rate --lr --validate-every --save-every --seed --init-from --dtype"
-    " --device"
+    " --head-decay --steps --rows --batch-size --length --parts --rate --lr --validate-every --save-every --seed"
+    " --init-from --dtype --device"
     " --kernels --floor --start-batches"
 )
 OPTIONS = {
@@ -39,14 +39,15 @@ OPTIONS = {
     "distill": f"{SAMPLING} {MACHINE} {PROMPTS} {CHAT} --out --builtin --corpus --prompt-length --limit"
     " --drafter --rows --batch-size --revision --num-speculative-tokens",
     "train lm": "--corpus --run --out --build-corpus --vocabulary --width --layers --heads --kv-heads --head-dim"
-    " --mlp-width --max-length --grow-from --init-from --init-layers --teacher --steps --rows --batch-size --length --first"
+    " --mlp-width --max-length --grow-from --init-from --init-layers --teacher --steps --rows --batch-size --length"
+    " --first"
     " --warmup --decay --muon-rate --adam-rate --validate-every --save-every --seed --device --compile",
     "train medusa": HEADS,
     "train hydra": HEADS,
     "train hydra++": HEADS,
     "train medusa2": "--target --data --out --run --init-from --heads --layers --tied-layers --vocabulary --keep"
-    " --head-weight --ramp --head-decay --rank --alpha --steps --rows --batch-size --length --parts --rate --lr --head-rate"
-    " --validate-every"
+    " --head-weight --ramp --head-decay --rank --alpha --steps --rows --batch-size --length --parts --rate --lr"
+    " --head-rate --validate-every"
     " --save-every --seed --dtype --device",
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from forerun.plan.calibrate import Calibration
     from forerun.sampling import SamplingParams
     from forerun.train.distill import Sample
+
+log = logging.getLogger(__name__)
 
 Heads = Annotated[
     str,
@@ -98,7 +100,7 @@ def calibrate(
     calibration.write(found, calibration.machine_of(engine) | {"temperature": temperature}, target)
     _report(found, target, found_there=out is None)
     if note:
-        print(note, file=sys.stderr)
+        log.info(note)
 
 
 def _checkpoint(description: dict[str, Any], spec: str) -> str:
@@ -174,12 +176,12 @@ def _of_file(data: Path, count: int, temperature: float) -> tuple[list[Sample], 
 
 
 def _watched(engine: Engine, module: HeadsModule, samples: list[Sample], rows: int, rounds: int) -> Calibration:
-    from rich.console import Console
     from rich.progress import Progress
 
+    from forerun.cli.narration import on_stderr
     from forerun.plan.calibrate import calibrate as measure
 
-    console = Console(stderr=True)
+    console = on_stderr()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("timing trees", total=None)
         return measure(

@@ -127,8 +127,3 @@ class Said(logging.StreamHandler[Any]):
     def __init__(self) -> None:
         super().__init__(sys.stderr)
         self.setFormatter(logging.Formatter("%(message)s"))
-
-
-def is_quiet() -> bool:
-    """Nothing but results is wanted: no bars either."""
-    return not LOGGER.isEnabledFor(logging.INFO)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from forerun.engine.engine import Engine
     from forerun.layouts.exchange import Heads
     from forerun.train.distill import Sample
+
+log = logging.getLogger(__name__)
 
 PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS = 4, 256, 64
 """What the check asks the target: a handful is enough to see a mistake, which shows at every token."""
@@ -84,7 +87,7 @@ def convert(
     count = exchange.write(heads, to, out, base)
     print(described(heads, source))
     for note in heads.notes:
-        print(f"note: {note}", file=sys.stderr)
+        log.info("note: %s", note)
     print(f"{out}: {to}; all {count} tensors are the same bit by bit when read back")
     if measure:
         _compare(before, measure(exchange.read(out, base)))
@@ -122,7 +125,7 @@ def _compare(before: float, after: float) -> None:
     """Both figures; exit code 1 if they differ."""
     print(f"tokens per step, projected on answers of the target: {before:.3f} before, {after:.3f} after")
     if before < HARDLY:
-        print("note: these heads hardly ever agree with the target: do they belong to another?", file=sys.stderr)
+        log.warning("note: these heads hardly ever agree with the target: do they belong to another?")
     if before != after:
         print("the figures differ, and they must not: do not use the result", file=sys.stderr)
         raise typer.Exit(1)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from forerun.cli.engines import Machine
     from forerun.engine.engine import Engine
     from forerun.sampling import SamplingParams
+
+log = logging.getLogger(__name__)
 
 REFERENCE = Path("models/target")
 ROUNDS, PATIENCE_SECONDS = 3, 120.0
@@ -214,7 +216,7 @@ def _engines(
         except ForerunError as error:
             if strict:
                 raise
-            print(f"without {spec}: {error}", file=sys.stderr)
+            log.warning("without %s: %s", spec, error)
     return engines
 
 

@@ -230,12 +230,12 @@ def _described(reader: openings.Reader, manner: openings.Manner) -> dict[str, An
 
 
 def _run(engine: Engine, questions: Questions, sampling: Sampling, ledger: Ledger) -> None:
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from forerun.cli.narration import on_stderr
     from forerun.train.distill import distill as answer_all
 
-    console = Console(stderr=True, highlight=False)
+    console = on_stderr()
     columns = (TextColumn("[bold]answers"), BarColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
         watch = _Display(console, progress, engine.tokenizer, questions)

@@ -184,14 +184,13 @@ def _is_ours(config: Path) -> bool:
 
 def introduce(training: HeadsTraining) -> None:
     """One sample with what is trained on marked, and the size of everything."""
-    from rich.console import Console
     from rich.text import Text
 
-    from forerun.cli.narration import DRAFTED
+    from forerun.cli.narration import DRAFTED, on_stderr
     from forerun.sources.source import Source
     from forerun.train.drafters import example
 
-    console, sample = Console(stderr=True), example(training)
+    console, sample = on_stderr(), example(training)
     tokenizer = Source.of(training.recipe.target).tokenizer
 
     def said(ids: Any) -> str:

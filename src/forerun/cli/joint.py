@@ -161,10 +161,10 @@ def _demand_place(out: Path) -> None:
 
 
 def _warn(training: JointTraining, out: Path) -> None:
-    from rich.console import Console
+    from forerun.cli.narration import on_stderr
 
     numbers = sum(p.numel() for p in training.objective.module.backbone.parameters())
-    Console(stderr=True).print(
+    on_stderr().print(
         f"This changes the target, through adapters of {numbers / 1e6:.1f} M parameters: {out / 'model'} will be a"
         " new one.",
         highlight=False,

@@ -88,9 +88,8 @@ def summary(outputs: Sequence[Output], seconds: float) -> str:
     parts.append(f"{tokens / max(steps, 1):.2f} tokens per step")
     rules = sorted({one.rule for one in stats if one.rule})
     exact = "exact" if all(one.exact for one in stats) else "lossy"
-    parts.append(
-        f"drafter {' and '.join(dict.fromkeys(one.drafter for one in stats))}, {' and '.join(rules) or 'nothing to accept'}, {exact}"
-    )
+    drafters = " and ".join(dict.fromkeys(one.drafter for one in stats))
+    parts.append(f"drafter {drafters}, {' and '.join(rules) or 'nothing to accept'}, {exact}")
     return " · ".join(parts)
 
 
@@ -111,11 +110,15 @@ def parts(tallies: Sequence[Tally]) -> list[str]:
 @contextmanager
 def bar(what: str, total: int, done: int = 0) -> Iterator[Callable[[], None]]:
     """A bar on stderr, if that is a terminal and anybody wants one; what it gives advances it by one."""
-    console = Console(stderr=True)
-    hidden = not console.is_terminal or not logging.getLogger("forerun").isEnabledFor(logging.INFO)
-    with Progress(*COLUMNS, console=console, transient=True, disable=hidden) as progress:
+    console = on_stderr()
+    with Progress(*COLUMNS, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=total, completed=done)
         yield lambda: progress.advance(task)
+
+
+def on_stderr() -> Console:
+    """Where bars and examples go; nothing of it with --quiet."""
+    return Console(stderr=True, highlight=False, quiet=not logging.getLogger("forerun").isEnabledFor(logging.INFO))
 
 
 def on_stdout() -> Console:

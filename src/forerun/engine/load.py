@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from forerun.nn.load import load_network
 from forerun.nn.network import Network
 from forerun.sources.source import Source
 from forerun.sources.tokenizer import HuggingFaceTokenizer, fingerprint_of
+
+log = logging.getLogger(__name__)
 
 
 def load(
@@ -53,7 +56,9 @@ def load(
     lossy = lossy_of(acceptance)
     source = Source.of(path)
     target = load_network(source, kind, place, kernels, weights)
+    log.debug("%s: %d parameters on %s", source.asked, target.footprint.parameters, target.footprint.runs_on)
     made = drafter_for(target, drafter, kernels, weights, source.tokenizer)
+    log.debug("drafter %s: at most %d tokens ahead, %s", made.name, made.max_nodes, drafter)
     return Engine(target, made, source.tokenizer, source.ends, max_rows, lossy)
 
 
