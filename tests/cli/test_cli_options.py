@@ -32,7 +32,7 @@ OPTIONS = {
     "check": f"{SAMPLING} {MACHINE} {PROMPTS} {CHAT} --drafter --tokens --rows --batch-size --samples --json --revision"
     " --num-speculative-tokens --speculative-config",
     "index": "--tokenizer --out",
-    "inspect": f"{MACHINE} --json",
+    "inspect": f"{MACHINE} --json --revision",
     "calibrate": f"{MACHINE} {PROMPTS} --drafter --out --data --answers --rows --batch-size --rounds --max-new-tokens"
     " --max-tokens --temperature --seed --revision",
     "convert": f"{PROMPTS} --to --out --target",
@@ -98,7 +98,7 @@ def test_help_answers_without_torch():
     lines = [
         "import sys, forerun.cli",
         "code = forerun.cli.run(['--help'])",
-        "heavy = [name for name in ('torch', 'transformers', 'numpy', 'matplotlib') if name in sys.modules]",
+        "heavy = [name for name in ('torch', 'transformers', 'numpy', 'forerun.drafting') if name in sys.modules]",
         "sys.exit(code or ' '.join(heavy) or None)",
     ]
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
