@@ -48,10 +48,10 @@ Rows = Annotated[
 ]
 Rounds = Annotated[int, typer.Option(min=1, help="Timings of every size; their median counts.")]
 
-EXAMPLES = """
-forerun calibrate MODEL --drafter hydra:HEADS
-forerun calibrate MODEL --drafter medusa:HEADS --data answers.jsonl --batch-size 8
-"""
+EXAMPLES = "\n".join(
+    f"forerun calibrate MODEL --drafter {name}:HEADS{how}"
+    for name, how in zip(calibrated(), ("", " --data answers.jsonl --batch-size 8"), strict=False)
+)
 
 
 def calibrate(

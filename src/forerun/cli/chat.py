@@ -37,7 +37,7 @@ HELP = """/stats          what the last answer and the conversation cost, and wh
 /exit           end (as Ctrl-D does)"""
 EXAMPLES = """
 forerun chat MODEL --drafter lookup
-forerun chat MODEL --drafter "hierarchy | hydra:HEADS" --temperature 0.7 --system "Be brief."
+forerun chat MODEL --drafter "hierarchy | small:DRAFT_MODEL" --system "Be brief."
 forerun chat BASE_MODEL --raw
 """
 

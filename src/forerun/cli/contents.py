@@ -168,7 +168,7 @@ def _answers(path: Path, header: Facts) -> dict[str, Facts]:
         "target": header["target"]["name"],
         "temperatures": sorted({one.temperature for one in samples}),
         "prompts": header["source"].get("name") or header["source"]["kind"],
-        "use": f"forerun train hydra++ --target MODEL --data {path} --out heads",
+        "use": f"forerun train PRESET --target MODEL --data {path} --out heads",
     }
     return {"answers": found}
 

@@ -48,9 +48,9 @@ Target = Annotated[
         help="The model that the heads belong to: some layouts need it, and the result is checked on its answers.",
     ),
 ]
-EXAMPLES = """
-forerun convert HEADS --to vllm --out heads-for-vllm --target MODEL
-forerun convert FasterDecoding/medusa-vicuna-7b-v1.3 --to ours --out heads
+EXAMPLES = f"""
+forerun convert HEADS --to {WRITTEN[0].name} --out converted --target MODEL
+forerun convert SOMEBODY/HEADS --to ours --out heads
 """
 
 

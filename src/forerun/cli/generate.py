@@ -32,7 +32,7 @@ PromptFiles = Annotated[
         "--prompts",
         "--prompt-file",
         metavar="FILE",
-        help="A prompt per line (.txt), a row each (.jsonl), or one text.",
+        help="A prompt per line (.txt), row (.jsonl) or file.",
         rich_help_panel=options.PROMPTS,
     ),
 ]
@@ -76,7 +76,7 @@ Compare = Annotated[
 EXAMPLES = """
 forerun generate MODEL "def main():" --drafter lookup --compare
 forerun generate MODEL "Why is the sky blue?" --chat --temperature 0.8 --drafter small:DRAFT_MODEL
-forerun generate MODEL --prompts questions.jsonl --drafter hydra:HEADS --out answers.jsonl
+forerun generate MODEL --prompts questions.jsonl --drafter hierarchy --out answers.jsonl
 """
 
 

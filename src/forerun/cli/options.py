@@ -17,7 +17,7 @@ Drafter = Annotated[
     typer.Option(
         "--drafter",
         metavar="SPEC",
-        help="lookup, small:MODEL, hydra:HEADS, ..., or a JSON or YAML file; none is the baseline.",
+        help="lookup, small:MODEL, KIND:HEADS, ... or a file; none: the baseline.",
         rich_help_panel=DRAFTING,
     ),
 ]
@@ -45,7 +45,7 @@ PromptFile = Annotated[
         "--prompts",
         "--prompt-file",
         metavar="FILE",
-        help="A prompt per line (.txt), a row each (.jsonl), or one text.",
+        help="A prompt per line (.txt), row (.jsonl) or file.",
         rich_help_panel=PROMPTS,
     ),
 ]

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from forerun.cli.options import ADVANCED, ALWAYS
 
-WIDTH, NAMES = 100, 34
+WIDTH, NAMES = 100, 30
 HEADING, NAME, QUIET = "bold yellow", "bold cyan", "dim"
 OPTIONS = "Options"
 SHORT = {"help": "this page", "version": "the version"}

@@ -12,9 +12,10 @@ from forerun.cli import heads, joint, options
 from forerun.cli.command import NAMES, Commands, add
 from forerun.drafting import registry
 
-EXAMPLES = """
+PRESETS = [preset for method in registry.trained().values() for preset in method.presets]
+EXAMPLES = f"""
 forerun distill MODEL --prompts prompts.jsonl --out answers.jsonl
-forerun train hydra++ --target MODEL --data answers.jsonl --out heads
+forerun train {PRESETS[-1]} --target MODEL --data answers.jsonl --out heads
 """
 
 app = typer.Typer(
@@ -188,9 +189,8 @@ forerun train {name} --target MODEL --data answers.jsonl --out result
 """
 
 add(app, "lm", lm, LM)
-for method in registry.trained().values():
-    for preset in method.presets:
-        add(app, preset, heads.command(preset), HEADS.format(name=preset))
+for preset in PRESETS:
+    add(app, preset, heads.command(preset), HEADS.format(name=preset))
 for method in registry.trained().values():
     if method.joint:
         add(app, method.joint.name, joint.command(method), JOINT.format(name=method.joint.name))
