@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -17,9 +18,10 @@ import forerun as library
 from forerun.cli.chat import Talk, Text
 from forerun.cli.credit import Credited
 from forerun.cli.engines import Machine
+from forerun.engine.engine import Engine
 from forerun.sampling import SamplingParams
 
-TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 SHORT = ("-n", 8, "--dtype", "fp32")
 
 
@@ -98,6 +100,23 @@ def test_a_model_that_cannot_chat_is_refused_and_goes_on_with_plain_text(family,
     assert "--raw is text" in refused("chat", family / "target", "--raw", "--system", "x")
     (tmp_path / "t.jinja").write_text(TEMPLATE)
     assert talked(family / "target", ["Hi"], "--chat-template", tmp_path / "t.jinja")
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_talk(chatty, talked, monkeypatch):
+    whole = talked(chatty, ["Hi"], "--drafter", "none").rstrip("\n")
+    step, count = Engine._step, 0
+
+    def counted(engine):
+        nonlocal count
+        count += 1
+        if count == 4:
+            signal.raise_signal(signal.SIGINT)
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "_step", counted)
+    first, *rest = talked(chatty, ["Hi", "/reset", "Hi"], "--drafter", "none").rstrip("\n").split("\n", 1)
+    assert whole.startswith(first) and len(first) < len(whole)
+    assert rest[0] == f"a new conversation\n{whole}"
 
 
 # ---- colours

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -179,7 +180,8 @@ class Talk:
         if not sys.stdin.isatty():
             yield from (line.rstrip("\n") for line in sys.stdin)
             return
-        import readline  # noqa: F401  (input() edits its line, and remembers earlier ones)
+        with suppress(ImportError):  # where there is none, input() neither edits its line nor remembers earlier ones
+            import readline  # noqa: F401
 
         while True:
             try:

@@ -129,10 +129,21 @@ def demo(
         from forerun.bench.picture import demand_matplotlib
 
         demand_matplotlib()
-    folder = model or str(reference())
+    folder = model or _reference()
     specs = {"none": "none"} | (_given(drafters) if drafters else _beside(Path(folder)))
     engines = _engines(folder, specs, machine, acceptance, strict=bool(drafters))
     _compare(engines, params, asked, rounds, json_file, plot)
+
+
+def _reference() -> str:
+    """The family's target, where it is at hand: a wheel brings no models."""
+    from forerun.errors import RequestError
+
+    if not reference().is_dir():
+        raise RequestError(
+            "the models that come with the source are not here: name one with --model, any model will do"
+        )
+    return str(reference())
 
 
 def _prompts(file: str | None, limit: int) -> list[Opening]:
@@ -320,8 +331,17 @@ def _print_table(console: Any, rows: Sequence[Summary], title: str) -> None:
     for row in rows:
         seconds = (f"{value:.2f}" for value in (row.draft_seconds, row.verify_seconds, row.other_seconds))
         speed = f"{row.tokens_per_second:.0f}"
-        table.add_row(row.drafter, speed, f"{row.speedup:.2f}x", f"{row.tokens_per_step:.2f}", *seconds, same(row))
+        figures = speed, f"{row.speedup:.2f}x", f"{row.tokens_per_step:.2f}", *seconds, same(row)
+        table.add_row(row.drafter, *figures, style=_colour(row, rows))
     console.print(table)
+
+
+def _colour(row: Summary, rows: Sequence[Summary]) -> str:
+    """Green for what is faster than plain decoding, the best of it bold, red for what is slower."""
+    if row.speedup == 1:
+        return ""
+    best = row.speedup == max(one.speedup for one in rows)
+    return "red" if row.speedup < 1 else "bold green" if best else "green"
 
 
 def same(row: Summary) -> str:
