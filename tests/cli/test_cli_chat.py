@@ -21,7 +21,10 @@ from forerun.cli.engines import Machine
 from forerun.engine.engine import Engine
 from forerun.sampling import SamplingParams
 
-TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 SHORT = ("-n", 8, "--dtype", "fp32")
 
 

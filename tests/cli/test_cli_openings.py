@@ -12,7 +12,10 @@ import transformers
 from forerun.cli.openings import Opening, read
 from forerun.errors import RequestError
 
-TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 SHORT = ("-n", 4, "--dtype", "fp32", "--ignore-eos")
 
 

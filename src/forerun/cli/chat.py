@@ -29,6 +29,7 @@ Raw = Annotated[
     ),
 ]
 
+DRAFTER = "lookup"
 COLOURS = "light_green", "sky_blue1", "light_goldenrod1", "plum2", "light_salmon1", "pale_turquoise1"
 """Backgrounds, in the order in which drafters first have their say."""
 HELP = """/stats          what the last answer and the conversation cost, and who drafted what
@@ -48,7 +49,7 @@ def chat(
     system: options.System = None,
     raw: Raw = False,
     chat_template: options.Template = None,
-    drafter: options.Drafter = "lookup",
+    drafter: options.Drafter = DRAFTER,
     num_speculative_tokens: options.SpeculativeTokens = None,
     speculative_config: options.SpeculativeConfig = None,
     max_new_tokens: options.MaxNewTokens = 512,
@@ -77,9 +78,7 @@ def chat(
     )
     if raw and (system is not None or chat_template):
         raise RequestError("--raw is text without a template: leave --system and --chat-template out")
-    if speculative_config is not None and drafter == "lookup":
-        drafter = "none"
-    spec = speculation.chosen(drafter, speculative_config, num_speculative_tokens)
+    spec = speculation.chosen(drafter, speculative_config, num_speculative_tokens, DRAFTER)
     manner, machine = openings.Manner.of(True, system, chat_template), engines.Machine(dtype, device, kernels, weights)
     engine = engines.load(options.at(model, revision), spec, machine, max_rows=1, acceptance=acceptance)
     reader = openings.Reader(engine, manner)

@@ -94,8 +94,11 @@ class Rows:
     def _take(self, line: bytes, number: int) -> None:
         try:
             row = json.loads(line)
-            place, prompt, settings = (row["prompt_index"], row["sample"]), row["prompt"], row["settings"]
-            _ = {**settings}, [0][: sum(place)]
+            place, prompt, settings = (
+                (int(row["prompt_index"]), int(row["sample"])),
+                row["prompt"],
+                dict(row["settings"]),
+            )
         except (ValueError, KeyError, TypeError):
             raise RequestError(self._stranger(number)) from None
         for name in [*self._settings, *settings]:

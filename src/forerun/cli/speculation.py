@@ -9,9 +9,12 @@ from forerun.drafting.spec import Description, describe
 from forerun.errors import DrafterError
 
 
-def chosen(drafter: str, config: str | None = None, tokens: int | None = None) -> Description:
-    """The drafter's description. DrafterError if it is not known, or if options contradict one another."""
-    if config is not None and drafter != "none":
+def chosen(drafter: str, config: str | None = None, tokens: int | None = None, default: str = "none") -> Description:
+    """The drafter's description. DrafterError if it is not known, or if options contradict one another.
+
+    default: the drafter of who names none.
+    """
+    if config is not None and drafter != default:
         raise DrafterError("--drafter and --speculative-config name a drafter each: give one of them")
     description = describe(drafter) if config is None else _foreign(config)
     return description if tokens is None else elsewhere.reaching(description, tokens)
