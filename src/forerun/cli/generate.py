@@ -323,14 +323,16 @@ def _to_file(job: Job, path: Path, settings: dict[str, Any]) -> bool:
     left, known = rows.left(), rows.known
     outputs: list[Output] = []
     started = time.perf_counter()
-    with bar("texts", len(job.ids) * job.params.n, known) as advance:
-        if left:
-            stream = job.engine.stream([job.ids[index] for index in left], job.params)
-            for piece in stream:
+    try:
+        with bar("texts", len(job.ids) * job.params.n, known) as advance:
+            for piece in job.engine.stream([job.ids[index] for index in left], job.params) if left else ():
                 if piece.output and piece.output.finish_reason != "interrupted":
                     outputs.append(piece.output)
                     if rows.enter(left[piece.prompt_index], piece.output, record(piece.output)):
                         advance()
+    except KeyboardInterrupt:
+        log.warning("%s holds %d texts; the same command goes on", path, known + len(outputs))
+        raise
     print(f"{path}: {len(outputs)} new texts, {known} from before")
     if outputs:
         log.info(summary(outputs, time.perf_counter() - started))

@@ -35,8 +35,9 @@ def load(
     """An engine for a model and a drafter.
 
     Args:
-        path: a folder in Hugging Face format, or a hub id.
-        drafter: `none`, `lookup`, `small:PATH`, a JSON or YAML file, or a description (see `forerun.drafting.spec`).
+        path: a folder in Hugging Face format, or a hub id, which may end in @REVISION.
+        drafter: `none`, `lookup`, `small:PATH`, a JSON or YAML file, or a description (see `forerun.drafting.spec`),
+            vLLM's speculative_config among them.
         dtype: auto (bf16 where the processor multiplies bf16 itself, else fp32), bf16, fp32 or fp16; for every network.
         device: auto (cuda if there is one), cpu, cuda, cuda:1 ...
         max_rows: requests that run side by side.
