@@ -22,6 +22,7 @@ LEVELS = (
     ("train",),  # uses of the engine
     ("plan", "bench", "check", "serve"),
     ("cli",),
+    ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 STRANGERS = [("engine", "drafters"), ("drafters", "engine"), ("drafting", "engine"), ("layouts", "engine")]

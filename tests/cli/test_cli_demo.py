@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from dataclasses import replace
 
 import pytest
 
 from forerun.bench.run import Summary
 from forerun.bench.suites import Prompt, spread
-from forerun.cli.demo import _beside, same
+from forerun.cli.demo import _beside, _colour, same
 
 COLUMNS = {
     "drafter", "tokens_per_second", "speedup", "tokens_per_step", "draft_seconds", "verify_seconds", "other_seconds",
     "identical",
 }  # fmt: skip
-SMALL = ("--prompts", 2, "--rounds", 1, "--max-new-tokens", 6, "--dtype", "fp32")
+SMALL = ("--limit", 2, "--rounds", 1, "--max-new-tokens", 6, "--dtype", "fp32")
 
 
 @pytest.fixture
@@ -100,3 +102,14 @@ def row(identical: bool | None) -> Summary:
 
 def test_identical_is_said_honestly():
     assert [same(row(value)) for value in (True, False, None)] == ["yes", "no (7 of 9)", "-"]
+
+
+def test_winners_and_losers_have_their_colours():
+    rows = [replace(row(True), speedup=one) for one in (1, 0.8, 1.3, 1.9)]
+    assert [_colour(one, rows) for one in rows] == ["", "red", "green", "bold green"]
+
+
+def test_without_the_source_s_models_a_model_is_asked_for(refused, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys.modules["forerun.cli.demo"], "reference", lambda: tmp_path / "models" / "target")
+    assert "--model" in refused("demo")

@@ -11,7 +11,7 @@ import pytest
 import transformers
 
 import forerun as library
-from forerun.cli.distill import parse
+from forerun.cli.openings import parse
 from forerun.engine.engine import Engine
 from forerun.errors import RequestError
 from forerun.sampling import SamplingParams
@@ -236,15 +236,15 @@ def test_values_that_make_no_sense(target, texts, refused, tmp_path):
 def test_prompts_that_cannot_be_read(target, corpus, refused, tmp_path):
     base = ("distill", target, "--out", tmp_path / "a.jsonl", "--prompts")
     assert "No such file" in refused(*base, tmp_path / "no.txt")
-    (tmp_path / "p.md").write_text("x")
-    assert "neither .txt" in refused(*base, tmp_path / "p.md")
+    (tmp_path / "p.json").write_text("[]")
+    assert "neither text nor .jsonl" in refused(*base, tmp_path / "p.json")
     (tmp_path / "p.txt").write_bytes(b"\xff")
     assert "not UTF-8" in refused(*base, tmp_path / "p.txt")
     (tmp_path / "p.txt").write_text("\n\n")
     assert "holds no prompts" in refused(*base, tmp_path / "p.txt")
     messages = {"messages": [{"role": "user", "content": "x"}]}
     complaint = refused(*base, rows_of(tmp_path / "p.jsonl", {"prompt": "x"}, messages))
-    assert "p.jsonl, line 2" in complaint and "no chat template" in complaint and "--template FILE" in complaint
+    assert "p.jsonl, line 2" in complaint and "no chat template" in complaint and "--chat-template FILE" in complaint
     assert "no chat template" in refused("distill", target, "--out", tmp_path / "a.jsonl", "--builtin", "--chat")
     complaint = refused(*base, rows_of(tmp_path / "p.jsonl", {"prompt_ids": [1, 600]}))
     assert "line 1: token id 600 is outside the vocabulary of 600" in complaint

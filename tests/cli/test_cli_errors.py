@@ -107,7 +107,7 @@ def test_devices_and_dtypes_that_are_not_there(refused, family):
 
 
 def test_prompts_that_are_not_there(refused, family, tmp_path):
-    assert "--prompt-file" in refused("generate", family / "target")
+    assert "--prompts FILE" in refused("generate", family / "target")
     assert "nothing.txt" in refused("generate", family / "target", "--prompt-file", tmp_path / "nothing.txt")
     (tmp_path / "rows.jsonl").write_text('{"prompt": 1}\n')
     assert "line 1" in refused("generate", family / "target", "--prompt-file", tmp_path / "rows.jsonl")
@@ -145,7 +145,7 @@ def test_a_result_file_that_finds_no_room(family, forerun, tmp_path, monkeypatch
     result = tmp_path / "result.json"
     result.write_text("old")
     monkeypatch.setattr("os.fsync", full)
-    options = ("--drafters", "none", "--prompts", 1, "--rounds", 1, "--max-new-tokens", 2, "--json", result)
+    options = ("--drafters", "none", "--limit", 1, "--rounds", 1, "--max-new-tokens", 2, "--json", result)
     code, _, err = forerun("demo", "--model", family / "target", *options)
     assert (
         code == 2

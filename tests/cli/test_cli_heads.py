@@ -370,7 +370,7 @@ def test_typical_acceptance_is_said_to_be_lossy(trained, family, forerun, said):
 
 def test_the_demo_says_it_too(trained, family, forerun, tmp_path):
     folder, *_ = trained("medusa", "heads")
-    base = ("demo", "--model", family / "target", "--prompts", 1, "--rounds", 1, "--max-new-tokens", 8, *FP32)
+    base = ("demo", "--model", family / "target", "--limit", 1, "--rounds", 1, "--max-new-tokens", 8, *FP32)
     drafters = ("--drafters", f"lookup,medusa:{folder}", "--temperature", 0.9)
     code, out, err = forerun(*base, *drafters, "--acceptance", "typical", "--json", tmp_path / "rows.json")
     assert code == 0 and " ".join(out.split()).count("typical acceptance (lossy), lossy") == 3, err

@@ -6,38 +6,48 @@ import subprocess
 import sys
 
 import pytest
+import typer
 from typer.main import get_command
 
 from forerun.cli import app
 
-SAMPLING = "--max-new-tokens --temperature --top-k --top-p --min-p --seed"
+COMMON = "--quiet --verbose --help-all --trust-remote-code"
+SAMPLING = "--max-new-tokens --max-tokens --temperature --top-k --top-p --min-p --seed"
+PROMPTS = "--prompts --prompt-file"
+CHAT = "--chat --system --chat-template --template"
 MACHINE = "--dtype --device --kernels --weights"
 HEADS = (
     "--target --data --out --run --heads --layers --tied-layers --vocabulary --dropout --text-weight --teacher-weight"
-    " --head-decay --steps --rows --length --parts --rate --validate-every --save-every --seed --init-from --dtype"
-    " --device"
+    " --head-decay --steps --rows --batch-size --length --parts --rate --lr --validate-every --save-every --seed"
+    " --init-from --dtype --device"
     " --kernels --floor --start-batches"
 )
 OPTIONS = {
-    "demo": f"{SAMPLING} {MACHINE} --acceptance --model --drafter --drafters --prompts --rounds --json --plot",
-    "generate": f"{SAMPLING} {MACHINE} --acceptance --drafter --prompt-file --repetition-penalty --presence-penalty"
-    " --frequency-penalty --n --stop --ignore-eos --max-rows --logprobs --json",
-    "check": f"{SAMPLING} {MACHINE} --drafter --tokens --rows --samples --prompt-file --json",
+    "demo": f"{SAMPLING} {MACHINE} {PROMPTS} --acceptance --model --drafter --drafters --limit --rounds --json --plot",
+    "generate": f"{SAMPLING} {MACHINE} {PROMPTS} {CHAT} --acceptance --drafter --repetition-penalty"
+    " --presence-penalty --frequency-penalty --n --stop --ignore-eos --max-rows --batch-size --logprobs --json --out"
+    " --compare --revision --num-speculative-tokens --speculative-config",
+    "chat": f"{SAMPLING} {MACHINE} --system --chat-template --template --raw --drafter --acceptance --revision"
+    " --num-speculative-tokens --speculative-config",
+    "check": f"{SAMPLING} {MACHINE} {PROMPTS} {CHAT} --drafter --tokens --rows --batch-size --samples --json --revision"
+    " --num-speculative-tokens --speculative-config",
     "index": "--tokenizer --out",
-    "inspect": f"{MACHINE} --json",
-    "calibrate": f"{MACHINE} --drafter --out --data --answers --rows --rounds --max-new-tokens --temperature --seed",
-    "convert": "--to --out --target --prompts",
-    "distill": f"{SAMPLING} {MACHINE} --out --prompts --builtin --corpus --prompt-length --limit --chat --template"
-    " --drafter --rows",
+    "inspect": f"{MACHINE} --json --revision",
+    "calibrate": f"{MACHINE} {PROMPTS} --drafter --out --data --answers --rows --batch-size --rounds --max-new-tokens"
+    " --max-tokens --temperature --seed --revision",
+    "convert": f"{PROMPTS} --to --out --target",
+    "distill": f"{SAMPLING} {MACHINE} {PROMPTS} {CHAT} --out --builtin --corpus --prompt-length --limit"
+    " --drafter --rows --batch-size --revision --num-speculative-tokens",
     "train lm": "--corpus --run --out --build-corpus --vocabulary --width --layers --heads --kv-heads --head-dim"
-    " --mlp-width --max-length --grow-from --init-from --init-layers --teacher --steps --rows --length --first"
+    " --mlp-width --max-length --grow-from --init-from --init-layers --teacher --steps --rows --batch-size --length"
+    " --first"
     " --warmup --decay --muon-rate --adam-rate --validate-every --save-every --seed --device --compile",
     "train medusa": HEADS,
     "train hydra": HEADS,
     "train hydra++": HEADS,
     "train medusa2": "--target --data --out --run --init-from --heads --layers --tied-layers --vocabulary --keep"
-    " --head-weight --ramp --head-decay --rank --alpha --steps --rows --length --parts --rate --head-rate"
-    " --validate-every"
+    " --head-weight --ramp --head-decay --rank --alpha --steps --rows --batch-size --length --parts --rate --lr"
+    " --head-rate --validate-every"
     " --save-every --seed --dtype --device",
 }
 
@@ -47,8 +57,10 @@ def offered() -> dict[str, list]:
     found, open_ = {}, [("", get_command(app))]
     while open_:
         name, command = open_.pop()
-        if hasattr(command, "commands"):
-            open_ += [(f"{name} {key}".strip(), below) for key, below in command.commands.items()]
+        if hasattr(command, "list_commands"):
+            context = typer.Context(command)
+            below = [(key, command.get_command(context, key)) for key in command.list_commands(context)]
+            open_ += [(f"{name} {key}".strip(), one) for key, one in below]
         else:
             found[name] = command.params
     return found
@@ -61,7 +73,7 @@ def test_the_commands_are_those_of_the_contract():
 @pytest.mark.parametrize("command", OPTIONS)
 def test_every_option_is_deliberate(command):
     names = {name for parameter in offered()[command] for name in parameter.opts if name.startswith("--")}
-    assert names == set(OPTIONS[command].split())
+    assert names == {*OPTIONS[command].split(), *COMMON.split()}
 
 
 @pytest.mark.parametrize("command", OPTIONS)
@@ -78,14 +90,15 @@ def test_options_with_one_name_have_one_help_text_and_every_option_but_a_size_ha
         "--save-every",
     }
     for parameter in offered()[command]:
-        assert getattr(parameter, "help", None) or set(parameter.opts) <= mute, parameter.opts
+        known = getattr(parameter, "help", None) or getattr(parameter, "hidden", False)
+        assert known or set(parameter.opts[:1]) <= mute, parameter.opts
 
 
 def test_help_answers_without_torch():
     lines = [
         "import sys, forerun.cli",
         "code = forerun.cli.run(['--help'])",
-        "heavy = [name for name in ('torch', 'transformers', 'numpy', 'matplotlib') if name in sys.modules]",
+        "heavy = [name for name in ('torch', 'transformers', 'numpy', 'forerun.drafting') if name in sys.modules]",
         "sys.exit(code or ' '.join(heavy) or None)",
     ]
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
@@ -96,6 +109,7 @@ def test_help_answers_without_torch():
 def test_version(forerun):
     code, out, _ = forerun("--version")
     assert code == 0 and out.startswith("forerun ")
+    assert forerun("-V")[1] == out
 
 
 def test_no_command_at_all_shows_what_there_is(forerun):

@@ -1,41 +1,53 @@
-"""The command line: `forerun demo | generate | check | inspect | index | distill | train | calibrate | convert`.
+"""The command line: `forerun COMMAND`, or `python -m forerun COMMAND`.
 
-Every command has a module, which imports what is heavy only when it runs: `forerun --help` answers at once. Every error
-that an input can cause ends in `run`: one sentence on stderr, exit code 2, no traceback.
+Every command has a module of its name (see `cli/command.py`). Every error that an input can cause ends in `run`: one
+sentence on stderr, exit code 2, no traceback.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 
 import forerun
-from forerun.cli.calibrate import calibrate
-from forerun.cli.check import check
+from forerun.cli.command import LOGGER, NAMES, Said, lazily
 from forerun.cli.complaint import sentence_of
-from forerun.cli.convert import convert
-from forerun.cli.demo import demo
-from forerun.cli.distill import distill
-from forerun.cli.generate import generate
-from forerun.cli.index import index
-from forerun.cli.inspect import inspect
-from forerun.cli.train import app as train
 
 WRONG_INPUT, INTERRUPTED = 2, 130
 
+COMMANDS = {
+    "demo": "Plain decoding and every drafter at hand, side by side.",
+    "generate": "What a model says to prompts, faster.",
+    "chat": "Talk to a model, and see which words were drafted.",
+    "check": "Prove that a drafter changes nothing.",
+    "inspect": "What this machine, a model, heads, a store or a file is.",
+    "distill": "The model's own answers, to train draft heads on.",
+    "train": "Draft heads for a model of yours, or a model.",
+    "calibrate": "The tree of drafts that is fastest on this machine.",
+    "convert": "Draft heads from and to the layouts of other engines.",
+    "index": "Texts into a store that drafters copy from.",
+}
+EXAMPLES = """
+forerun demo
+forerun generate MODEL "def main():" --drafter lookup --compare
+forerun check MODEL --drafter lookup
+"""
+
 app = typer.Typer(
     name="forerun",
+    cls=lazily(COMMANDS),
     help="Language models generate faster without changing what they say.",
+    epilog=EXAMPLES.strip(),
+    context_settings=NAMES,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, generate, check, inspect, distill, calibrate, convert, index):
-    app.command()(command)
-app.add_typer(train, name="train")
 
 
 def _version(wanted: bool) -> None:
@@ -47,7 +59,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _forerun(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+        bool, typer.Option("--version", "-V", help="Print the version.", callback=_version, is_eager=True)
     ] = False,
 ) -> None: ...
 
@@ -60,7 +72,8 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run one command line; returns its exit code: 0, 1 (a check that failed), 2 (wrong input), 130 (Ctrl-C)."""
     try:
-        code = app(list(arguments) or ["--help"], prog_name="forerun", standalone_mode=False)
+        with _logging():
+            code = app(list(arguments) or ["--help"], prog_name="forerun", standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:
         _drop_output()
@@ -77,6 +90,18 @@ def run(arguments: Sequence[str]) -> int:
     if code == INTERRUPTED:
         print("forerun: interrupted", file=sys.stderr)
     return int(code or 0)
+
+
+@contextmanager
+def _logging() -> Iterator[None]:
+    """What the library logs goes to stderr, for as long as a command runs."""
+    handler = Said()
+    LOGGER.addHandler(handler)
+    try:
+        yield
+    finally:
+        LOGGER.removeHandler(handler)
+        LOGGER.setLevel(logging.NOTSET)
 
 
 def _drop_output() -> None:

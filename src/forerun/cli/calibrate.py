@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from forerun.cli import options
+from forerun.cli import openings, options
 from forerun.drafting.registry import calibrated
 
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from forerun.plan.calibrate import Calibration
     from forerun.sampling import SamplingParams
     from forerun.train.distill import Sample
+
+log = logging.getLogger(__name__)
 
 Heads = Annotated[
     str,
@@ -41,8 +43,15 @@ Data = Annotated[
     ),
 ]
 Answers = Annotated[int, typer.Option(min=4, help="So many answers are looked at.")]
-Rows = Annotated[int, typer.Option(min=1, help="Requests that run side by side in the timings.")]
+Rows = Annotated[
+    int, typer.Option("--rows", "--batch-size", min=1, help="Requests that run side by side in the timings.")
+]
 Rounds = Annotated[int, typer.Option(min=1, help="Timings of every size; their median counts.")]
+
+EXAMPLES = "\n".join(
+    f"forerun calibrate MODEL --drafter {name}:HEADS{how}"
+    for name, how in zip(calibrated(), ("", " --data answers.jsonl --batch-size 8"), strict=False)
+)
 
 
 def calibrate(
@@ -50,6 +59,7 @@ def calibrate(
     drafter: Heads,
     out: Out = None,
     data: Data = None,
+    prompts: options.PromptFile = None,
     answers: Answers = 48,
     rows: Rows = 1,
     rounds: Rounds = 5,
@@ -60,6 +70,7 @@ def calibrate(
     device: options.Device = "auto",
     kernels: options.Kernels = "auto",
     weights: options.Weights = "auto",
+    revision: options.Revision = None,
 ) -> None:
     """Count which paths of best tokens the target follows, time trees of every size here, and keep the fastest.
 
@@ -76,17 +87,20 @@ def calibrate(
     description = describe(drafter)
     checkpoint = _checkpoint(description, drafter)
     module = calibration.module_of(checkpoint)
+    asked = _asked(data, prompts)
     target = out or Path(checkpoint) / "tree.json"
     _demand_place(target)
     spec = json.dumps(description | {"tree": [[0]]})  # whatever tree is there now, even a damaged one, does not matter
-    engine = engines.load(model, spec, engines.Machine(dtype, device, kernels, weights), max(rows, 8))
+    engine = engines.load(
+        options.at(model, revision), spec, engines.Machine(dtype, device, kernels, weights), max(rows, 8)
+    )
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    samples, note = _samples(engine, data, answers, params)
+    samples, note = _samples(engine, data, asked, answers, params)
     found = _watched(engine, module, samples, rows, rounds)
     calibration.write(found, calibration.machine_of(engine) | {"temperature": temperature}, target)
     _report(found, target, found_there=out is None)
     if note:
-        print(note, file=sys.stderr)
+        log.info(note)
 
 
 def _checkpoint(description: dict[str, Any], spec: str) -> str:
@@ -109,9 +123,19 @@ def _demand_place(target: Path) -> None:
         raise ForerunError(f"cannot write {target}, for it is a folder: name a file in it")
 
 
-def _samples(engine: Engine, data: Path | None, count: int, params: SamplingParams) -> tuple[list[Sample], str]:
-    """Answers to look at, and what is to be said about them: those of a file, or to the built-in
-    suite's later prompts (the demo measures on the first)."""
+def _asked(data: Path | None, prompts: Path | None) -> list[openings.Opening]:
+    from forerun.errors import RequestError
+
+    if data and prompts:
+        raise RequestError("--data are answers and --prompts asks for new ones: give one of them")
+    return openings.read(prompts) if prompts else []
+
+
+def _samples(
+    engine: Engine, data: Path | None, asked: list[openings.Opening], count: int, params: SamplingParams
+) -> tuple[list[Sample], str]:
+    """Answers to look at, and what is to be said about them: those of a file, to prompts of the
+    user's, or to the built-in suite's later prompts (the demo measures on the first)."""
     from forerun.bench import suites
     from forerun.cli.engines import fitted
     from forerun.errors import TrainingError
@@ -119,6 +143,10 @@ def _samples(engine: Engine, data: Path | None, count: int, params: SamplingPara
 
     if data is not None:
         return _of_file(data, count, params.temperature)
+    if asked:
+        reader = openings.Reader(engine, openings.Manner())
+        ids = [fitted(engine, reader.ids(one), params) for one in asked[:count]]
+        return answers_of(engine, ids, params), ""
     if engine.tokenizer is None:
         raise TrainingError("this model has no tokenizer for the built-in prompts: give its answers with --data")
     prompts = [fitted(engine, prompt.prompt, params) for prompt in suites.spread(suites.load())[-count:]]
@@ -148,12 +176,12 @@ def _of_file(data: Path, count: int, temperature: float) -> tuple[list[Sample], 
 
 
 def _watched(engine: Engine, module: HeadsModule, samples: list[Sample], rows: int, rounds: int) -> Calibration:
-    from rich.console import Console
     from rich.progress import Progress
 
+    from forerun.cli.narration import on_stderr
     from forerun.plan.calibrate import calibrate as measure
 
-    console = Console(stderr=True)
+    console = on_stderr()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("timing trees", total=None)
         return measure(

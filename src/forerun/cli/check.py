@@ -7,23 +7,39 @@ from typing import Annotated
 
 import typer
 
-from forerun.cli import options
+from forerun.cli import openings, options, speculation
 
-Tokens = Annotated[int, typer.Option(help="Greedy tokens to compare, for every batch size; 0: none.")]
-Rows = Annotated[str, typer.Option(metavar="1,8", help="Batch sizes for the greedy comparison.")]
-Samples = Annotated[int, typer.Option(help="Samples per prompt and arm, for the law; 0: none.")]
-PromptFile = Annotated[
-    Path | None, typer.Option(help='Prompts of your own: a text file, or .jsonl with a "prompt" per row.')
+AMOUNT = "How much"
+
+Tokens = Annotated[
+    int, typer.Option(rich_help_panel=AMOUNT, help="Greedy tokens to compare, for every batch size; 0: none.")
 ]
+Rows = Annotated[
+    str,
+    typer.Option(
+        "--rows", "--batch-size", metavar="1,8", rich_help_panel=AMOUNT, help="Batch sizes for the greedy comparison."
+    ),
+]
+Samples = Annotated[int, typer.Option(rich_help_panel=AMOUNT, help="Samples per prompt and arm, for the law; 0: none.")]
+
+EXAMPLES = """
+forerun check MODEL --drafter lookup
+forerun check MODEL --drafter small:DRAFT_MODEL --prompts mine.jsonl --tokens 2000
+"""
 
 
 def check(
     model: options.Model,
-    drafter: options.Drafter,
+    drafter: options.Drafter = "none",
+    num_speculative_tokens: options.SpeculativeTokens = None,
+    speculative_config: options.SpeculativeConfig = None,
     tokens: Tokens = 1000,
     rows: Rows = "1,8",
     samples: Samples = 400,
-    prompt_file: PromptFile = None,
+    prompts: options.PromptFile = None,
+    chat: options.Chat = False,
+    system: options.System = None,
+    chat_template: options.Template = None,
     max_new_tokens: options.MaxNewTokens = 128,
     temperature: options.Temperature = 1.0,
     top_k: options.TopK = 0,
@@ -34,6 +50,7 @@ def check(
     device: options.Device = "auto",
     kernels: options.Kernels = "auto",
     weights: options.Weights = "auto",
+    revision: options.Revision = None,
     as_json: options.Json = False,
 ) -> None:
     """Prove a drafter exact on a model, as far as this many tokens and samples can; exit code 1 if it is not.
@@ -47,16 +64,20 @@ def check(
     from forerun.check import check as examine
     from forerun.cli import engines
     from forerun.cli.files import print_json
-    from forerun.drafting.spec import describe
+    from forerun.errors import RequestError
     from forerun.sampling import SamplingParams
 
     law = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     plan = Amount(tokens=tokens, rows=_sizes(rows), length=max_new_tokens, samples=samples, params=law, seed=seed or 0)
-    describe(drafter)  # a wrong name is cheaper to find before the model is read
-    prompts = _prompts(prompt_file)
+    # A wrong name is cheaper to find before the model is read.
+    spec = speculation.chosen(drafter, speculative_config, num_speculative_tokens)
+    if spec == {"drafter": "none"}:
+        raise RequestError("there is nothing to check: name a --drafter")
+    asked, manner = _prompts(prompts), openings.Manner.of(chat, system, chat_template)
     machine = engines.Machine(dtype, device, kernels, weights)
-    plain = engines.load(model, "none", machine)
-    report = examine(plain, engines.beside(plain, drafter, machine), prompts, plan)
+    plain = engines.load(options.at(model, revision), "none", machine)
+    reader = openings.Reader(plain, manner)
+    report = examine(plain, engines.beside(plain, spec, machine), [reader.ids(one) for one in asked], plan)
     if as_json:
         print_json(report.as_dict())
     else:
@@ -74,8 +95,7 @@ def _sizes(text: str) -> tuple[int, ...]:
         raise RequestError(f"--rows {text!r} is not a list of batch sizes: write 1,8") from None
 
 
-def _prompts(path: Path | None) -> list[str]:
+def _prompts(path: Path | None) -> list[openings.Opening]:
     from forerun.bench import suites
-    from forerun.cli.files import prompts_in
 
-    return prompts_in(path) if path else [prompt.prompt for prompt in suites.load()]
+    return openings.read(path) if path else [openings.Opening(one.id, one.prompt) for one in suites.load()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from forerun.cli import openings, options
 from forerun.drafting.registry import layouts
 
 if TYPE_CHECKING:
     from forerun.engine.engine import Engine
     from forerun.layouts.exchange import Heads
     from forerun.train.distill import Sample
+
+log = logging.getLogger(__name__)
 
 PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS = 4, 256, 64
 """What the check asks the target: a handful is enough to see a mistake, which shows at every token."""
@@ -44,14 +48,10 @@ Target = Annotated[
         help="The model that the heads belong to: some layouts need it, and the result is checked on its answers.",
     ),
 ]
-PromptFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--prompts",
-        metavar="FILE",
-        help=f"With --target: the first {PROMPTS} prompts of this file instead of built-in ones.",
-    ),
-]
+EXAMPLES = f"""
+forerun convert HEADS --to {WRITTEN[0].name} --out converted --target MODEL
+forerun convert SOMEBODY/HEADS --to ours --out heads
+"""
 
 
 def convert(
@@ -59,7 +59,7 @@ def convert(
     to: To,
     out: Out,
     target: Target = None,
-    prompts: PromptFile = None,
+    prompts: options.PromptFile = None,
 ) -> None:
     """Bring draft heads from one layout into another: our own, or those of other code.
 
@@ -87,7 +87,7 @@ def convert(
     count = exchange.write(heads, to, out, base)
     print(described(heads, source))
     for note in heads.notes:
-        print(f"note: {note}", file=sys.stderr)
+        log.info("note: %s", note)
     print(f"{out}: {to}; all {count} tensors are the same bit by bit when read back")
     if measure:
         _compare(before, measure(exchange.read(out, base)))
@@ -125,7 +125,7 @@ def _compare(before: float, after: float) -> None:
     """Both figures; exit code 1 if they differ."""
     print(f"tokens per step, projected on answers of the target: {before:.3f} before, {after:.3f} after")
     if before < HARDLY:
-        print("note: these heads hardly ever agree with the target: do they belong to another?", file=sys.stderr)
+        log.warning("note: these heads hardly ever agree with the target: do they belong to another?")
     if before != after:
         print("the figures differ, and they must not: do not use the result", file=sys.stderr)
         raise typer.Exit(1)
@@ -133,13 +133,18 @@ def _compare(before: float, after: float) -> None:
 
 def _answers(engine: Engine, file: Path | None) -> list[Sample]:
     """What the target says, greedily."""
-    from forerun.bench import suites
     from forerun.cli.engines import fitted
-    from forerun.cli.files import prompts_in
     from forerun.plan.calibrate import answers_of
     from forerun.sampling import SamplingParams
 
-    texts = prompts_in(file) if file else [prompt.prompt for prompt in suites.spread(suites.load())]
+    reader = openings.Reader(engine, openings.Manner())
+    asked = [reader.ids(one) for one in openings.read(file)[:PROMPTS]] if file else _built_in()
     params = SamplingParams(max_new_tokens=ANSWER_TOKENS)
-    ids = [fitted(engine, text, params)[-PROMPT_TOKENS:] for text in texts[:PROMPTS]]
+    ids = [fitted(engine, one, params)[-PROMPT_TOKENS:] for one in asked]
     return answers_of(engine, ids, params)
+
+
+def _built_in() -> list[str]:
+    from forerun.bench import suites
+
+    return [prompt.prompt for prompt in suites.spread(suites.load())[:PROMPTS]]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from forerun.cli import options
+from forerun.cli import openings, options
+from forerun.cli.openings import Opening
 
 if TYPE_CHECKING:
     from forerun.bench.run import Measurement, Summary
     from forerun.cli.engines import Machine
     from forerun.engine.engine import Engine
     from forerun.sampling import SamplingParams
+
+log = logging.getLogger(__name__)
 
 REFERENCE = Path("models/target")
 ROUNDS, PATIENCE_SECONDS = 3, 120.0
@@ -27,7 +30,8 @@ SHOWN_TOKENS = 96
 """New tokens of the text that is streamed for every drafter; the measurement generates more."""
 
 Model = Annotated[
-    str, typer.Option("--model", help="The target; the reference family's without it.", show_default=False)
+    str,
+    typer.Option("--model", metavar="MODEL", help="The model to speed up.", show_default="the reference family's"),
 ]
 Drafters = Annotated[
     list[str] | None,
@@ -35,20 +39,38 @@ Drafters = Annotated[
         "--drafter",
         "--drafters",
         metavar="SPEC",
-        help="A drafter to compare with plain decoding; may be repeated, or list several with commas. Without it:"
-        " lookup, hierarchy, and what lies beside the target: models, heads, and *.yaml.",
+        help="What to compare with plain decoding; several with commas, or repeated.",
+        show_default="lookup, hierarchy, and what lies beside the model",
     ),
 ]
-Prompts = Annotated[int, typer.Option(min=1, help="Prompts of the built-in suite to measure on.")]
+Limit = Annotated[
+    int,
+    typer.Option(min=1, help="How many prompts to measure on.", rich_help_panel=options.PROMPTS),
+]
+PromptFile = Annotated[
+    str | None,
+    typer.Option(
+        "--prompts",
+        "--prompt-file",
+        metavar="FILE",
+        help="Prompts of your own (.txt, .jsonl) instead of the built-in suite's.",
+        rich_help_panel=options.PROMPTS,
+    ),
+]
 Rounds = Annotated[
     int | None,
     typer.Option(
         min=1,
-        show_default=False,
-        help="Rounds; figures are medians over them. Without it: 3, or fewer where they would take longer than two"
-        " minutes.",
+        show_default="3, or fewer where they would take longer than two minutes",
+        help="Figures are medians over them.",
     ),
 ]
+
+EXAMPLES = """
+forerun demo
+forerun demo --model MODEL --drafters lookup,small:DRAFT_MODEL --prompts mine.jsonl
+"""
+
 JsonFile = Annotated[
     Path | None,
     typer.Option("--json", metavar="FILE", help="Write the table there; - is stdout.", rich_help_panel=options.OUTPUT),
@@ -62,7 +84,8 @@ PlotFile = Annotated[
 def demo(
     model: Model = "",
     drafters: Drafters = None,
-    prompts: Prompts = 4,
+    prompts: PromptFile = None,
+    limit: Limit = 4,
     rounds: Rounds = None,
     max_new_tokens: options.MaxNewTokens = 128,
     temperature: options.Temperature = 0.0,
@@ -90,6 +113,7 @@ def demo(
     from forerun.sampling import SamplingParams
 
     machine = Machine(dtype, device, kernels, weights)
+    asked = _prompts(prompts, limit)
     params = SamplingParams(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -105,10 +129,33 @@ def demo(
         from forerun.bench.picture import demand_matplotlib
 
         demand_matplotlib()
-    folder = model or str(reference())
+    folder = model or _reference()
     specs = {"none": "none"} | (_given(drafters) if drafters else _beside(Path(folder)))
     engines = _engines(folder, specs, machine, acceptance, strict=bool(drafters))
-    _compare(engines, params, prompts, rounds, json_file, plot)
+    _compare(engines, params, asked, rounds, json_file, plot)
+
+
+def _reference() -> str:
+    """The family's target, where it is at hand: a wheel brings no models."""
+    from forerun.errors import RequestError
+
+    if not reference().is_dir():
+        raise RequestError(
+            "the models that come with the source are not here: name one with --model, any model will do"
+        )
+    return str(reference())
+
+
+def _prompts(file: str | None, limit: int) -> list[Opening]:
+    """The first so many of a file, or a fair selection of the built-in suite."""
+    from forerun.bench import suites
+    from forerun.errors import RequestError
+
+    if file and file.isdecimal():
+        raise RequestError(f"--prompts is a file of prompts; how many of them is --limit {file}")
+    if file:
+        return openings.read(Path(file))[:limit]
+    return [Opening(one.source, one.prompt) for one in suites.spread(suites.load())[:limit]]
 
 
 def reference() -> Path:
@@ -180,21 +227,20 @@ def _engines(
         except ForerunError as error:
             if strict:
                 raise
-            print(f"without {spec}: {error}", file=sys.stderr)
+            log.warning("without %s: %s", spec, error)
     return engines
 
 
 def _compare(
     engines: dict[str, Engine],
     params: SamplingParams,
-    prompts: int,
+    asked: list[Opening],
     rounds: int | None,
     json_file: Path | None,
     plot: Path | None,
 ) -> None:
     from rich.console import Console
 
-    from forerun.bench import suites
     from forerun.cli.engines import fitted
     from forerun.cli.narration import on_stdout
 
@@ -202,9 +248,9 @@ def _compare(
     plain = engines["none"]
     network = plain.target.network
     machine = f"{str(network.dtype).removeprefix('torch.')} on {network.device.type}"
-    chosen = suites.spread(suites.load())[:prompts]
-    texts = [fitted(plain, prompt.prompt, params) for prompt in chosen]
-    _stream(console, engines, chosen[0].source, chosen[0].prompt, texts[0], params)
+    reader = openings.Reader(plain, openings.Manner())
+    texts = [fitted(plain, reader.ids(one), params) for one in asked]
+    _stream(console, engines, asked[0], texts[0], params)
     result = _measure(console, engines, texts, params, rounds)
     amount = f"prompts: {len(texts)}, new tokens each: {params.max_new_tokens}, rounds: {result.rounds}"
     lossy = "" if all(row.exact for row in result.rows) else "; lossy acceptance"
@@ -225,8 +271,7 @@ def _compare(
 def _stream(
     console: Any,
     engines: dict[str, Engine],
-    source: str,
-    prompt: str,
+    opening: Opening,
     tokens: list[int],
     params: SamplingParams,
 ) -> None:
@@ -236,8 +281,10 @@ def _stream(
     from forerun.cli.narration import DRAFTED, Scribe, summary
 
     short = replace(params, max_new_tokens=min(SHOWN_TOKENS, params.max_new_tokens or SHOWN_TOKENS))
-    console.print(f"The model continues {source}, which it has never seen. Its last lines:\n", highlight=False)
-    console.print("\n".join(prompt.splitlines()[-6:]), style="dim", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"The model continues {opening.where}. Its last lines:\n", highlight=False)
+    console.print(
+        "\n".join(opening.shown.splitlines()[-6:]), style="dim", highlight=False, markup=False, soft_wrap=True
+    )
     marked = f"[{DRAFTED}]marked tokens[/] come from the drafter" if console.is_terminal else "on a terminal, tokens"
     console.print(
         f"\n{marked}{'' if console.is_terminal else ' of the drafter are marked'}; the target agreed to each.\n"
@@ -284,8 +331,17 @@ def _print_table(console: Any, rows: Sequence[Summary], title: str) -> None:
     for row in rows:
         seconds = (f"{value:.2f}" for value in (row.draft_seconds, row.verify_seconds, row.other_seconds))
         speed = f"{row.tokens_per_second:.0f}"
-        table.add_row(row.drafter, speed, f"{row.speedup:.2f}x", f"{row.tokens_per_step:.2f}", *seconds, same(row))
+        figures = speed, f"{row.speedup:.2f}x", f"{row.tokens_per_step:.2f}", *seconds, same(row)
+        table.add_row(row.drafter, *figures, style=_colour(row, rows))
     console.print(table)
+
+
+def _colour(row: Summary, rows: Sequence[Summary]) -> str:
+    """Green for what is faster than plain decoding, the best of it bold, red for what is slower."""
+    if row.speedup == 1:
+        return ""
+    best = row.speedup == max(one.speedup for one in rows)
+    return "red" if row.speedup < 1 else "bold green" if best else "green"
 
 
 def same(row: Summary) -> str:

@@ -2,93 +2,93 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from forerun.cli import options
+from forerun.cli import openings, options, speculation
+from forerun.cli.openings import Opening
 
 if TYPE_CHECKING:
     from forerun.engine.engine import Engine
     from forerun.train.distill import Answer, Ledger, Questions, Sampling, Tally
 
-PROMPTS = "Prompts"
 LOG_EVERY_SECONDS = 30.0
 SHOWN_LINES = 10
 
 Target = Annotated[str, typer.Argument(metavar="TARGET", help="A folder in Hugging Face format, or a hub id.")]
-Out = Annotated[Path, typer.Option(metavar="FILE", help="JSON lines; an interrupted run into it goes on.")]
-PromptFile = Annotated[
-    Path | None,
+Out = Annotated[
+    Path,
     typer.Option(
-        "--prompts",
-        metavar="FILE",
-        help='A .txt file with a prompt per line, or .jsonl with "prompt", "messages" or "prompt_ids" in every row.',
-        rich_help_panel=PROMPTS,
+        metavar="FILE", help="JSON lines; an interrupted run into it goes on.", rich_help_panel=options.OUTPUT
     ),
 ]
-Builtin = Annotated[bool, typer.Option("--builtin", help="The prompts of the built-in suite.", rich_help_panel=PROMPTS)]
+Builtin = Annotated[
+    bool, typer.Option("--builtin", help="The prompts of the built-in suite.", rich_help_panel=options.PROMPTS)
+]
 Corpus = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR",
-        help="Windows cut from a folder's train.bin, as forerun train lm has it.",
-        rich_help_panel=PROMPTS,
+        help="Windows of the corpus that forerun train lm made there.",
+        rich_help_panel=options.PROMPTS,
     ),
 ]
 PromptLength = Annotated[
-    str, typer.Option(metavar="LOW,HIGH", help="With --corpus: tokens of a window.", rich_help_panel=PROMPTS)
+    str, typer.Option(metavar="LOW,HIGH", help="With --corpus: tokens of a window.", rich_help_panel=options.ADVANCED)
 ]
 Limit = Annotated[
     int | None,
     typer.Option(
         min=1,
         show_default=False,
-        help="Only the first so many prompts; with --corpus: how many to cut.",
-        rich_help_panel=PROMPTS,
+        help="Only so many prompts; with --corpus: how many to cut.",
+        rich_help_panel=options.PROMPTS,
     ),
-]
-Chat = Annotated[
-    bool,
-    typer.Option("--chat", help="A prompt is what a user says: render the chat template.", rich_help_panel=PROMPTS),
-]
-Template = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="A chat template (Jinja) instead of the model's own.", rich_help_panel=PROMPTS),
 ]
 Temperatures = Annotated[
     list[float] | None,
     typer.Option(
         "--temperature",
         show_default="0",
-        help="0 is greedy; may be repeated: prompts are dealt to the temperatures in turn.",
+        help="0 is greedy; if repeated, prompts are dealt to them in turn.",
         rich_help_panel=options.SAMPLING,
     ),
 ]
 Seed = Annotated[
     int,
-    typer.Option(help="Of answers, and of the windows of --corpus.", rich_help_panel=options.SAMPLING),
+    typer.Option(help="Of answers, and of the windows of --corpus.", rich_help_panel=options.ADVANCED),
 ]
-Rows = Annotated[int, typer.Option(min=1, help="Answers that grow side by side.", rich_help_panel=options.MACHINE)]
+Rows = Annotated[
+    int,
+    typer.Option(
+        "--rows", "--batch-size", min=1, help="Answers that grow side by side.", rich_help_panel=options.MACHINE
+    ),
+]
+
+EXAMPLES = """
+forerun distill MODEL --prompts prompts.jsonl --out answers.jsonl
+forerun distill MODEL --prompts questions.txt --chat --temperature 0 --temperature 0.8 --out answers.jsonl
+"""
 
 
 def distill(
     target: Target,
     out: Out,
-    prompts: PromptFile = None,
+    prompts: options.PromptFile = None,
     builtin: Builtin = False,
     corpus: Corpus = None,
     prompt_length: PromptLength = "32,256",
     limit: Limit = None,
-    chat: Chat = False,
-    template: Template = None,
+    chat: options.Chat = False,
+    system: options.System = None,
+    chat_template: options.Template = None,
     drafter: options.Drafter = "lookup",
+    num_speculative_tokens: options.SpeculativeTokens = None,
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: Temperatures = None,
     top_k: options.TopK = 0,
@@ -100,6 +100,7 @@ def distill(
     kernels: options.Kernels = "auto",
     weights: options.Weights = "auto",
     rows: Rows = 16,
+    revision: options.Revision = None,
 ) -> None:
     """Let a model answer prompts and keep what it says, token for token: data to train draft heads on.
 
@@ -112,15 +113,17 @@ def distill(
 
     sampling = Sampling(tuple(temperature or (0.0,)), max_new_tokens, top_k, top_p, min_p, seed)
     demand_place(out)
-    wish = _Wish(prompts, builtin, corpus, prompt_length, limit, chat, template)
+    wish = _Wish(prompts, builtin, corpus, prompt_length, limit, chat or system is not None, chat_template)
     source = _source(wish, seed)
-    rendering = _template(template)
-    engine = engines.load(target, drafter, engines.Machine(dtype, device, kernels, weights), rows)
+    manner = openings.Manner.of(chat, system, chat_template)
+    target = options.at(target, revision)
+    spec = speculation.chosen(drafter, tokens=num_speculative_tokens)
+    engine = engines.load(target, spec, engines.Machine(dtype, device, kernels, weights), rows)
     if corpus is not None:
         demand_tokenizer(corpus, engine)
-    reader = _Encoder(engine, rendering, chat)
+    reader = openings.Reader(engine, manner)
     ids = [reader.ids(opening) for opening in source.openings]
-    header = header_of(target, engine, sampling, source.header, reader.template)
+    header = header_of(target, engine, sampling, source.header, _described(reader, manner))
     questions = deal(ids, sampling, engine.target.max_length)
     _run(engine, questions, sampling, Ledger(out, header))
 
@@ -142,16 +145,6 @@ class _Wish:
 
 
 @dataclass(frozen=True)
-class Opening:
-    """What an answer is to follow: a text, a conversation, or token ids. where: its place, for messages."""
-
-    where: str
-    text: str = ""
-    messages: tuple[dict[str, Any], ...] = ()
-    ids: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
 class Openings:
     """Openings, and what the file of answers says about where they come from."""
 
@@ -169,10 +162,10 @@ def _source(wish: _Wish, seed: int) -> Openings:
     if wish.corpus:
         return _from_corpus(wish, seed)
     source = _from_file(wish.file) if wish.file else _from_suite()
-    openings = source.openings[: wish.limit]
-    if wish.template and not wish.chat and not any(opening.messages for opening in openings):
-        raise RequestError('--template has nothing to render: add --chat, or give rows with "messages"')
-    return Openings(openings, source.header)
+    asked = source.openings[: wish.limit]
+    if wish.template and not wish.chat and not any(one.messages or one.is_said for one in asked):
+        raise RequestError('--chat-template has nothing to render: add --chat, or give rows with "messages"')
+    return Openings(asked, source.header)
 
 
 def _from_corpus(wish: _Wish, seed: int) -> Openings:
@@ -182,7 +175,7 @@ def _from_corpus(wish: _Wish, seed: int) -> Openings:
 
     assert wish.corpus is not None
     if wish.chat or wish.template:
-        raise RequestError("--chat and --template have no place with --corpus: its windows are token ids")
+        raise RequestError("--chat and --chat-template have no place with --corpus: its windows are token ids")
     if wish.limit is None:
         raise RequestError("--corpus gives as many prompts as you like: say how many with --limit N")
     low, high = _lengths(wish.prompt_length)
@@ -217,145 +210,32 @@ def _from_suite() -> Openings:
 
 
 def _from_file(path: Path) -> Openings:
-    from forerun.errors import RequestError
     from forerun.sources.fingerprint import digest
 
-    if path.suffix not in (".txt", ".jsonl"):
-        raise RequestError(f"{path} is neither .txt (a prompt per line) nor .jsonl (an object per line): convert it")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RequestError(f"cannot read the prompt file {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise RequestError(f"the prompt file {path} is not UTF-8 text: convert it first") from None
-    numbered = [(f"{path}, line {number}", line) for number, line in enumerate(text.split("\n"), start=1)]
-    told = [(where, line.removesuffix("\r")) for where, line in numbered if line.strip()]
-    openings = [parse(line, where) if path.suffix == ".jsonl" else Opening(where, line) for where, line in told]
-    if not openings:
-        raise RequestError(f"{path} holds no prompts: write one per line")
-    return Openings(openings, {"kind": "prompts", "name": path.name, "fingerprint": digest(text)})
+    found = openings.read(path)
+    return Openings(found, {"kind": "prompts", "name": path.name, "fingerprint": digest(openings.text_of(path))})
 
 
-KINDS = "prompt", "messages", "prompt_ids"
+def _described(reader: openings.Reader, manner: openings.Manner) -> dict[str, Any] | None:
+    """What the file says about the chat template that was used, if one was."""
+    from forerun.sources.fingerprint import digest
 
-
-def parse(line: str, where: str) -> Opening:
-    """A row of a .jsonl file. RequestError names its place if it is not one of the three kinds."""
-    from forerun.errors import RequestError
-
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise RequestError(f"{where} is not JSON: {error}") from None
-    given = [kind for kind in KINDS if isinstance(row, dict) and kind in row]
-    if len(given) != 1:
-        raise RequestError(f'{where} needs one of "prompt", "messages" and "prompt_ids": write {{"prompt": "..."}}')
-    value = row[given[0]]
-    if given[0] == "prompt" and isinstance(value, str) and value:
-        return Opening(where, value)
-    if given[0] == "prompt_ids" and isinstance(value, list) and value and all(type(one) is int for one in value):
-        return Opening(where, ids=tuple(value))
-    if given[0] == "messages" and isinstance(value, list) and all(map(_is_message, value)):
-        return Opening(where, messages=_up_to_the_answer(value, where))
-    wants = {"prompt": '"a text"', "prompt_ids": "[1, 2, 3]", "messages": '[{"role": "user", "content": "..."}]'}
-    raise RequestError(f'{where} has a wrong "{given[0]}": write "{given[0]}": {wants[given[0]]}')
-
-
-def _is_message(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in ("role", "content"))
-
-
-def _up_to_the_answer(messages: list[dict[str, Any]], where: str) -> tuple[dict[str, Any], ...]:
-    """Somebody else's answer at the end of a conversation goes: the target gives its own."""
-    from forerun.errors import RequestError
-
-    asked = list(messages)
-    while asked and asked[-1]["role"] == "assistant":
-        asked.pop()
-    if not asked:
-        raise RequestError(f"{where} has no message to answer: give one whose role is user")
-    return tuple(asked)
-
-
-# ---- from prompts to ids
-
-
-@dataclass(frozen=True)
-class _Template:
-    """A chat template of the user's."""
-
-    name: str
-    text: str
-
-
-def _template(path: Path | None) -> _Template | None:
-    from forerun.errors import RequestError
-
-    if path is None:
+    if reader.used is None:
         return None
-    try:
-        return _Template(path.name, path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"cannot read the chat template {path}: {error}") from None
-
-
-class _Encoder:
-    """Openings to ids with the target's tokenizer. template: what the header says about the one
-    that was used, if any."""
-
-    def __init__(self, engine: Engine, template: _Template | None, chat: bool):
-        self._engine, self._chat = engine, chat
-        self._tokenizer: Any = engine.tokenizer
-        self._template = template or self._own_template()
-        self.template: dict[str, Any] | None = None
-
-    def ids(self, opening: Opening) -> list[int]:
-        """RequestError names the opening's place if the target cannot read it."""
-        from forerun.errors import RequestError
-
-        messages = opening.messages
-        if self._chat and opening.text:
-            messages = ({"role": "user", "content": opening.text},)
-        try:
-            return self._engine.encode(self._rendered(messages) if messages else opening.text or opening.ids)
-        except RequestError as error:
-            raise RequestError(f"{opening.where}: {error}") from None
-
-    def _own_template(self) -> _Template | None:
-        text = getattr(self._tokenizer, "chat_template", None)
-        text = text.get("default") if isinstance(text, dict) else text
-        return _Template("the model's own", text) if text else None
-
-    def _rendered(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        from forerun.errors import RequestError
-        from forerun.sources.fingerprint import digest
-        from forerun.sources.folder import brief
-
-        used = self._template
-        if self._tokenizer is None or used is None:
-            raise RequestError("the model has no chat template for messages: give --template FILE, or plain prompts")
-        self.template = {"name": used.name, "fingerprint": digest(used.text), "chat": self._chat}
-        try:
-            text = self._tokenizer.apply_chat_template(
-                list(messages), chat_template=used.text, tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # a template is a program, and may raise whatever it likes
-            raise RequestError(f"the chat template cannot render this ({brief(error)}): mend either") from None
-        # The template writes the special tokens itself.
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+    found = {"name": reader.used.name, "fingerprint": digest(reader.used.text), "chat": manner.chat}
+    return found if manner.system is None else found | {"system": manner.system}
 
 
 # ---- the run
 
 
 def _run(engine: Engine, questions: Questions, sampling: Sampling, ledger: Ledger) -> None:
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from forerun.cli.narration import on_stderr
     from forerun.train.distill import distill as answer_all
 
-    console = Console(stderr=True, highlight=False)
+    console = on_stderr()
     columns = (TextColumn("[bold]answers"), BarColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
         watch = _Display(console, progress, engine.tokenizer, questions)

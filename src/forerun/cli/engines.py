@@ -8,9 +8,10 @@ import transformers
 from huggingface_hub.utils.tqdm import enable_progress_bars
 
 from forerun.accept.lossy import lossy_of
-from forerun.drafting.spec import describe
+from forerun.drafting.spec import Description, describe
 from forerun.engine import load as assembly
 from forerun.engine.engine import Engine
+from forerun.engine.session import Prompt
 from forerun.sampling import SamplingParams
 
 
@@ -24,7 +25,9 @@ class Machine:
     weights: str = "auto"
 
 
-def load(model: str, drafter: str, machine: Machine, max_rows: int = 16, acceptance: str = "exact") -> Engine:
+def load(
+    model: str, drafter: str | Description, machine: Machine, max_rows: int = 16, acceptance: str = "exact"
+) -> Engine:
     """As `forerun.load`; a wrong drafter is found before the model is read."""
     describe(drafter)
     lossy_of(acceptance)
@@ -32,10 +35,10 @@ def load(model: str, drafter: str, machine: Machine, max_rows: int = 16, accepta
     return assembly.load(model, drafter=drafter, max_rows=max_rows, acceptance=acceptance, **asdict(machine))
 
 
-def fitted(engine: Engine, text: str, params: SamplingParams) -> list[int]:
+def fitted(engine: Engine, prompt: Prompt, params: SamplingParams) -> list[int]:
     """The prompt's token ids, cut so that the new tokens have room in the context."""
     room = engine.target.max_length - (params.max_new_tokens or 0)
-    return engine.encode(text)[: max(1, room)]
+    return engine.encode(prompt)[: max(1, room)]
 
 
 def quiet() -> None:
@@ -45,7 +48,7 @@ def quiet() -> None:
     enable_progress_bars()
 
 
-def beside(engine: Engine, spec: str, machine: Machine) -> Engine:
+def beside(engine: Engine, spec: str | Description, machine: Machine) -> Engine:
     """An engine with the same target and another drafter.
 
     Raises DrafterError or CheckpointError as `forerun.load` does.

@@ -1,13 +1,12 @@
-"""What commands read and write: prompts, and results that are either whole or not there."""
+"""What commands write: results that are either whole or not there."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from forerun.errors import ForerunError, RequestError
+from forerun.errors import ForerunError
 from forerun.files import put
 
 
@@ -28,22 +27,3 @@ def demand_place(path: Path | None) -> None:
 def print_json(value: Any) -> None:
     """One JSON object on stdout."""
     print(json.dumps(value, indent=2))
-
-
-def text_of(source: str) -> str:
-    """The text of a prompt argument: `-` is standard input."""
-    return sys.stdin.read() if source == "-" else source
-
-
-def prompts_in(path: Path) -> list[str]:
-    """The prompts of a file: every row's "prompt" in a .jsonl file, the whole text of any other."""
-    from forerun.bench import suites
-
-    if path.suffix == ".jsonl":
-        return [prompt.prompt for prompt in suites.load(path)]
-    try:
-        return [path.read_text(encoding="utf-8")]
-    except OSError as error:
-        raise RequestError(f"cannot read the prompt file {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise RequestError(f"the prompt file {path} is not UTF-8 text: convert it first") from None

@@ -34,36 +34,48 @@ Run = Annotated[
         show_default="OUT.run",
     ),
 ]
-Steps = Annotated[int, typer.Option(min=1, rich_help_panel=SCHEDULE)]
-Rows = Annotated[int, typer.Option(min=1, help="Answers per part of a step.", rich_help_panel=SCHEDULE)]
+Steps = Annotated[int, typer.Option(min=1, help="Of the optimiser.", rich_help_panel=SCHEDULE)]
+Rows = Annotated[
+    int,
+    typer.Option("--rows", "--batch-size", min=1, help="Answers per part of a step.", rich_help_panel=SCHEDULE),
+]
 Length = Annotated[
     int,
     typer.Option(
-        help="Tokens of an answer with its prompt; longer prompts lose their beginning.", rich_help_panel=SCHEDULE
+        help="Tokens of an answer with its prompt; longer prompts lose their beginning.",
+        rich_help_panel=options.ADVANCED,
     ),
 ]
-Parts = Annotated[int, typer.Option(min=1, help="Parts of a step (gradient accumulation).", rich_help_panel=SCHEDULE)]
+Parts = Annotated[
+    int,
+    typer.Option(min=1, help="Parts of a step (gradient accumulation).", rich_help_panel=options.ADVANCED),
+]
 Rate = Annotated[
     float | None,
-    typer.Option(min=0.0, help="Peak learning rate.", rich_help_panel=SCHEDULE, show_default=PAPER),
+    typer.Option("--rate", "--lr", min=0.0, help="Peak learning rate.", rich_help_panel=SCHEDULE, show_default=PAPER),
 ]
 Floor = Annotated[
     float | None,
-    typer.Option(min=0.0, max=1.0, help="Share of the rate at the end.", rich_help_panel=SCHEDULE, show_default=PAPER),
+    typer.Option(
+        min=0.0, max=1.0, help="Share of the rate at the end.", rich_help_panel=options.ADVANCED, show_default=PAPER
+    ),
 ]
-Every = Annotated[int, typer.Option(min=1, rich_help_panel=SCHEDULE)]
+Every = Annotated[int, typer.Option(min=1, help="In steps.", rich_help_panel=options.ADVANCED)]
 Seed = Annotated[
-    int, typer.Option(help="Of the order of answers and of random first weights.", rich_help_panel=SCHEDULE)
+    int, typer.Option(help="Of the order of answers and of random first weights.", rich_help_panel=options.ADVANCED)
 ]
 StartBatches = Annotated[
     int,
     typer.Option(
         min=0,
-        help="Batches over which untrained heads are first fitted by least squares; 0: they start as copies of the"
-        " target's output projection, as in the papers.",
+        help="Batches of a first fit by least squares; 0 starts as the papers do.",
+        rich_help_panel=SCHEDULE,
     ),
 ]
-InitFrom = Annotated[str | None, typer.Option(metavar="DIR", help="Go on from trained heads of the same shape.")]
+InitFrom = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="Go on from trained heads of the same shape.", rich_help_panel=options.ADVANCED),
+]
 
 
 def command(preset: str) -> Callable[..., None]:
@@ -172,14 +184,13 @@ def _is_ours(config: Path) -> bool:
 
 def introduce(training: HeadsTraining) -> None:
     """One sample with what is trained on marked, and the size of everything."""
-    from rich.console import Console
     from rich.text import Text
 
-    from forerun.cli.narration import DRAFTED
+    from forerun.cli.narration import DRAFTED, on_stderr
     from forerun.sources.source import Source
     from forerun.train.drafters import example
 
-    console, sample = Console(stderr=True), example(training)
+    console, sample = on_stderr(), example(training)
     tokenizer = Source.of(training.recipe.target).tokenizer
 
     def said(ids: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from forerun.stores.index import Contents
     from forerun.stores.texts import Encode, Texts
 
+log = logging.getLogger(__name__)
+
 Files = Annotated[
     list[Path],
     typer.Argument(
@@ -28,6 +30,11 @@ Tokenizer = Annotated[
     str, typer.Option(metavar="MODEL", help="The target: a folder in Hugging Face format, or a hub id.")
 ]
 Out = Annotated[Path, typer.Option(metavar="STORE", help="The file to write.")]
+
+EXAMPLES = """
+forerun index src docs --tokenizer MODEL --out code.store
+forerun generate MODEL "def main():" --drafter hierarchy:code.store
+"""
 
 
 def index(files: Files, tokenizer: Tokenizer, out: Out) -> None:
@@ -102,10 +109,11 @@ def _vocabulary(model: str) -> tuple[Encode, int, dict[str, int]]:
 
 @contextmanager
 def _bar() -> Iterator[Progress]:
-    from rich.console import Console
     from rich.progress import Progress
 
-    console = Console(stderr=True)
+    from forerun.cli.narration import on_stderr
+
+    console = on_stderr()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         yield progress
 
@@ -118,4 +126,4 @@ def _report(contents: Contents, texts: Texts, out: Path, seconds: float) -> None
     )
     if texts.skipped:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in texts.skipped.items())
-        print(f"skipped in folders: {reasons}", file=sys.stderr)
+        log.info("skipped in folders: %s", reasons)

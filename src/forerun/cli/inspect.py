@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,7 +13,15 @@ from forerun.cli import options
 if TYPE_CHECKING:
     import torch
 
-Model = Annotated[str | None, typer.Argument(metavar="MODEL", help="A folder in Hugging Face format, or a hub id.")]
+EXAMPLES = """
+forerun inspect                     this machine
+forerun inspect MODEL               what it needs here; also heads, a store, a tree, answers, or a GGUF
+"""
+
+Model = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help="A folder in Hugging Face format, a hub id, or what else forerun reads."),
+]
 
 
 def inspect(
@@ -21,10 +30,13 @@ def inspect(
     device: options.Device = "auto",
     kernels: options.Kernels = "auto",
     weights: options.Weights = "auto",
+    revision: options.Revision = None,
     as_json: options.Json = False,
 ) -> None:
-    """Versions, device, number format and drafters; for a model also its shape, and its memory in
-    that number format."""
+    """What this machine is: versions, device, number format, drafters. With a model also its shape and its memory.
+
+    Draft heads, stores, trees, drafter files, answers and GGUF files are told from one another, and described.
+    """
     from forerun.cli.files import print_json
     from forerun.nn.dtype import device_of, dtype_of
     from forerun.nn.load import demand_words
@@ -32,13 +44,27 @@ def inspect(
     demand_words(kernels, weights)
     place = device_of(device)
     kind = dtype_of(dtype, place)
-    found: dict[str, Any] = {"machine": machine(place, kind, dtype)}
-    if model is not None:
-        found["model"] = describe(model, kind, place, kernels, weights)
+    found = _thing(options.at(model, revision)) if model is not None else None
+    if found is None:
+        found = {"machine": machine(place, kind, dtype)}
+        if model is not None:
+            found["model"] = describe(options.at(model, revision), kind, place, kernels, weights)
     if as_json:
         print_json(found)
     else:
         _print(found)
+
+
+def _thing(name: str) -> dict[str, Any] | None:
+    """What is there, unless it is a model."""
+    from forerun.cli import contents
+    from forerun.sources.folder import checkpoint_folder
+
+    path = Path(name).expanduser()
+    if path.is_file():
+        return contents.of_file(path)
+    heads = contents.heads_in(checkpoint_folder(name))
+    return {"heads": heads} if heads else None
 
 
 def machine(device: torch.device, dtype: torch.dtype, asked: str) -> dict[str, Any]:
@@ -117,6 +143,7 @@ def describe(path: str, dtype: torch.dtype, device: torch.device, kernels: str, 
         "vocabulary": network.vocab_size,
         "eos": list(source.ends),
         "tokenizer": source.tokenizer is not None,
+        "chat_template": source.template is not None,
     }
 
 
@@ -126,7 +153,8 @@ def _print(found: dict[str, dict[str, Any]]) -> None:
     from forerun.cli.narration import on_stdout
 
     table = Table(box=None, show_header=False, pad_edge=False)
-    for values in found.values():
+    for kind, values in found.items():
+        table.add_row(kind, style="bold")
         for name, value in values.items():
             table.add_row(name.replace("_", " "), _readable(name, value), style=None)
         table.add_row("", "")
@@ -138,6 +166,8 @@ def _readable(name: str, value: Any) -> str:
         return ", ".join(map(str, value)) or "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if name == "weight_bytes":
+    if name in ("weight_bytes", "bytes"):
         return f"{value / 2**20:,.1f} MiB"
+    if isinstance(value, float):
+        return f"{value:.3g}"
     return f"{value:,}" if isinstance(value, int) else str(value)

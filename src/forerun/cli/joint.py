@@ -15,8 +15,6 @@ from forerun.drafting.trained import JointMethod, Trained, Weights
 if TYPE_CHECKING:
     from forerun.train.joint import JointTraining
 
-ADAPTERS = "Adapters"
-
 Target = Annotated[
     str,
     typer.Option(metavar="MODEL", help="The model to begin with; its folder stays as it is. A Llama, Mistral or Qwen."),
@@ -47,15 +45,17 @@ Ramp = Annotated[
     typer.Option(
         metavar="constant|linear|sine|sine:R",
         help="How that weight rises; sine:R has risen after a share R of the steps.",
-        rich_help_panel=heads.LOSS,
+        rich_help_panel=options.ADVANCED,
         show_default="sine with original, constant with text",
     ),
 ]
-Rank = Annotated[int, typer.Option(min=1, help="Of the target's low-rank adapters.", rich_help_panel=ADAPTERS)]
-Alpha = Annotated[float, typer.Option(help="Adapters count ALPHA / RANK.", rich_help_panel=ADAPTERS)]
+Rank = Annotated[int, typer.Option(min=1, help="Of the target's low-rank adapters.", rich_help_panel=options.ADVANCED)]
+Alpha = Annotated[float, typer.Option(help="Adapters count ALPHA / RANK.", rich_help_panel=options.ADVANCED)]
 Rate = Annotated[
     float | None,
     typer.Option(
+        "--rate",
+        "--lr",
         min=0.0,
         help="Peak learning rate of the target's adapters.",
         rich_help_panel=heads.SCHEDULE,
@@ -161,10 +161,10 @@ def _demand_place(out: Path) -> None:
 
 
 def _warn(training: JointTraining, out: Path) -> None:
-    from rich.console import Console
+    from forerun.cli.narration import on_stderr
 
     numbers = sum(p.numel() for p in training.objective.module.backbone.parameters())
-    Console(stderr=True).print(
+    on_stderr().print(
         f"This changes the target, through adapters of {numbers / 1e6:.1f} M parameters: {out / 'model'} will be a"
         " new one.",
         highlight=False,

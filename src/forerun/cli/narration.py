@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from forerun.drafting.drafter import Tally
@@ -16,6 +19,7 @@ DRAFTED = "black on light_green"
 """A background, because half of what is drafted is blanks and line ends."""
 WIDTH = 100
 """Columns where no terminal says how wide it is."""
+COLUMNS = TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
 
 
 class Scribe:
@@ -84,7 +88,8 @@ def summary(outputs: Sequence[Output], seconds: float) -> str:
     parts.append(f"{tokens / max(steps, 1):.2f} tokens per step")
     rules = sorted({one.rule for one in stats if one.rule})
     exact = "exact" if all(one.exact for one in stats) else "lossy"
-    parts.append(f"drafter {stats[0].drafter}, {' and '.join(rules) or 'nothing to accept'}, {exact}")
+    drafters = " and ".join(dict.fromkeys(one.drafter for one in stats))
+    parts.append(f"drafter {drafters}, {' and '.join(rules) or 'nothing to accept'}, {exact}")
     return " · ".join(parts)
 
 
@@ -100,6 +105,20 @@ def parts(tallies: Sequence[Tally]) -> list[str]:
             words.append(f"{tally.passes:,} passes")
         lines.append(f"  {tally.name}: {'; '.join(words)}")
     return lines
+
+
+@contextmanager
+def bar(what: str, total: int, done: int = 0) -> Iterator[Callable[[], None]]:
+    """A bar on stderr, if that is a terminal and anybody wants one; what it gives advances it by one."""
+    console = on_stderr()
+    with Progress(*COLUMNS, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=total, completed=done)
+        yield lambda: progress.advance(task)
+
+
+def on_stderr() -> Console:
+    """Where bars and examples go; nothing of it with --quiet."""
+    return Console(stderr=True, highlight=False, quiet=not logging.getLogger("forerun").isEnabledFor(logging.INFO))
 
 
 def on_stdout() -> Console:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-SAMPLING, MACHINE, OUTPUT = "Sampling", "Machine", "Output"
+PROMPTS, DRAFTING, SAMPLING, MACHINE, OUTPUT = "Prompts", "Drafting", "Sampling", "Machine", "Output"
+ADVANCED, ALWAYS = "Advanced", "Always"
+"""Groups that the help page treats in ways of their own (`cli/page.py`)."""
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder in Hugging Face format, or a hub id.")]
 Drafter = Annotated[
@@ -14,10 +17,61 @@ Drafter = Annotated[
     typer.Option(
         "--drafter",
         metavar="SPEC",
-        help="none, lookup, small:MODEL, ... or a JSON or YAML file that composes several; none is the baseline.",
+        help="lookup, small:MODEL, KIND:HEADS, ... or a file; none: the baseline.",
+        rich_help_panel=DRAFTING,
     ),
 ]
-MaxNewTokens = Annotated[int, typer.Option(help="At most so many new tokens.", rich_help_panel=SAMPLING)]
+SpeculativeConfig = Annotated[
+    str | None,
+    typer.Option(
+        "--speculative-config",
+        metavar="JSON",
+        help="vLLM's words instead of --drafter.",
+        rich_help_panel=ADVANCED,
+    ),
+]
+SpeculativeTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--num-speculative-tokens",
+        help="How far the drafter runs ahead.",
+        rich_help_panel=DRAFTING,
+        show_default="its own choice",
+    ),
+]
+PromptFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts",
+        "--prompt-file",
+        metavar="FILE",
+        help="A prompt per line (.txt), row (.jsonl) or file.",
+        rich_help_panel=PROMPTS,
+    ),
+]
+Chat = Annotated[
+    bool,
+    typer.Option("--chat", help="A prompt is what a user says: use the chat template.", rich_help_panel=PROMPTS),
+]
+System = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="With a system message first (as --chat).", rich_help_panel=PROMPTS)
+]
+Template = Annotated[
+    Path | None,
+    typer.Option(
+        "--chat-template",
+        "--template",
+        metavar="FILE",
+        help="A chat template (Jinja) instead of the model's own.",
+        rich_help_panel=ADVANCED,
+    ),
+]
+MaxNewTokens = Annotated[
+    int,
+    typer.Option(
+        "--max-new-tokens", "--max-tokens", "-n", help="At most so many new tokens.", rich_help_panel=SAMPLING
+    ),
+]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=SAMPLING)]
 TopK = Annotated[int, typer.Option(help="Only the best K tokens; 0 is off.", rich_help_panel=SAMPLING)]
 TopP = Annotated[
@@ -25,7 +79,7 @@ TopP = Annotated[
 ]
 MinP = Annotated[
     float,
-    typer.Option(help="Only tokens of at least this share of the best one's; 0 is off.", rich_help_panel=SAMPLING),
+    typer.Option(help="Only tokens of at least this share of the best one's; 0 is off.", rich_help_panel=ADVANCED),
 ]
 Seed = Annotated[
     int | None, typer.Option(help="Equal seeds give equal texts; none draws one.", rich_help_panel=SAMPLING)
@@ -34,7 +88,7 @@ Dtype = Annotated[
     str,
     typer.Option(
         metavar="auto|bf16|fp32|fp16",
-        help="Number format of every network; auto is bf16 where the processor multiplies it itself, else fp32.",
+        help="auto is bf16 where the processor multiplies it itself.",
         rich_help_panel=MACHINE,
     ),
 ]
@@ -46,14 +100,14 @@ Kernels = Annotated[
     typer.Option(
         metavar="auto|native|torch",
         help="auto is our own CPU kernels where they fit; see forerun inspect.",
-        rich_help_panel=MACHINE,
+        rich_help_panel=ADVANCED,
     ),
 ]
 Weights = Annotated[
     str,
     typer.Option(
         metavar="auto|int8",
-        help="int8 rounds the weights of every network; output is then exact for the rounded model.",
+        help="int8 rounds weights; output is exact for the rounded model.",
         rich_help_panel=MACHINE,
     ),
 ]
@@ -62,7 +116,16 @@ Acceptance = Annotated[
     typer.Option(
         metavar="exact|typical|lenient",
         help="Lossy rules: typical[:EPSILON,DELTA], Medusa's at temperatures above 0; lenient[:FACTOR], CS Drafting's.",
-        rich_help_panel=SAMPLING,
+        rich_help_panel=ADVANCED,
     ),
 ]
+Revision = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Of a hub id: a branch, tag or commit.", rich_help_panel=ADVANCED),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.", rich_help_panel=OUTPUT)]
+
+
+def at(model: str, revision: str | None) -> str:
+    """A hub's model at a revision, as `forerun.load` takes it."""
+    return f"{model}@{revision}" if revision else model

@@ -9,18 +9,29 @@ from typing import Annotated
 import typer
 
 from forerun.cli import heads, joint, options
+from forerun.cli.command import NAMES, Commands, add
 from forerun.drafting import registry
 
-app = typer.Typer(help="Train models and drafters.")
+PRESETS = [preset for method in registry.trained().values() for preset in method.presets]
+EXAMPLES = f"""
+forerun distill MODEL --prompts prompts.jsonl --out answers.jsonl
+forerun train {PRESETS[-1]} --target MODEL --data answers.jsonl --out heads
+"""
+
+app = typer.Typer(
+    cls=Commands,
+    help="Train draft heads for a model of yours, or a model.",
+    context_settings=NAMES,
+    add_completion=False,
+    epilog=EXAMPLES.strip(),
+)
 
 SHAPE, START, SCHEDULE = "Shape", "Where to start from", "Schedule"
 
 Corpus = Annotated[Path, typer.Option(metavar="DIR", help="Folder with train.bin, heldout.bin and tokenizer/.")]
 Build = Annotated[
     bool,
-    typer.Option(
-        "--build-corpus", help="First build the corpus and its tokenizer there, from the Python source on this machine."
-    ),
+    typer.Option("--build-corpus", help="First build it there, from the Python source on this machine."),
 ]
 Vocabulary = Annotated[int, typer.Option(help="With --build-corpus: tokens of the vocabulary.")]
 Run = Annotated[
@@ -44,22 +55,26 @@ Teacher = Annotated[
     typer.Option(metavar="MODEL", help="Learn this model's law instead of the text's.", rich_help_panel=START),
 ]
 Count = Annotated[int, typer.Option(rich_help_panel=SCHEDULE)]
+Rows = Annotated[int, typer.Option("--rows", "--batch-size", rich_help_panel=SCHEDULE)]
+Every = Annotated[int, typer.Option(help="In steps.", rich_help_panel=options.ADVANCED)]
 Rate = Annotated[float, typer.Option(rich_help_panel=SCHEDULE)]
 Decay = Annotated[
     float, typer.Option(help="Share of the steps in which the rates fall to 0.", rich_help_panel=SCHEDULE)
 ]
 First = Annotated[
-    int, typer.Option(help="Batches to skip: those that an earlier run has seen.", rich_help_panel=SCHEDULE)
+    int, typer.Option(help="Batches to skip: those that an earlier run has seen.", rich_help_panel=options.ADVANCED)
 ]
-Seed = Annotated[int, typer.Option(help="Of random first weights.", rich_help_panel=SCHEDULE)]
-Compile = Annotated[bool, typer.Option("--compile", help="torch.compile: a slow start, then faster steps.")]
+Seed = Annotated[int, typer.Option(help="Of random first weights.", rich_help_panel=options.ADVANCED)]
+Compile = Annotated[
+    bool,
+    typer.Option("--compile", help="torch.compile: a slow start, then faster steps.", rich_help_panel=options.ADVANCED),
+]
 
 
 @app.callback()
 def _train() -> None: ...
 
 
-@app.command("lm")
 def lm(
     corpus: Corpus,
     run: Run = None,
@@ -78,15 +93,15 @@ def lm(
     init_layers: InitLayers = None,
     teacher: Teacher = None,
     steps: Count = 1500,
-    rows: Count = 8,
+    rows: Rows = 8,
     length: Count = 512,
     first: First = 0,
     warmup: Count = 40,
     decay: Decay = 0.4,
     muon_rate: Rate = 4e-3,
     adam_rate: Rate = 2e-3,
-    validate_every: Count = 250,
-    save_every: Count = 50,
+    validate_every: Every = 250,
+    save_every: Every = 50,
     seed: Seed = 0,
     device: options.Device = "auto",
     compile_: Compile = False,
@@ -160,9 +175,22 @@ def _numbers(text: str | None) -> tuple[int, ...]:
         raise TrainingError(f"--init-layers {text!r} is not a list of layers: write 0,7") from None
 
 
-for method in registry.trained().values():
-    for preset in method.presets:
-        app.command(preset)(heads.command(preset))
+LM = """
+forerun train lm --corpus corpus --build-corpus --run run --out models/mine
+forerun train lm --corpus corpus --run run --out models/small --layers 2 --teacher models/mine
+"""
+HEADS = """
+forerun distill MODEL --prompts prompts.jsonl --out answers.jsonl
+forerun train {name} --target MODEL --data answers.jsonl --out heads
+forerun train {name} --target MODEL --data answers.jsonl --out heads --steps 3000 --lr 1e-3
+"""
+JOINT = """
+forerun train {name} --target MODEL --data answers.jsonl --out result
+"""
+
+add(app, "lm", lm, LM)
+for preset in PRESETS:
+    add(app, preset, heads.command(preset), HEADS.format(name=preset))
 for method in registry.trained().values():
     if method.joint:
-        app.command(method.joint.name)(joint.command(method))
+        add(app, method.joint.name, joint.command(method), JOINT.format(name=method.joint.name))

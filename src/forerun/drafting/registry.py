@@ -25,6 +25,15 @@ REGISTRY = {module.name: f"{HOME}.{module.name}" for module in _MODULES}
 PACKAGES = [module.name for module in _MODULES if module.ispkg]
 """Methods that are trained are packages, so that their entries can be read without their networks."""
 
+ALIASES = {
+    "ngram": "lookup",
+    "ngram_gpu": "lookup",
+    "prompt_lookup": "lookup",
+    "draft_model": "small",
+    "suffix": "hierarchy",
+}
+"""What other engines call methods of ours. vLLM's suffix decoding reads the request's text and earlier outputs."""
+
 
 @cache
 def _outside() -> dict[str, EntryPoint]:
@@ -37,17 +46,28 @@ def names() -> list[str]:
     return sorted({*REGISTRY, *_outside()})
 
 
+def is_known(name: object) -> bool:
+    """A drafter of ours is called this, here or elsewhere."""
+    return isinstance(name, str) and (name in names() or name in ALIASES)
+
+
+def canonical(name: str) -> str:
+    """What a drafter is called here."""
+    return name if name in names() else ALIASES.get(name, name)
+
+
 def method(name: object) -> Method:
     """The entry of this name. Raises DrafterError where there is none."""
-    if not isinstance(name, str) or name not in names():
+    if not isinstance(name, str) or not is_known(name):
         raise DrafterError(unknown(str(name)))
+    name = canonical(name)
     module: Any = importlib.import_module(REGISTRY[name]) if name in REGISTRY else _outside()[name].load()
     found: Method = module.METHOD
     return found
 
 
 def unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, names(), 2)
+    near = difflib.get_close_matches(name, [*names(), *ALIASES], 2)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names())}"
     return f"unknown drafter {name!r}: {hint}"
 

@@ -7,8 +7,10 @@
     mine.yaml                                 a file (JSON or YAML) with a description; what it names may be
                                               named as it lies beside the file
     {"drafter": "small", "checkpoint": "models/small", "stopping": {"rule": "confidence", "threshold": 0.5}}
+    {"method": "ngram", "num_speculative_tokens": 4}     vLLM's speculative_config (`drafting/elsewhere.py`)
 
-Wherever a description holds another drafter, any of these forms will do.
+Wherever a description holds another drafter, any of these forms will do. Methods answer to the names
+that other engines give them (`registry.ALIASES`).
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from typing import Any
 
 import yaml
 
-from forerun.drafting.registry import method, names, unknown
+from forerun.drafting import elsewhere
+from forerun.drafting.registry import canonical, is_known, method, unknown
 from forerun.drafting.settings import Kind
 from forerun.errors import DrafterError
 
@@ -34,28 +37,36 @@ def describe(spec: str | Description) -> dict[str, Any]:
     """The description behind a SPEC: a name, `name:CHECKPOINT`, `name:CHECKPOINT(SPEC)`, `SPEC |
     SPEC`, JSON, or a JSON or YAML file."""
     if isinstance(spec, Mapping):
-        return dict(spec)
+        return _ours(spec)
     if not isinstance(spec, str):
         raise DrafterError(f'a drafter is a name or a mapping such as {{"drafter": "lookup"}}, not {spec!r}')
     spec = spec.strip()
     if spec.startswith("{"):
-        return _parsed(spec, "the drafter description")
+        return _ours(_parsed(spec, "the drafter description"))
     alternatives = [part.strip() for part in _outside_brackets(spec)]
     if len(alternatives) > 1:
         return {"drafter": "fallback", "sources": [describe(part) for part in alternatives]}
     found = _SPEC.fullmatch(spec)
-    if found and found["name"] in names():
+    if found and is_known(found["name"]):
         checkpoint, inner = (found["checkpoint"] or "").strip(), found["inner"]
         inside = {"inner": describe(inner)} if inner else {}
-        return {"drafter": found["name"], **({"checkpoint": checkpoint} if checkpoint else {}), **inside}
+        return {"drafter": canonical(found["name"]), **({"checkpoint": checkpoint} if checkpoint else {}), **inside}
     if spec.endswith((".json", ".yaml", ".yml")):
         try:
-            return dict(_anchored(_parsed(Path(spec).read_text(), spec), Path(spec).parent))
+            return dict(_anchored(_ours(_parsed(Path(spec).read_text(), spec)), Path(spec).parent))
         except OSError as error:
             raise DrafterError(f"cannot read the drafter file {spec}: {error.strerror}") from None
         except UnicodeDecodeError:
             raise DrafterError(f"cannot read the drafter file {spec}: it is not text") from None
     raise DrafterError(unknown(spec.partition(":")[0].partition("(")[0].strip()))
+
+
+def _ours(description: Description) -> dict[str, Any]:
+    """A description in our words: names as they are here, and another engine's settings translated."""
+    if elsewhere.is_foreign(description):
+        return elsewhere.translated(description)
+    name = description.get("drafter")
+    return {**description, **({"drafter": canonical(name)} if isinstance(name, str) else {})}
 
 
 _SPEC = re.compile(r"(?P<name>[^:()|]+)(:(?P<checkpoint>[^()|]*))?(\((?P<inner>.*)\))?", re.DOTALL)
@@ -93,7 +104,7 @@ def _anchored(value: Any, folder: Path, kind: Kind | None = "spec") -> Any:
     """Checkpoints, trees and stores that lie beside the file that names them, wherever the command runs."""
     if isinstance(value, Mapping) and kind in _SPECS:
         name = value.get("drafter")
-        kinds = method(name).kinds if isinstance(name, str) and name in names() else {}
+        kinds = method(name).kinds if is_known(name) else {}
         kinds |= {"drafter": "spec"}
         return {key: _anchored(inside, folder, kinds.get(key)) for key, inside in value.items()}
     if isinstance(value, list):
@@ -110,7 +121,7 @@ def _anchored(value: Any, folder: Path, kind: Kind | None = "spec") -> Any:
 def _beside(found: re.Match[str], folder: Path) -> str:
     """One name within a SPEC, anchored if it is a file's and not a drafter's."""
     colon, name = found["colon"], found["name"]
-    lies_there = bool(name) and (folder / name).exists() and (bool(colon) or name not in names())
+    lies_there = bool(name) and (folder / name).exists() and (bool(colon) or not is_known(name))
     return f"{colon}{found['before']}{folder / name if lies_there else name}"
 
 

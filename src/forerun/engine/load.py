@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from forerun.nn.network import Network
 from forerun.sources.source import Source
 from forerun.sources.tokenizer import HuggingFaceTokenizer, fingerprint_of
 
+log = logging.getLogger(__name__)
+
 
 def load(
     path: str | Path,
@@ -32,8 +35,9 @@ def load(
     """An engine for a model and a drafter.
 
     Args:
-        path: a folder in Hugging Face format, or a hub id.
-        drafter: `none`, `lookup`, `small:PATH`, a JSON or YAML file, or a description (see `forerun.drafting.spec`).
+        path: a folder in Hugging Face format, or a hub id, which may end in @REVISION.
+        drafter: `none`, `lookup`, `small:PATH`, a JSON or YAML file, or a description (see `forerun.drafting.spec`),
+            vLLM's speculative_config among them.
         dtype: auto (bf16 where the processor multiplies bf16 itself, else fp32), bf16, fp32 or fp16; for every network.
         device: auto (cuda if there is one), cpu, cuda, cuda:1 ...
         max_rows: requests that run side by side.
@@ -53,7 +57,9 @@ def load(
     lossy = lossy_of(acceptance)
     source = Source.of(path)
     target = load_network(source, kind, place, kernels, weights)
+    log.debug("%s: %d parameters on %s", source.asked, target.footprint.parameters, target.footprint.runs_on)
     made = drafter_for(target, drafter, kernels, weights, source.tokenizer)
+    log.debug("drafter %s: at most %d tokens ahead, %s", made.name, made.max_nodes, drafter)
     return Engine(target, made, source.tokenizer, source.ends, max_rows, lossy)
 
 

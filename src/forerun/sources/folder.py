@@ -28,18 +28,27 @@ SHOWN = 12
 
 
 def checkpoint_folder(path_or_hub_id: str | Path) -> Path:
-    """The folder itself, or a local copy of the hub's model of that name: weights, config and tokenizer, no pickles."""
+    """The folder itself, or a local copy of the hub's model of that name: weights, config and tokenizer, no pickles.
+
+    A name may end in `@REVISION`: a branch, tag or commit of the hub's.
+    """
     name, path = str(path_or_hub_id), Path(path_or_hub_id).expanduser()
     if path.is_dir():
         return path
+    if "@" in name and Path(name.rpartition("@")[0]).expanduser().is_dir():
+        raise CheckpointError(f"{name.rpartition('@')[0]} is a folder, which has no revisions: leave the revision out")
     if path.exists():
         raise CheckpointError(f"{name} is a file: give the folder that holds {CONFIG} and the weights")
-    if isinstance(path_or_hub_id, Path) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+    if isinstance(path_or_hub_id, Path) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(@[\w./-]+)?", name):
         raise CheckpointError(f"there is no folder {name}: check the path")
+    repository, _, revision = name.partition("@")
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                name, allow_patterns=list(DOWNLOADED), ignore_patterns=list(NOT_DOWNLOADED)
+                repository,
+                revision=revision or None,
+                allow_patterns=list(DOWNLOADED),
+                ignore_patterns=list(NOT_DOWNLOADED),
             )
         )
     except Exception as error:  # the client raises a dozen kinds that have no ancestor in common

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from types import TracebackType
 
 from rich.console import Console
@@ -13,7 +14,10 @@ class Display:
 
     def __init__(self, title: str, steps: int, done: int):
         columns = (TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
-        self._console, self._title = Console(stderr=True), title
+        self._console, self._title = (
+            Console(stderr=True, quiet=logging.getLogger("forerun").level > logging.INFO),
+            title,
+        )
         self._before: TaskID | None = None
         self._bars = Progress(
             *columns, TimeRemainingColumn(), console=self._console, disable=not self._console.is_terminal
