@@ -12,7 +12,8 @@ lives. The tables show the median over all rounds, and the ratio to the first en
 of the ratios of the rounds. Beneath plain decoding stands how long the engines say the same: bf16
 rounds differently in each, so that random weights soon part them.
 
-Engines: forerun[:KERNELS], torch (forerun with its torch kernels), transformers, llama.cpp:GGUF, openvino:FOLDER.
+Engines: forerun[:KERNELS] (or an instruction set, as avx512-bf16), torch (forerun with its torch
+kernels), transformers, llama.cpp:GGUF, openvino:FOLDER.
 """
 
 from __future__ import annotations

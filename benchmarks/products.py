@@ -1,6 +1,7 @@
 """How close the matrix products come to the machine's bounds, and to torch's.
 
-    python benchmarks/products.py [--out 4096 --in 1024 --matrices 40] [--tokens 1,4,8,12,16,32,64] [--json FILE]
+    python benchmarks/products.py [--out 4096 --in 1024 --matrices 40] [--tokens 1,4,8,12,16,32,64]
+        [--isa ISA ...] [--json FILE]
 
 Every round measures the bounds (memory copied and read, multiply-adds out of registers) and then,
 for every number of tokens, our packed products and torch.nn.functional.linear over the same
@@ -26,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn import functional as F
 
-from forerun.native import operations
+from forerun.native import library, operations
 from forerun.native.matrix import Packed
 
 STREAM = 256 << 20
@@ -86,8 +87,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
         for name, value in best.items():
             found["bounds"][name].append(value)
         for tokens in map(int, arguments.tokens.split(",")):
-            x = torch.randn(tokens, arguments.in_, dtype=torch.bfloat16)
-            taken = {name: seconds(lambda p=p, x=x: [operations.linear(x, m) for m in p]) for name, p in ways.items()}
+            x, taken = torch.randn(tokens, arguments.in_, dtype=torch.bfloat16), {}
+            for isa in arguments.isa or [library.active_isa()]:
+                library.use_isa(isa)
+                for name, p in ways.items():
+                    taken[f"{name} ({isa})"] = seconds(lambda p=p, x=x: [operations.linear(x, m) for m in p])
             taken["torch bf16"] = seconds(lambda x=x: [F.linear(x, weight) for weight in weights])
             for name, spent in taken.items():
                 size = arguments.matrices * arguments.out * arguments.in_
@@ -123,6 +127,9 @@ def main() -> None:
     parser.add_argument("--matrices", type=int, default=40)
     parser.add_argument("--tokens", default="1,4,8,12,16,32,64")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--isa", action="append", choices=library.ISAS, help="may be repeated; the best of this machine"
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     found = measure(arguments)

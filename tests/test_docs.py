@@ -30,9 +30,7 @@ def commands(block: str) -> list[str]:
 
 
 @pytest.mark.parametrize("block", blocks("python"))
-def test_python_examples_run(
-    block: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_python_examples_run(block: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
     exec(compile(block, "an example", "exec"), {"__name__": "example"})
     assert capsys.readouterr().out

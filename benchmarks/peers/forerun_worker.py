@@ -1,4 +1,4 @@
-"""forerun, through its Python API. Arguments: a model folder and, optionally, --kernels."""
+"""forerun, through its Python API. Arguments: a model folder and, optionally, --kernels (or instructions)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from worker_protocol import WARM_UP, run, token_ids
 
 import forerun
+from forerun.native import library
 from forerun.row import Row
 from forerun.tree import TokenTree
 
@@ -22,7 +23,10 @@ class Forerun:
 
     def __init__(self, given: argparse.Namespace):
         torch.set_num_threads(given.threads)
-        options: dict[str, Any] = {} if given.kernels is None else {"kernels": given.kernels}
+        instructions = given.kernels in library.ISAS
+        if instructions and not library.use_isa(given.kernels):
+            raise SystemExit(f"this processor has no {given.kernels}")
+        options: dict[str, Any] = {} if given.kernels is None or instructions else {"kernels": given.kernels}
         self._engine = forerun.load(given.model, dtype="bf16", device="cpu", **options)
         self._engine.tokenizer = None
         self._params = forerun.SamplingParams(temperature=0.0, ignore_eos=True)
@@ -30,6 +34,7 @@ class Forerun:
             "forerun": forerun.__version__,
             "torch": torch.__version__,
             "kernels": given.kernels or "default",
+            "instructions": library.active_isa() if library.is_there() else None,
             "network": type(self._engine.target.network).__name__,
         }
 
