@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from forerun.engine.asynchronous import AsyncEngine
     from forerun.engine.engine import Engine
     from forerun.engine.load import load
     from forerun.engine.requests import Output, Piece, Stats, TokenLogprob
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from forerun.sampling import SamplingParams
 
 __all__ = [
+    "AsyncEngine",
     "CheckpointError",
     "DrafterError",
     "Engine",
@@ -38,6 +40,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "load": "engine.load",
     "SamplingParams": "sampling",
+    "AsyncEngine": "engine.asynchronous",
     "Engine": "engine.engine",
     **dict.fromkeys(("Output", "Piece", "Stats", "TokenLogprob"), "engine.requests"),
     **dict.fromkeys(("CheckpointError", "DrafterError", "ForerunError", "RequestError", "TrainingError"), "errors"),
