@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
+
+import torch
 
 from forerun.accept.lossy import lossy_of
 from forerun.drafting.drafter import Drafter
@@ -16,7 +19,7 @@ from forerun.nn.dtype import device_of, dtype_of
 from forerun.nn.load import load_network
 from forerun.nn.network import Network
 from forerun.sources.source import Source
-from forerun.sources.tokenizer import HuggingFaceTokenizer, fingerprint_of
+from forerun.sources.tokenizer import HuggingFaceTokenizer, fingerprint_of, ids_without_tokens
 
 
 def load(
@@ -53,6 +56,7 @@ def load(
     lossy = lossy_of(acceptance)
     source = Source.of(path)
     target = load_network(source, kind, place, kernels, weights)
+    forbid_what_is_no_token(target, source.tokenizer, source.ends)
     made = drafter_for(target, drafter, kernels, weights, source.tokenizer)
     return Engine(target, made, source.tokenizer, source.ends, max_rows, lossy)
 
@@ -69,11 +73,25 @@ def drafter_for(
     tokenizer: the target's; with it, stores that were made with another one are refused.
     """
     kind, place, chosen = target.dtype, target.device, "torch" if kernels == "torch" else "auto"
-    network = cache(lambda path: load_network(path, kind, place, chosen, weights))  # a model may have several places
+
+    @cache  # a model may have several places
+    def network(path: str) -> Network:
+        loaded = load_network(path, kind, place, chosen, weights)
+        loaded.no_tokens = target.no_tokens
+        return loaded
+
     fingerprint = cache(lambda: fingerprint_of(tokenizer.backend_tokenizer.get_vocab()) if tokenizer else "")
     made = build(drafter, Workshop(Model(target, 0), network, fingerprint))
     check_fit(target, made)
     return made
+
+
+def forbid_what_is_no_token(
+    network: Network, tokenizer: HuggingFaceTokenizer | None, ends: Collection[int] = ()
+) -> None:
+    """Ids that the tokenizer does not know are never said; without a tokenizer nothing is known of them."""
+    ids = ids_without_tokens(tokenizer, network.vocab_size, ends) if tokenizer else []
+    network.no_tokens = torch.tensor(ids, device=network.device) if ids else None
 
 
 def check_fit(target: Network, drafter: Drafter) -> None:

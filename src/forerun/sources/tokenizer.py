@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,6 +46,13 @@ def end_tokens(path: str | Path) -> list[int]:
     except (OSError, ValueError):
         ids = getattr(AutoConfig.from_pretrained(str(path)).get_text_config(), "eos_token_id", None)
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def ids_without_tokens(tokenizer: HuggingFaceTokenizer, vocab_size: int, ends: Collection[int] = ()) -> list[int]:
+    """Which of a model's ids its tokenizer gives to no token: rows that round a matrix up, and gaps.
+    What ends a text is a token even if the tokenizer does not know it."""
+    known = {*tokenizer.backend_tokenizer.get_vocab().values(), *ends}
+    return [token for token in range(vocab_size) if token not in known]
 
 
 def fingerprint_of(vocabulary: Mapping[str, int]) -> str:
