@@ -11,7 +11,7 @@ from typer.main import get_command
 from forerun.cli import app
 
 SAMPLING = "--max-new-tokens --temperature --top-k --top-p --min-p --seed"
-MACHINE = "--dtype --device --kernels --weights"
+MACHINE = "--dtype --device --kernels --weights --threads"
 HEADS = (
     "--target --data --out --run --heads --layers --tied-layers --vocabulary --dropout --text-weight --teacher-weight"
     " --head-decay --steps --rows --length --parts --rate --validate-every --save-every --seed --init-from --dtype"

@@ -60,6 +60,7 @@ def calibrate(
     device: options.Device = "auto",
     kernels: options.Kernels = "auto",
     weights: options.Weights = "auto",
+    threads: options.Threads = None,
 ) -> None:
     """Count which paths of best tokens the target follows, time trees of every size here, and keep the fastest.
 
@@ -79,7 +80,7 @@ def calibrate(
     target = out or Path(checkpoint) / "tree.json"
     _demand_place(target)
     spec = json.dumps(description | {"tree": [[0]]})  # whatever tree is there now, even a damaged one, does not matter
-    engine = engines.load(model, spec, engines.Machine(dtype, device, kernels, weights), max(rows, 8))
+    engine = engines.load(model, spec, engines.Machine(dtype, device, kernels, weights, threads), max(rows, 8))
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     samples, note = _samples(engine, data, answers, params)
     found = _watched(engine, module, samples, rows, rounds)

@@ -34,6 +34,7 @@ def check(
     device: options.Device = "auto",
     kernels: options.Kernels = "auto",
     weights: options.Weights = "auto",
+    threads: options.Threads = None,
     as_json: options.Json = False,
 ) -> None:
     """Prove a drafter exact on a model, as far as this many tokens and samples can; exit code 1 if it is not.
@@ -54,7 +55,7 @@ def check(
     plan = Amount(tokens=tokens, rows=_sizes(rows), length=max_new_tokens, samples=samples, params=law, seed=seed or 0)
     describe(drafter)  # a wrong name is cheaper to find before the model is read
     prompts = _prompts(prompt_file)
-    machine = engines.Machine(dtype, device, kernels, weights)
+    machine = engines.Machine(dtype, device, kernels, weights, threads)
     plain = engines.load(model, "none", machine)
     report = examine(plain, engines.beside(plain, drafter, machine), prompts, plan)
     if as_json:

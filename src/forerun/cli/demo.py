@@ -75,6 +75,7 @@ def demo(
     device: options.Device = "auto",
     kernels: options.Kernels = "auto",
     weights: options.Weights = "auto",
+    threads: options.Threads = None,
     json_file: JsonFile = None,
     plot: PlotFile = None,
 ) -> None:
@@ -89,7 +90,7 @@ def demo(
     from forerun.cli.files import demand_place
     from forerun.sampling import SamplingParams
 
-    machine = Machine(dtype, device, kernels, weights)
+    machine = Machine(dtype, device, kernels, weights, threads)
     params = SamplingParams(
         max_new_tokens=max_new_tokens,
         temperature=temperature,

@@ -99,6 +99,7 @@ def distill(
     device: options.Device = "auto",
     kernels: options.Kernels = "auto",
     weights: options.Weights = "auto",
+    threads: options.Threads = None,
     rows: Rows = 16,
 ) -> None:
     """Let a model answer prompts and keep what it says, token for token: data to train draft heads on.
@@ -115,7 +116,7 @@ def distill(
     wish = _Wish(prompts, builtin, corpus, prompt_length, limit, chat, template)
     source = _source(wish, seed)
     rendering = _template(template)
-    engine = engines.load(target, drafter, engines.Machine(dtype, device, kernels, weights), rows)
+    engine = engines.load(target, drafter, engines.Machine(dtype, device, kernels, weights, threads), rows)
     if corpus is not None:
         demand_tokenizer(corpus, engine)
     reader = _Encoder(engine, rendering, chat)

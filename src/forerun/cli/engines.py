@@ -16,12 +16,13 @@ from forerun.sampling import SamplingParams
 
 @dataclass(frozen=True)
 class Machine:
-    """How networks run: the words of the options `--dtype`, `--device`, `--kernels` and `--weights`."""
+    """How networks run: the words of the options `--dtype`, `--device`, `--kernels`, `--weights` and `--threads`."""
 
     dtype: str = "auto"
     device: str = "auto"
     kernels: str = "auto"
     weights: str = "auto"
+    threads: int | None = None
 
 
 def load(model: str, drafter: str, machine: Machine, max_rows: int = 16, acceptance: str = "exact") -> Engine:

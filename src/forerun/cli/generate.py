@@ -62,6 +62,7 @@ def generate(
     device: options.Device = "auto",
     kernels: options.Kernels = "auto",
     weights: options.Weights = "auto",
+    threads: options.Threads = None,
     max_rows: MaxRows = 16,
     logprobs: Logprobs = None,
     as_json: options.Json = False,
@@ -92,7 +93,9 @@ def generate(
     if logprobs is not None and not as_json:
         raise RequestError("--logprobs has no place in streamed text: add --json")
     texts = _texts(prompts or [], prompt_file or [])
-    engine = engines.load(model, drafter, engines.Machine(dtype, device, kernels, weights), max_rows, acceptance)
+    engine = engines.load(
+        model, drafter, engines.Machine(dtype, device, kernels, weights, threads), max_rows, acceptance
+    )
     outputs = _as_json(engine, texts, params) if as_json else _as_text(engine, texts, params)
     if len(outputs) < len(texts) * n or any(output.finish_reason == "interrupted" for output in outputs):
         raise typer.Exit(130)

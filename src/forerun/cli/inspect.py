@@ -21,15 +21,18 @@ def inspect(
     device: options.Device = "auto",
     kernels: options.Kernels = "auto",
     weights: options.Weights = "auto",
+    threads: options.Threads = None,
     as_json: options.Json = False,
 ) -> None:
     """Versions, device, number format and drafters; for a model also its shape, and its memory in
     that number format."""
     from forerun.cli.files import print_json
+    from forerun.engine.threads import use_threads
     from forerun.nn.dtype import device_of, dtype_of
     from forerun.nn.load import demand_words
 
     demand_words(kernels, weights)
+    use_threads(threads)
     place = device_of(device)
     kind = dtype_of(dtype, place)
     found: dict[str, Any] = {"machine": machine(place, kind, dtype)}

@@ -13,6 +13,7 @@ from forerun.drafting.drafter import Drafter
 from forerun.drafting.spec import Description
 from forerun.drafting.workshop import Workshop, build
 from forerun.engine.engine import Engine
+from forerun.engine.threads import use_threads, warn_if_busy
 from forerun.errors import DrafterError
 from forerun.model import Model
 from forerun.nn.dtype import device_of, dtype_of
@@ -31,6 +32,7 @@ def load(
     kernels: str = "auto",
     weights: str = "auto",
     acceptance: str = "exact",
+    threads: int | None = None,
 ) -> Engine:
     """An engine for a model and a drafter.
 
@@ -46,12 +48,16 @@ def load(
         acceptance: exact, or a lossy rule, so marked in every statistic: typical[:EPSILON,DELTA], Medusa's
             for requests that sample (`forerun.accept.Typical`), or lenient[:FACTOR], CS Drafting's
             (`forerun.accept.Lenient`).
+        threads: processor threads, of the whole process (torch's own setting); None: as FORERUN_THREADS says,
+            or as torch has it. A warning is logged where a busy machine leaves too few processors for them.
 
     Raises:
         CheckpointError: a checkpoint that is missing, broken or of an unsupported kind.
         DrafterError: an unknown drafter, or one that does not fit the target.
     """
-    place = device_of(device)
+    count, place = use_threads(threads), device_of(device)
+    if place.type == "cpu":
+        warn_if_busy(count)
     kind = dtype_of(dtype, place)
     lossy = lossy_of(acceptance)
     source = Source.of(path)
