@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 
 from forerun.accept.lossy import lossy_of
 from forerun.drafting.drafter import Drafter
@@ -18,13 +21,14 @@ from forerun.errors import DrafterError
 from forerun.model import Model
 from forerun.nn.dtype import device_of, dtype_of
 from forerun.nn.load import load_network
+from forerun.nn.memory import network_of
 from forerun.nn.network import Network
 from forerun.sources.source import Source
-from forerun.sources.tokenizer import HuggingFaceTokenizer, fingerprint_of, ids_without_tokens
+from forerun.sources.tokenizer import HuggingFaceTokenizer, end_tokens_of, fast, fingerprint_of, ids_without_tokens
 
 
 def load(
-    path: str | Path,
+    model: str | os.PathLike[str] | transformers.PreTrainedModel,
     drafter: str | Description = "none",
     dtype: str = "auto",
     device: str = "auto",
@@ -33,11 +37,15 @@ def load(
     weights: str = "auto",
     acceptance: str = "exact",
     threads: int | None = None,
+    tokenizer: Any = None,
 ) -> Engine:
     """An engine for a model and a drafter.
 
     Args:
-        path: a folder in Hugging Face format, or a hub id.
+        model: a folder in Hugging Face format, a hub id, or a transformers model that is in memory. Such a model stays
+            where it is and runs in its own number format, unless another is asked for. Torch shares its
+            weights; native kernels, which `auto` takes where they fit, have a layout of their own and copy
+            them: what changes the model later is not seen there (`kernels="torch"` sees it).
         drafter: `none`, `lookup`, `small:PATH`, a JSON or YAML file, or a description (see `forerun.drafting.spec`).
         dtype: auto (bf16 where the processor multiplies bf16 itself, else fp32), bf16, fp32 or fp16; for every network.
         device: auto (cuda if there is one), cpu, cuda, cuda:1 ...
@@ -50,21 +58,33 @@ def load(
             (`forerun.accept.Lenient`).
         threads: processor threads, of the whole process (torch's own setting); None: as FORERUN_THREADS says,
             or as torch has it. A warning is logged where a busy machine leaves too few processors for them.
+        tokenizer: a fast tokenizer of transformers; None: the one beside the weights, and none for a
+            model in memory, whose prompts and outputs are token ids then.
 
     Raises:
         CheckpointError: a checkpoint that is missing, broken or of an unsupported kind.
         DrafterError: an unknown drafter, or one that does not fit the target.
+        ForerunError: a device, a dtype, kernels or threads that cannot be had.
     """
-    count, place = use_threads(threads), device_of(device)
-    if place.type == "cpu":
+    lossy, count = lossy_of(acceptance), use_threads(threads)
+    given = None if tokenizer is None else fast(tokenizer, "the tokenizer given")
+    if isinstance(model, transformers.PreTrainedModel):
+        target, beside, ends = _in_memory(model, dtype, device, kernels, weights), None, tuple(end_tokens_of(model))
+    else:
+        place = device_of(device)
+        source = Source.of(model if isinstance(model, str) else Path(model))
+        target = load_network(source, dtype_of(dtype, place), place, kernels, weights)
+        beside, ends = source.tokenizer if given is None else None, source.ends
+    if target.device.type == "cpu":
         warn_if_busy(count)
-    kind = dtype_of(dtype, place)
-    lossy = lossy_of(acceptance)
-    source = Source.of(path)
-    target = load_network(source, kind, place, kernels, weights)
-    forbid_what_is_no_token(target, source.tokenizer, source.ends)
-    made = drafter_for(target, drafter, kernels, weights, source.tokenizer)
-    return Engine(target, made, source.tokenizer, source.ends, max_rows, lossy)
+    words = given or beside
+    forbid_what_is_no_token(target, words, ends)
+    return Engine(target, drafter_for(target, drafter, kernels, weights, words), words, ends, max_rows, lossy)
+
+
+def _in_memory(model: transformers.PreTrainedModel, dtype: str, device: str, kernels: str, weights: str) -> Network:
+    place = model.device if device == "auto" else device_of(device)
+    return network_of(model, model.dtype if dtype == "auto" else dtype_of(dtype, place), place, kernels, weights)
 
 
 def drafter_for(

@@ -51,7 +51,12 @@ def load_foreign(
     name = f"{folder} ({config.model_type})"
     _refuse_by_config(name, config)
     weight_files(folder)
-    model = _read(folder, name, config, dtype).to(device).requires_grad_(False).eval()
+    return share_foreign(_read(folder, name, config, dtype).to(device).requires_grad_(False).eval(), name)
+
+
+def share_foreign(model: transformers.PreTrainedModel, name: str) -> Foreign:
+    """A model that is in memory already, wrapped; its weights stay its own. Raises as `load_foreign`."""
+    _refuse_by_config(name, model.config)
     _refuse_by_signature(name, model)
     foreign = Foreign(model, name)
     _rehearse(foreign, name)
