@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from itertools import count
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from fakes import Near, TableNetwork, Wild, engine_of, plain
 from forerun.drafters.none import Nothing
 from forerun.engine.engine import Engine
+from forerun.engine.load import load
 from forerun.engine.requests import Output, Piece, Request
 from forerun.engine.session import Session
 from forerun.errors import RequestError
@@ -258,6 +260,21 @@ def test_threads_share_an_engine_and_say_what_they_say_alone(name: str) -> None:
         alone(name, index)
     run(work, 8)
     assert wrong == []
+    demand_nothing_left(one)
+
+
+def test_threads_share_a_real_model_and_its_tokenizer() -> None:
+    one = load(Path(__file__).parents[1] / "models" / "target", drafter="lookup", max_rows=4)
+    prompts = [f"def name_{number}(self, " for number in range(8)]
+    params = SamplingParams(max_new_tokens=24, temperature=0.8, seed=3, stop="zzz")
+    expected = [output.text for prompt in prompts for output in one.generate(prompt, params)]
+    found: dict[int, str | None] = {}
+
+    def work(index: int) -> None:
+        found[index] = one.generate(prompts[index], params)[0].text
+
+    run(work, 8)
+    assert [found[index] for index in range(8)] == expected and len(set(expected)) > 4
     demand_nothing_left(one)
 
 

@@ -47,7 +47,13 @@ _HOMES = {
 }
 
 
+_PACKAGES = ("hf",)
+"""Reached as attributes: `forerun.hf.generate`."""
+
+
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"forerun.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'forerun' has no attribute {name!r}")
     return getattr(importlib.import_module(f"forerun.{_HOMES[name]}"), name)
