@@ -138,7 +138,9 @@ def test_what_cannot_be_honoured_is_refused_in_one_sentence(settings: dict[str, 
 )
 def test_padding_elsewhere_is_refused(mask: list[int], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        model_of().generate(IDS[1:2], attention_mask=torch.tensor([mask]), custom_generate=forerun.hf.generate)
+        model_of().generate(
+            IDS[1:2], attention_mask=torch.tensor([mask]), max_new_tokens=4, custom_generate=forerun.hf.generate
+        )
 
 
 def test_a_cache_that_was_begun_is_refused() -> None:

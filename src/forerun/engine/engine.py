@@ -127,7 +127,8 @@ class Engine:
         """Answer a conversation, or several, through the model's chat template; otherwise as `generate`.
 
         messages: [{"role": "user", "content": "Hi"}, ...]; text alone is what the user says. An
-        assistant's message at the end is gone on with. system: a system message to begin with.
+        assistant's message at the end is gone on with. system: a system message to begin with. To see
+        an answer while it comes, give the messages to `stream`.
         RequestError if the model has no template, or the template refuses the messages.
         """
         return self.generate(conversations(messages, system), params, **wishes)

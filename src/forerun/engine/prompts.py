@@ -11,7 +11,7 @@ nothing is read as text that is not a string.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, TypeAlias
 
@@ -89,6 +89,8 @@ def _alone(prompt: Prompt) -> Prompt:
 
 
 def _is_id(value: object) -> bool:
+    if type(value) is int:  # nearly all, of many thousands
+        return True
     if isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0:
         value = value.item()
     return isinstance(value, Integral) and not isinstance(value, bool)
@@ -98,16 +100,21 @@ def _is_message(value: object) -> bool:
     return isinstance(value, Mapping) and "role" in value
 
 
-def _rows(ids: Any) -> list[list[int]]:
-    """Token ids of one or two dimensions, row by row."""
+def _is_bit(value: object) -> bool:
+    return isinstance(value, int | float) and value in (0, 1)
+
+
+def _rows(ids: Any, fits: Callable[[object], bool] = _is_id) -> list[list[int]]:
+    """Token ids (or a mask) of one or two dimensions, row by row."""
     if isinstance(ids, torch.Tensor | np.ndarray):
         ids = ids.tolist()
     if not isinstance(ids, list | tuple):
         raise RequestError("token ids are whole numbers in one row or several: give them so, or give text")
     rows = ids if all(isinstance(row, list | tuple) for row in ids) else [ids]
     for row in rows:
-        if wrong := [value for value in row if not _is_id(value)]:
-            raise RequestError(f"{wrong[0]!r} is no token id: give whole numbers, one row per prompt")
+        if wrong := [value for value in row if not fits(value)]:
+            kind = "token id: give whole numbers" if fits is _is_id else "part of a mask: give 0 or 1"
+            raise RequestError(f"{wrong[0]!r} is no {kind}, one row per prompt")
     return [[int(value) for value in row] for row in rows]
 
 
@@ -123,7 +130,7 @@ def _rows_of_encoding(encoding: Mapping[str, Any]) -> list[Prompt]:
     given = encoding.get("attention_mask")
     if given is None:
         return list(rows)
-    masks = _rows(given)
+    masks = _rows(given, _is_bit)
     if [*map(len, masks)] != [*map(len, rows)]:
         raise RequestError("attention_mask and input_ids differ in shape: give one number per token")
     return [_unpadded(row, mask) for row, mask in zip(rows, masks, strict=True)]
