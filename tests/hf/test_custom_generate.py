@@ -155,13 +155,14 @@ def test_a_cache_that_was_begun_is_refused() -> None:
 
 
 def test_an_engine_is_made_once_per_drafter_and_saves_forwards() -> None:
-    model = model_of()
-    ask = partial(model.generate, **ONE, max_new_tokens=20, custom_generate=forerun.hf.generate, eos_token_id=None)
+    model = model_of("gpt_neox")  # which soon repeats itself, so that lookup drafts well
+    ask = partial(model.generate, **ONE, max_new_tokens=80, custom_generate=forerun.hf.generate, eos_token_id=None)
     ask()
     (engine,) = model.__dict__[ENGINES].by_settings.values()
     begun = engine.target.passes
     ask()
-    assert list(model.__dict__[ENGINES].by_settings.values()) == [engine] and engine.target.passes > begun
+    assert list(model.__dict__[ENGINES].by_settings.values()) == [engine]
+    assert 0 < engine.target.passes - begun < 50  # of 80
     ask(drafter={"drafter": "lookup", "nodes": 3})
     assert len(model.__dict__[ENGINES].by_settings) == 2
 

@@ -48,6 +48,8 @@ PURE = (
 UNHEEDED = frozenset("use_cache logits_to_keep attention_mask position_ids past_key_values".split())
 """Arguments of a forward that are looked at here, or change nothing."""
 ENGINES = "_forerun_engines"
+ROWS = 64
+"""Of a batch, side by side; others wait."""
 
 
 def generate(
@@ -186,7 +188,7 @@ def _engine_of(model: transformers.PreTrainedModel, drafter: str | Description, 
         kept.weights, kept.by_settings = now, {}
     settings = json.dumps([drafter, kernels], sort_keys=True, default=str)
     if settings not in kept.by_settings:
-        kept.by_settings[settings] = load(model, drafter, kernels=kernels)
+        kept.by_settings[settings] = load(model, drafter, max_rows=ROWS, kernels=kernels)
     engine: Engine = kept.by_settings[settings]
     return engine
 
