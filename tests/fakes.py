@@ -30,6 +30,7 @@ class TableNetwork:
     error or another law, never luck."""
 
     backend = TORCH
+    no_tokens: Tensor | None = None
     device = torch.device("cpu")
     dtype = weights = torch.float64
     windows: frozenset[int] = frozenset()

@@ -701,7 +701,7 @@ def test_an_engine_survives_a_processor_that_raises(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["none", "lookup", "small", "three models"])
-def test_a_stream_or_an_engine_that_is_closed_leaves_nothing_behind(name: str) -> None:
+def test_a_stream_that_is_closed_or_an_engine_that_is_cleared_leaves_nothing_behind(name: str) -> None:
     one = engine(name, max_rows=3)
     stream = one.stream(PROMPTS, SamplingParams(max_new_tokens=40))
     for _ in range(5):
@@ -712,7 +712,7 @@ def test_a_stream_or_an_engine_that_is_closed_leaves_nothing_behind(name: str) -
     one.step()
     one.add([2] * 1200, SamplingParams(max_new_tokens=40))  # longer than a chunk: it is being read
     one.step()
-    one.close()
+    one.clear()
     assert one.is_idle
     outputs = one.generate(PROMPTS, SamplingParams(max_new_tokens=12))
     assert [output.token_ids for output in outputs] == [plain(tables()["target"], prompt, 12) for prompt in PROMPTS]

@@ -20,7 +20,7 @@ LEVELS = (
     ("layouts", "engine"),  # the loop, and what it does not know
     ("drafters",),
     ("train",),  # uses of the engine
-    ("plan", "bench", "check", "serve"),
+    ("plan", "bench", "check", "serve", "hf"),
     ("cli",),
     ("__main__",),
 )

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from itertools import count
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from fakes import Near, TableNetwork, Wild, engine_of, plain
 from forerun.drafters.none import Nothing
 from forerun.engine.engine import Engine
+from forerun.engine.load import load
 from forerun.engine.requests import Output, Piece, Request
 from forerun.engine.session import Session
 from forerun.errors import RequestError
@@ -145,7 +147,41 @@ def test_an_engine_that_is_closed_ends_all() -> None:
         next(stream)
     demand_nothing_left(one)
     assert [piece.finish_reason for piece in stream if piece.finish_reason] == ["interrupted"] * 3
+
+
+@pytest.mark.parametrize("call", ["generate", "stream", "add", "step"])
+def test_an_engine_that_is_closed_refuses_whatever_comes(call: str) -> None:
+    one = engine("none")
+    one.close()
+    one.close()  # twice is as good
+    with pytest.raises(RequestError, match="this engine is closed"):
+        getattr(one, call)(*([] if call == "step" else [PROMPTS[1]]))
+    demand_nothing_left(one)
+
+
+def test_an_engine_that_is_cleared_goes_on() -> None:
+    one = engine("small", max_rows=2)
+    one.add(PROMPTS[0])
+    stream = one.stream(PROMPTS[:3], SamplingParams(max_new_tokens=50))
+    next(stream)
+    one.clear()
+    demand_nothing_left(one)
+    assert [piece.finish_reason for piece in stream if piece.finish_reason] == ["interrupted"] * 3
     assert one.generate([PROMPTS[1]], wishes(1))[0].token_ids == alone("small", 1)
+
+
+def test_threads_run_side_by_side_in_one_batch() -> None:
+    """As many forwards as the longest takes and one per prompt, not as many as all of them one after the other."""
+    one, gate = engine("none", max_rows=8), threading.Barrier(8)
+    one.target.network.forwards = 0
+
+    def work(index: int) -> None:
+        with one.stream([PROMPTS[index]], wishes(index, tokens=200), text=False) as stream:
+            gate.wait(timeout=60)  # all have asked before anybody drives
+            stream.outputs()
+
+    run(work, 8)
+    assert one.target.network.forwards < 200 + 8 * 4
 
 
 def test_ids_come_out_without_their_text() -> None:
@@ -224,6 +260,21 @@ def test_threads_share_an_engine_and_say_what_they_say_alone(name: str) -> None:
         alone(name, index)
     run(work, 8)
     assert wrong == []
+    demand_nothing_left(one)
+
+
+def test_threads_share_a_real_model_and_its_tokenizer() -> None:
+    one = load(Path(__file__).parents[1] / "models" / "target", drafter="lookup", max_rows=4)
+    prompts = [f"def name_{number}(self, " for number in range(8)]
+    params = SamplingParams(max_new_tokens=24, temperature=0.8, seed=3, stop="zzz")
+    expected = [output.text for prompt in prompts for output in one.generate(prompt, params)]
+    found: dict[int, str | None] = {}
+
+    def work(index: int) -> None:
+        found[index] = one.generate(prompts[index], params)[0].text
+
+    run(work, 8)
+    assert [found[index] for index in range(8)] == expected and len(set(expected)) > 4
     demand_nothing_left(one)
 
 

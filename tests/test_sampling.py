@@ -20,7 +20,7 @@ from forerun.chance import key_of
 from forerun.drafting.growth import draft_laws
 from forerun.errors import RequestError
 from forerun.row import Row, final_chance
-from forerun.sampling import Prefix, SamplingParams, edited, laws
+from forerun.sampling import SYNONYMS, Prefix, SamplingParams, edited, laws
 from forerun.tree import TokenTree
 
 CPU = torch.device("cpu")
@@ -330,7 +330,7 @@ def test_numbers_of_numpy_are_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "near"), [("temprature", "temperature"), ("max_tokens", "max_new_tokens"), ("topk", "top_k")]
+    ("name", "near"), [("temprature", "temperature"), ("max_token", "max_tokens"), ("topk", "top_k")]
 )
 def test_an_unknown_name_is_answered_with_the_nearest_that_exists(name: str, near: str) -> None:
     with pytest.raises(RequestError, match=f"did you mean {near}"):
@@ -349,3 +349,33 @@ def test_one_stop_string_is_as_good_as_a_list() -> None:
 def test_the_processors_of_transformers_fit() -> None:
     params = SamplingParams(temperature=1.0, processors=[transformers.NoRepeatNGramLogitsProcessor(2)])
     assert one_law(edited(torch.zeros(1, VOCAB), params, [Prefix([1, 2, 1], 3)])[0], params)[2] == 0
+
+
+def test_parameters_come_as_a_record_a_mapping_or_by_name() -> None:
+    assert SamplingParams.of() == SamplingParams.of(None) == SamplingParams()
+    warm = SamplingParams(max_new_tokens=4, temperature=0.7)
+    assert SamplingParams.of({"max_new_tokens": 4, "temperature": 0.7}) == warm
+    assert SamplingParams.of(max_new_tokens=4, temperature=0.7) == warm
+    assert SamplingParams.of({"max_new_tokens": 9}, max_new_tokens=4, temperature=0.7) == warm
+    assert SamplingParams.of(SamplingParams(temperature=0.7), max_tokens=4) == warm
+    assert SamplingParams.of(warm) is warm
+
+
+@pytest.mark.parametrize(("name", "ours"), sorted(SYNONYMS.items()))
+def test_the_names_of_other_engines_are_understood(name: str, ours: str) -> None:
+    value: Any = {"stop": "x", "processors": (edit_nothing,)}.get(ours, 3)
+    wanted = SamplingParams(**{ours: value, "temperature": 1.0})
+    assert SamplingParams.of({name: value, "temperature": 1.0}) == wanted
+    assert SamplingParams.of(SamplingParams(temperature=1.0), **{name: value}) == wanted
+    with pytest.raises(RequestError, match=f"another name of {ours}"):
+        SamplingParams.of({name: value, ours: value})
+
+
+def edit_nothing(tokens: Tensor, scores: Tensor) -> Tensor:
+    return scores
+
+
+@pytest.mark.parametrize("given", [4, "greedy", [SamplingParams()]])
+def test_what_is_no_set_of_parameters_is_refused(given: Any) -> None:
+    with pytest.raises(RequestError, match="sampling parameters cannot be"):
+        SamplingParams.of(given)

@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from forerun.engine.asynchronous import AsyncEngine
     from forerun.engine.engine import Engine
     from forerun.engine.load import load
     from forerun.engine.requests import Output, Piece, Stats, TokenLogprob
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from forerun.sampling import SamplingParams
 
 __all__ = [
+    "AsyncEngine",
     "CheckpointError",
     "DrafterError",
     "Engine",
@@ -38,13 +40,20 @@ __version__ = "0.1.0"
 _HOMES = {
     "load": "engine.load",
     "SamplingParams": "sampling",
+    "AsyncEngine": "engine.asynchronous",
     "Engine": "engine.engine",
     **dict.fromkeys(("Output", "Piece", "Stats", "TokenLogprob"), "engine.requests"),
     **dict.fromkeys(("CheckpointError", "DrafterError", "ForerunError", "RequestError", "TrainingError"), "errors"),
 }
 
 
+_PACKAGES = ("hf",)
+"""Reached as attributes: `forerun.hf.generate`."""
+
+
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"forerun.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'forerun' has no attribute {name!r}")
     return getattr(importlib.import_module(f"forerun.{_HOMES[name]}"), name)

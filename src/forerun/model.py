@@ -11,7 +11,7 @@ Networks that read states are told what to read (`append`, `grow`): a row's text
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -149,8 +149,7 @@ class Model:
             start,
         )
         feed.states_BND, feed.last_B = inputs.states_BND, np.maximum(inputs.counts_B - 1, 0)
-        self.passes += 1
-        read = self.network.forward(feed, self.cache, layers)
+        read = self._forward(feed, layers)
         for row, count in enumerate(inputs.counts_B.tolist()):
             self.cache.lengths[start + row] += count
         return read
@@ -317,10 +316,20 @@ class Model:
         if self.network.windows:
             self._offsets = [*self._offsets, offsets_BN] if self._held else [offsets_BN]
             feed.scratch_BM = feed.lengths_B[:, None] + np.concatenate(self._offsets, 1)
-        self.passes += 1
-        read = self.network.forward(feed, self.cache, layers)
+        read = self._forward(feed, layers)
         self._held += tokens_BN.shape[1]
         return read
+
+    def _forward(self, feed: Feed, layers: Collection[int]) -> Read:
+        """The one place where logits come from, and where ids that are no tokens become impossible."""
+        self.passes += 1
+        read, ids = self.network.forward(feed, self.cache, layers), self.network.no_tokens
+        if ids is None:
+            return read
+        read.logits_BNV.index_fill_(-1, ids, -torch.inf)
+        if read.best_BN is None or not torch.isin(read.best_BN, ids).any():
+            return read
+        return replace(read, best_BN=read.logits_BNV.argmax(-1))
 
     def _feed(
         self,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Any
 
@@ -25,6 +25,15 @@ Processor = Callable[[Tensor, Tensor], Tensor]
 
 COLDEST = 1e-5
 """The lowest temperature above 0: logits divided by less leave the range of fp32."""
+SYNONYMS = {
+    "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+    "num_return_sequences": "n",
+    "stop_strings": "stop",
+    "logits_processor": "processors",
+    "logits_processors": "processors",
+}
+"""Names that other engines have for our parameters."""
 
 
 def _is_whole(value: object) -> bool:
@@ -144,15 +153,21 @@ class SamplingParams:
         return found
 
     @staticmethod
-    def of(values: Mapping[str, Any]) -> SamplingParams:
-        """From a mapping, e.g. a JSON object; an unknown name is refused with the nearest one that exists."""
-        names = [item.name for item in fields(SamplingParams)]
-        for name in values:
-            if name not in names:
-                near = difflib.get_close_matches(name, names, 1)
-                hint = f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(names)}"
-                raise RequestError(f"unknown sampling parameter {name!r}{hint}")
-        return SamplingParams(**values)
+    def of(given: SamplingParams | Mapping[str, Any] | None = None, **more: Any) -> SamplingParams:
+        """From a record, a mapping (e.g. a JSON object) or nothing; `more` goes before what is given.
+
+        The names of other engines are understood (`SYNONYMS`). RequestError for an unknown name,
+        with the nearest one that exists.
+        """
+        if given is None:
+            given = {}
+        if isinstance(given, SamplingParams):
+            return replace(given, **_named(more)) if more else given
+        if not isinstance(given, Mapping):
+            raise RequestError(
+                f"sampling parameters cannot be {given!r}: give SamplingParams, a mapping, or keyword arguments"
+            )
+        return SamplingParams(**_named(given) | _named(more))
 
     @property
     def is_greedy(self) -> bool:
@@ -177,6 +192,22 @@ class SamplingParams:
     @property
     def filters(self) -> tuple[int, float, float]:
         return (self.top_k, self.top_p, self.min_p)
+
+
+def _named(values: Mapping[str, Any]) -> dict[str, Any]:
+    """By our own names."""
+    names = [item.name for item in fields(SamplingParams)]
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        ours = SYNONYMS.get(name, name)
+        if ours not in names:
+            near = difflib.get_close_matches(name, [*names, *SYNONYMS], 1)
+            hint = f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(names)}"
+            raise RequestError(f"unknown sampling parameter {name!r}{hint}")
+        if ours in found:
+            raise RequestError(f"{name} and another name of {ours} are given: give one of them")
+        found[ours] = value
+    return found
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def test_ctrl_c_ends_the_measurement(monkeypatch):
         raise KeyboardInterrupt
 
     made["small"].add([1])
-    made["small"].close()
+    made["small"].clear()
     monkeypatch.setattr(made["small"].drafter, "propose", lambda context: interrupted())
     with pytest.raises(KeyboardInterrupt):
         measure(made, PROMPTS, SamplingParams(max_new_tokens=5), rounds=1)

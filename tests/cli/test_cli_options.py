@@ -15,7 +15,7 @@ COMMON = "--quiet --verbose --help-all --trust-remote-code"
 SAMPLING = "--max-new-tokens --max-tokens --temperature --top-k --top-p --min-p --seed"
 PROMPTS = "--prompts --prompt-file"
 CHAT = "--chat --system --chat-template --template"
-MACHINE = "--dtype --device --kernels --weights"
+MACHINE = "--dtype --device --kernels --weights --threads"
 HEADS = (
     "--target --data --out --run --heads --layers --tied-layers --vocabulary --dropout --text-weight --teacher-weight"
     " --head-decay --steps --rows --batch-size --length --parts --rate --lr --validate-every --save-every --seed"

@@ -15,8 +15,8 @@ from statistics import median
 from typing import Any
 
 from forerun.engine.engine import Engine
+from forerun.engine.prompts import Prompt
 from forerun.engine.requests import Stats
-from forerun.engine.session import Prompt
 from forerun.errors import RequestError
 from forerun.sampling import SamplingParams
 

@@ -26,7 +26,7 @@ from forerun.check.law import Law, check_law
 from forerun.check.rounding import rounding_bound
 from forerun.check.texts import plain_texts
 from forerun.engine.engine import Engine
-from forerun.engine.session import Prompt
+from forerun.engine.prompts import Prompt
 from forerun.errors import RequestError
 
 __all__ = ["Amount", "Greedy", "Law", "Report", "check"]

@@ -71,6 +71,7 @@ def calibrate(
     kernels: options.Kernels = "auto",
     weights: options.Weights = "auto",
     revision: options.Revision = None,
+    threads: options.Threads = None,
 ) -> None:
     """Count which paths of best tokens the target follows, time trees of every size here, and keep the fastest.
 
@@ -92,7 +93,7 @@ def calibrate(
     _demand_place(target)
     spec = json.dumps(description | {"tree": [[0]]})  # whatever tree is there now, even a damaged one, does not matter
     engine = engines.load(
-        options.at(model, revision), spec, engines.Machine(dtype, device, kernels, weights), max(rows, 8)
+        options.at(model, revision), spec, engines.Machine(dtype, device, kernels, weights, threads), max(rows, 8)
     )
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     samples, note = _samples(engine, data, asked, answers, params)

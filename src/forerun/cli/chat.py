@@ -63,6 +63,7 @@ def chat(
     device: options.Device = "auto",
     kernels: options.Kernels = "auto",
     weights: options.Weights = "auto",
+    threads: options.Threads = None,
     revision: options.Revision = None,
 ) -> None:
     """Talk to a model. Answers stream; what a drafter proposed is coloured, a colour for each.
@@ -79,7 +80,8 @@ def chat(
     if raw and (system is not None or chat_template):
         raise RequestError("--raw is text without a template: leave --system and --chat-template out")
     spec = speculation.chosen(drafter, speculative_config, num_speculative_tokens, DRAFTER)
-    manner, machine = openings.Manner.of(True, system, chat_template), engines.Machine(dtype, device, kernels, weights)
+    manner = openings.Manner.of(True, system, chat_template)
+    machine = engines.Machine(dtype, device, kernels, weights, threads)
     engine = engines.load(options.at(model, revision), spec, machine, max_rows=1, acceptance=acceptance)
     reader = openings.Reader(engine, manner)
     if engine.tokenizer is None:

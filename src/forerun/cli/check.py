@@ -51,6 +51,7 @@ def check(
     kernels: options.Kernels = "auto",
     weights: options.Weights = "auto",
     revision: options.Revision = None,
+    threads: options.Threads = None,
     as_json: options.Json = False,
 ) -> None:
     """Prove a drafter exact on a model, as far as this many tokens and samples can; exit code 1 if it is not.
@@ -74,7 +75,7 @@ def check(
     if spec == {"drafter": "none"}:
         raise RequestError("there is nothing to check: name a --drafter")
     asked, manner = _prompts(prompts), openings.Manner.of(chat, system, chat_template)
-    machine = engines.Machine(dtype, device, kernels, weights)
+    machine = engines.Machine(dtype, device, kernels, weights, threads)
     plain = engines.load(options.at(model, revision), "none", machine)
     reader = openings.Reader(plain, manner)
     report = examine(plain, engines.beside(plain, spec, machine), [reader.ids(one) for one in asked], plan)

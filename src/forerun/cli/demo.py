@@ -98,6 +98,7 @@ def demo(
     device: options.Device = "auto",
     kernels: options.Kernels = "auto",
     weights: options.Weights = "auto",
+    threads: options.Threads = None,
     json_file: JsonFile = None,
     plot: PlotFile = None,
 ) -> None:
@@ -112,7 +113,7 @@ def demo(
     from forerun.cli.files import demand_place
     from forerun.sampling import SamplingParams
 
-    machine = Machine(dtype, device, kernels, weights)
+    machine = Machine(dtype, device, kernels, weights, threads)
     asked = _prompts(prompts, limit)
     params = SamplingParams(
         max_new_tokens=max_new_tokens,

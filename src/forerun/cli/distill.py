@@ -99,6 +99,7 @@ def distill(
     device: options.Device = "auto",
     kernels: options.Kernels = "auto",
     weights: options.Weights = "auto",
+    threads: options.Threads = None,
     rows: Rows = 16,
     revision: options.Revision = None,
 ) -> None:
@@ -118,7 +119,7 @@ def distill(
     manner = openings.Manner.of(chat, system, chat_template)
     target = options.at(target, revision)
     spec = speculation.chosen(drafter, tokens=num_speculative_tokens)
-    engine = engines.load(target, spec, engines.Machine(dtype, device, kernels, weights), rows)
+    engine = engines.load(target, spec, engines.Machine(dtype, device, kernels, weights, threads), rows)
     if corpus is not None:
         demand_tokenizer(corpus, engine)
     reader = openings.Reader(engine, manner)

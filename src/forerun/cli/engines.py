@@ -11,18 +11,19 @@ from forerun.accept.lossy import lossy_of
 from forerun.drafting.spec import Description, describe
 from forerun.engine import load as assembly
 from forerun.engine.engine import Engine
-from forerun.engine.session import Prompt
+from forerun.engine.prompts import Prompt
 from forerun.sampling import SamplingParams
 
 
 @dataclass(frozen=True)
 class Machine:
-    """How networks run: the words of the options `--dtype`, `--device`, `--kernels` and `--weights`."""
+    """How networks run: the words of the options `--dtype`, `--device`, `--kernels`, `--weights` and `--threads`."""
 
     dtype: str = "auto"
     device: str = "auto"
     kernels: str = "auto"
     weights: str = "auto"
+    threads: int | None = None
 
 
 def load(

@@ -107,6 +107,7 @@ def generate(
     device: options.Device = "auto",
     kernels: options.Kernels = "auto",
     weights: options.Weights = "auto",
+    threads: options.Threads = None,
     max_rows: MaxRows = 16,
     revision: options.Revision = None,
     logprobs: Logprobs = None,
@@ -139,7 +140,7 @@ def generate(
     _demand_sense(out, compare, as_json, logprobs)
     spec = speculation.chosen(drafter, speculative_config, num_speculative_tokens)
     asked, manner = _asked(prompts or [], prompt_file or []), openings.Manner.of(chat, system, chat_template)
-    machine, model = engines.Machine(dtype, device, kernels, weights), options.at(model, revision)
+    machine, model = engines.Machine(dtype, device, kernels, weights, threads), options.at(model, revision)
     engine = engines.load(model, spec, machine, max_rows, acceptance)
     reader = openings.Reader(engine, manner)
     job = Job(engine, asked, [reader.ids(one) for one in asked], params)

@@ -31,6 +31,7 @@ def inspect(
     kernels: options.Kernels = "auto",
     weights: options.Weights = "auto",
     revision: options.Revision = None,
+    threads: options.Threads = None,
     as_json: options.Json = False,
 ) -> None:
     """What this machine is: versions, device, number format, drafters. With a model also its shape and its memory.
@@ -38,10 +39,12 @@ def inspect(
     Draft heads, stores, trees, drafter files, answers and GGUF files are told from one another, and described.
     """
     from forerun.cli.files import print_json
+    from forerun.engine.threads import use_threads
     from forerun.nn.dtype import device_of, dtype_of
     from forerun.nn.load import demand_words
 
     demand_words(kernels, weights)
+    use_threads(threads)
     place = device_of(device)
     kind = dtype_of(dtype, place)
     found = _thing(options.at(model, revision)) if model is not None else None

@@ -111,6 +111,16 @@ Weights = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="Processor threads; without it FORERUN_THREADS, or one per core. On a busy machine 1 is fastest.",
+        rich_help_panel=MACHINE,
+        show_default=False,
+    ),
+]
 Acceptance = Annotated[
     str,
     typer.Option(

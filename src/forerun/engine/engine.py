@@ -20,7 +20,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import count
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -29,8 +29,9 @@ from forerun.accept.lossy import Lossy
 from forerun.chance import key_of
 from forerun.cost import NodePrice, Step, Table
 from forerun.drafting.drafter import Context, Drafter
+from forerun.engine.prompts import Prompt, Prompts, conversations, tokens_of
 from forerun.engine.requests import Output, Piece, Request, Stats, TokenLogprob
-from forerun.engine.session import Prompt, Session
+from forerun.engine.session import Session, Wish, Wishes, wanted
 from forerun.engine.text import TextStream
 from forerun.errors import RequestError
 from forerun.model import Model, Scores
@@ -54,14 +55,15 @@ class Engine:
     request ignores them. lossy: judge requests by this rule; the statistics of those that it
     touches then say that they are not exact. Use `forerun.load` to make one from a model folder.
 
-    Who may call it: any thread may call `add`, `cancel`, `close`, `generate`, `stream` and `step`
-    at any time, but not from within a step (a logits processor cannot ask its own engine). There is
-    no thread behind them: whoever waits for pieces drives the loop, one caller at a time, for
-    everybody; pieces go to whoever asked for them, and the requests of all callers run in one
-    batch. What interrupts the driver (Ctrl-C) costs the others a step, which is made again; any
-    other error in a step ends the requests that were in it ("interrupted") and is raised to the
-    callers of these. Everything else (`drafter.reset`, `max_rows`) is for one who knows that
-    the engine is idle. Of several engines on one network one may be driven at a time.
+    Who may call it: any thread may call `generate`, `stream`, `chat`, `add`, `cancel`, `clear`,
+    `close`, `drive` and `step` at any time, but not from within a step (a logits processor cannot
+    ask its own engine). There is no thread behind them: whoever waits for pieces drives the loop,
+    one caller at a time, for everybody; pieces go to whoever asked for them, and the requests of
+    all callers run in one batch. What interrupts the driver (Ctrl-C) costs the others a step, which
+    is made again; any other error in a step ends the requests that were in it ("interrupted") and
+    is raised to the callers of these. Everything else (`drafter.reset`, `max_rows`) is for one who
+    knows that the engine is idle. Of several engines on one network one may be driven at a time.
+    For asyncio there is `AsyncEngine`.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Engine:
         self._is_whole = True  # no step has broken off
         self._cancelled: deque[int | None] = deque()  # None: whatever was added by hand is forgotten
         self._is_sweeping = False
+        self._is_closed = False
         self._spelling = threading.Lock()
 
     def beside(self, drafter: Drafter, max_rows: int | None = None) -> Engine:
@@ -99,29 +102,41 @@ class Engine:
 
     # ---- for callers
 
-    def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> list[Output]:
+    def generate(self, prompts: Prompts, params: Wishes = None, **wishes: Any) -> list[Output]:
         """Generate to the end. One output per prompt and sample, in that order. Interrupted
-        (Ctrl-C), it returns what it has, with the finish reason "interrupted"."""
-        return self.stream(prompts, params).outputs()
+        (Ctrl-C), it returns what it has, with the finish reason "interrupted".
 
-    def stream(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
-        text: bool = True,
-    ) -> Session:
-        """Generate and yield pieces as they are accepted. Closing the iterator drops what is still running of it.
+        prompts: one or several, as text, token ids, messages, or what a tokenizer returns
+        (`forerun.engine.prompts`). params: SamplingParams or a mapping, for all or one for each.
+        wishes: single sampling parameters (max_new_tokens=64), which hold for all. RequestError,
+        before anything is generated, for what cannot be served.
+        """
+        return self.stream(prompts, params, **wishes).outputs()
+
+    def stream(self, prompts: Prompts, params: Wishes = None, text: bool = True, **wishes: Any) -> Session:
+        """As `generate`, but yields pieces as they are accepted. Closing the iterator drops what is
+        still running of it.
 
         text: without it only token ids come out, and nothing is spent on spelling them.
         """
-        return Session(self, prompts, params, text)
+        return Session(self, prompts, wanted(params, wishes), text)
+
+    def chat(
+        self, messages: str | Prompts, params: Wishes = None, *, system: str | None = None, **wishes: Any
+    ) -> list[Output]:
+        """Answer a conversation, or several, through the model's chat template; otherwise as `generate`.
+
+        messages: [{"role": "user", "content": "Hi"}, ...]; text alone is what the user says. An
+        assistant's message at the end is gone on with. system: a system message to begin with. To see
+        an answer while it comes, give the messages to `stream`.
+        RequestError if the model has no template, or the template refuses the messages.
+        """
+        return self.generate(conversations(messages, system), params, **wishes)
 
     def add(
         self,
         prompt: Prompt,
-        params: SamplingParams | None = None,
+        params: Wish | None = None,
         prompt_index: int = 0,
         text: bool = True,
         inbox: deque[Piece] | None = None,
@@ -130,7 +145,7 @@ class Engine:
 
         inbox: where the pieces go; without one, `step` returns them. text: as for `stream`.
         """
-        params = params or SamplingParams()
+        params = SamplingParams.of(params)
         tokens = self.encode(prompt)
         limit = self.limit_of(tokens, params)
         seed = secrets.randbits(63) if params.seed is None else params.seed
@@ -145,19 +160,14 @@ class Engine:
             stats = Stats(self.drafter.name, exact=is_exact(self.lossy, row))
             requests.append(Request(next(self._numbers), prompt_index, sample, row, stats, box, spell))
         with self._turn:
+            self._demand_open()
             self._waiting.update((request.number, request) for request in requests)
         return [request.number for request in requests]
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """The token ids of a prompt: text through the tokenizer, ids as they are (checked)."""
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise RequestError("this model has no tokenizer: give the prompt as token ids")
-            with self._spelling:
-                prompt = self.tokenizer(prompt)["input_ids"]
-        tokens = [int(token) for token in prompt]
-        if not tokens:
-            raise RequestError("the prompt is empty: give at least one token")
+        """The token ids of a prompt of any form. RequestError for what is none, or is outside the vocabulary."""
+        with self._spelling:
+            tokens = tokens_of(prompt, self.tokenizer)
         outside = next((token for token in tokens if not 0 <= token < self.target.vocab_size), None)
         if outside is not None:
             raise RequestError(f"token id {outside} is outside the vocabulary of {self.target.vocab_size}")
@@ -201,13 +211,22 @@ class Engine:
         with self._turn:
             self.cancel(*(request.number for request in self._requests() if request.inbox is inbox))
 
-    def close(self) -> None:
-        """Cancel every request, and forget the pieces of those that were added by hand. The engine
-        can be used again."""
+    def clear(self) -> None:
+        """Cancel every request, and forget the pieces of those that were added by hand."""
         with self._turn:
             self._cancelled.extend(request.number for request in self._requests())
             self._cancelled.append(None)
             self.cancel()
+
+    def close(self) -> None:
+        """Cancel every request, and refuse all that come later. Memory goes with the last reference to the engine."""
+        with self._turn:
+            self._is_closed = True
+            self.clear()
+
+    def _demand_open(self) -> None:
+        if self._is_closed:
+            raise RequestError("this engine is closed: load another one, or close this one later")
 
     def __enter__(self) -> Self:
         return self
@@ -220,12 +239,19 @@ class Engine:
         """No request is left, and no piece that `step` would return."""
         return not (self._waiting or self._reading or self._running or self._inbox)
 
+    @property
+    def is_busy(self) -> bool:
+        """Some request is left."""
+        with self._turn:
+            return bool(self._requests())
+
     def _requests(self) -> list[Request]:
         return [*self._waiting.values(), *([self._reading] if self._reading else []), *self._running]
 
     def step(self) -> list[Piece]:
         """Read a chunk of a waiting prompt, then make one step with every row that is ready.
         Returns what has been said since the last call by the requests that were added by hand."""
+        self._demand_open()
         self._drive(None)
         with self._turn:
             return [self._inbox.popleft() for _ in range(len(self._inbox))]
@@ -237,6 +263,14 @@ class Engine:
             with self._turn:
                 if not inbox and not self._requests():
                     raise RuntimeError("a piece is awaited of requests that are gone: this is a mistake of the engine")
+
+    def drive(self) -> bool:
+        """Make one step for whoever has asked for something; False where nobody has. An error is
+        raised only if no request could be told of it."""
+        if self.is_busy:
+            self._drive(())
+            return True
+        return False
 
     # ---- the loop
 

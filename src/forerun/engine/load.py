@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
 
 from forerun.accept.lossy import lossy_of
 from forerun.drafting.drafter import Drafter
 from forerun.drafting.spec import Description
 from forerun.drafting.workshop import Workshop, build
 from forerun.engine.engine import Engine
+from forerun.engine.threads import use_threads, warn_if_busy
 from forerun.errors import DrafterError
 from forerun.model import Model
 from forerun.nn.dtype import device_of, dtype_of
 from forerun.nn.load import load_network
+from forerun.nn.memory import network_of
 from forerun.nn.network import Network
 from forerun.sources.source import Source
-from forerun.sources.tokenizer import HuggingFaceTokenizer, fingerprint_of
+from forerun.sources.tokenizer import HuggingFaceTokenizer, end_tokens_of, fast, fingerprint_of, ids_without_tokens
 
 log = logging.getLogger(__name__)
 
 
 def load(
-    path: str | Path,
+    model: str | os.PathLike[str] | transformers.PreTrainedModel,
     drafter: str | Description = "none",
     dtype: str = "auto",
     device: str = "auto",
@@ -31,11 +39,16 @@ def load(
     kernels: str = "auto",
     weights: str = "auto",
     acceptance: str = "exact",
+    threads: int | None = None,
+    tokenizer: Any = None,
 ) -> Engine:
     """An engine for a model and a drafter.
 
     Args:
-        path: a folder in Hugging Face format, or a hub id, which may end in @REVISION.
+        model: a folder in Hugging Face format, a hub id, which may end in @REVISION, or a transformers model that is in
+            memory. Such a model stays where it is and runs in its own number format, unless another is asked for. Torch
+            shares its weights; native kernels, which `auto` takes where they fit, have a layout of their own and copy
+            them: what changes the model later is not seen there (`kernels="torch"` sees it).
         drafter: `none`, `lookup`, `small:PATH`, a JSON or YAML file, or a description (see `forerun.drafting.spec`),
             vLLM's speculative_config among them.
         dtype: auto (bf16 where the processor multiplies bf16 itself, else fp32), bf16, fp32 or fp16; for every network.
@@ -47,20 +60,43 @@ def load(
         acceptance: exact, or a lossy rule, so marked in every statistic: typical[:EPSILON,DELTA], Medusa's
             for requests that sample (`forerun.accept.Typical`), or lenient[:FACTOR], CS Drafting's
             (`forerun.accept.Lenient`).
+        threads: processor threads, of the whole process (torch's own setting); None: as FORERUN_THREADS says,
+            or as torch has it. A warning is logged where a busy machine leaves too few processors for them.
+        tokenizer: a fast tokenizer of transformers; None: the one beside the weights, and none for a
+            model in memory, whose prompts and outputs are token ids then.
 
     Raises:
         CheckpointError: a checkpoint that is missing, broken or of an unsupported kind.
         DrafterError: an unknown drafter, or one that does not fit the target.
+        ForerunError: a device, a dtype, kernels or threads that cannot be had.
     """
-    place = device_of(device)
-    kind = dtype_of(dtype, place)
-    lossy = lossy_of(acceptance)
-    source = Source.of(path)
-    target = load_network(source, kind, place, kernels, weights)
-    log.debug("%s: %d parameters on %s", source.asked, target.footprint.parameters, target.footprint.runs_on)
-    made = drafter_for(target, drafter, kernels, weights, source.tokenizer)
+    lossy, count = lossy_of(acceptance), use_threads(threads)
+    given = None if tokenizer is None else fast(tokenizer, "the tokenizer given")
+    if isinstance(model, transformers.PreTrainedModel):
+        target, beside, ends = _in_memory(model, dtype, device, kernels, weights), None, tuple(end_tokens_of(model))
+    else:
+        place = device_of(device)
+        source = Source.of(model if isinstance(model, str) else Path(model))
+        target = load_network(source, dtype_of(dtype, place), place, kernels, weights)
+        beside, ends = source.tokenizer if given is None else None, source.ends
+    log.debug(
+        "%s: %d parameters on %s",
+        model if isinstance(model, str) else type(model).__name__,
+        target.footprint.parameters,
+        target.footprint.runs_on,
+    )
+    if target.device.type == "cpu":
+        warn_if_busy(count)
+    words = given or beside
+    forbid_what_is_no_token(target, words, ends)
+    made = drafter_for(target, drafter, kernels, weights, words)
     log.debug("drafter %s: at most %d tokens ahead, %s", made.name, made.max_nodes, drafter)
-    return Engine(target, made, source.tokenizer, source.ends, max_rows, lossy)
+    return Engine(target, made, words, ends, max_rows, lossy)
+
+
+def _in_memory(model: transformers.PreTrainedModel, dtype: str, device: str, kernels: str, weights: str) -> Network:
+    place = model.device if device == "auto" else device_of(device)
+    return network_of(model, model.dtype if dtype == "auto" else dtype_of(dtype, place), place, kernels, weights)
 
 
 def drafter_for(
@@ -75,11 +111,25 @@ def drafter_for(
     tokenizer: the target's; with it, stores that were made with another one are refused.
     """
     kind, place, chosen = target.dtype, target.device, "torch" if kernels == "torch" else "auto"
-    network = cache(lambda path: load_network(path, kind, place, chosen, weights))  # a model may have several places
+
+    @cache  # a model may have several places
+    def network(path: str) -> Network:
+        loaded = load_network(path, kind, place, chosen, weights)
+        loaded.no_tokens = target.no_tokens
+        return loaded
+
     fingerprint = cache(lambda: fingerprint_of(tokenizer.backend_tokenizer.get_vocab()) if tokenizer else "")
     made = build(drafter, Workshop(Model(target, 0), network, fingerprint))
     check_fit(target, made)
     return made
+
+
+def forbid_what_is_no_token(
+    network: Network, tokenizer: HuggingFaceTokenizer | None, ends: Collection[int] = ()
+) -> None:
+    """Ids that the tokenizer does not know are never said; without a tokenizer nothing is known of them."""
+    ids = ids_without_tokens(tokenizer, network.vocab_size, ends) if tokenizer else []
+    network.no_tokens = torch.tensor(ids, device=network.device) if ids else None
 
 
 def check_fit(target: Network, drafter: Drafter) -> None:

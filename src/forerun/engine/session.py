@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, Self
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, Self, TypeAlias
 
+from forerun.engine.prompts import Prompt, Prompts, separate
 from forerun.engine.requests import Output, Piece
 from forerun.errors import RequestError
 from forerun.sampling import SamplingParams
 
-Prompt = str | Sequence[int]
+Wish: TypeAlias = SamplingParams | Mapping[str, Any]
+Wishes: TypeAlias = Wish | Sequence[Wish] | None
+"""Sampling parameters as callers give them: one for all prompts, or one for each."""
 
 
 class Server(Protocol):
@@ -39,25 +42,26 @@ class Session(Iterator[Piece]):
 
     It sees its own requests only. Closing it, or forgetting it, cancels what is left of these; so
     does an error or Ctrl-C while it is iterated, and who goes on iterating then gets their last
-    pieces. One thread at a time may iterate.
+    pieces. One thread at a time may iterate. inbox: where its pieces are to come.
     """
 
     def __init__(
         self,
         engine: Server,
-        prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None,
+        prompts: Prompts,
+        params: Sequence[SamplingParams] | SamplingParams,
         text: bool = True,
+        inbox: deque[Piece] | None = None,
     ):
         self._engine = engine
-        self._inbox: deque[Piece] = deque()
+        self._inbox: deque[Piece] = deque() if inbox is None else inbox
         self._open: dict[int, None] = {}
         self._is_broken = False  # an error has been raised; once is enough
-        batch = _as_batch(prompts)
+        batch = separate(prompts)
         each = list(params) if isinstance(params, Sequence) else [params] * len(batch)
         if len(each) != len(batch):
             raise RequestError(f"{len(each)} sampling parameters for {len(batch)} prompts: give one, or one for each")
-        planned = [(engine.encode(prompt), one or SamplingParams()) for prompt, one in zip(batch, each, strict=True)]
+        planned = [(engine.encode(prompt), one) for prompt, one in zip(batch, each, strict=True)]
         limits = [engine.limit_of(tokens, one) for tokens, one in planned]
         engine.reserve(sum(one.n for _, one in planned), max(limits, default=1))
         try:
@@ -102,6 +106,11 @@ class Session(Iterator[Piece]):
             self.close()
         return [found[number] for number in numbers if number in found]
 
+    @property
+    def is_over(self) -> bool:
+        """No piece will come any more."""
+        return not self._open
+
     def cancel(self) -> None:
         """End what is left; the last pieces are still to come."""
         self._engine.cancel(*self._open)
@@ -123,10 +132,8 @@ class Session(Iterator[Piece]):
             self.close()
 
 
-def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    items = list(prompts)
-    if items and all(isinstance(item, int) for item in items):
-        return [items]  # type: ignore[list-item]
-    return items  # type: ignore[return-value]
+def wanted(params: Wishes, more: Mapping[str, Any]) -> SamplingParams | list[SamplingParams]:
+    """What was asked for, as records; `more` holds for all of them."""
+    if isinstance(params, Sequence) and not isinstance(params, str):
+        return [SamplingParams.of(one, **more) for one in params]
+    return SamplingParams.of(params, **more)

@@ -10,7 +10,7 @@ more. Nothing is skipped silently: a tensor too many, too few or of another shap
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,13 +107,23 @@ def load_packed(
 ) -> PackedTransformer:
     """The same on native kernels."""
     config, table = _checked(folder, config)
+    return pack(config, table, _tensors(folder, table), dtype, weights, f"the model in {folder}")
+
+
+def pack(
+    config: TransformerConfig,
+    table: Mapping[str, Slice],
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    weights: torch.dtype | Formats,
+    called: str,
+) -> PackedTransformer:
+    """These tensors, by their published names, on native kernels. called: what errors call the model."""
     try:
         model = PackedTransformer(config, dtype, weights)
     except (OSError, MemoryError, RuntimeError) as error:
-        raise CheckpointError(
-            f"the model in {folder} does not fit into memory: choose a smaller model or number format"
-        ) from error
-    for name, tensor in _tensors(folder, table):
+        raise CheckpointError(f"{called} does not fit into memory: choose a smaller model or number format") from error
+    for name, tensor in tensors:
         model.put(table[name].parameter, tensor, table[name].begin)
     return model.ready()
 

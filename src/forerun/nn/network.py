@@ -73,12 +73,16 @@ class Network(Protocol):
 
     backend: what a forward runs on. weights: their number format (dtype, or int8), where a matrix
     is no exception. max_length: the most tokens a row may have. windows: the sliding-window sizes
-    for which `forward` needs a mask of its own.
+    for which `forward` needs a mask of its own. no_tokens: ids [n] that have rows in the matrices
+    and are no tokens, such as the padding beyond a tokenizer, or None; `Model` makes them
+    impossible, whoever loads a network says which.
 
     input_embedding and output_head, [V, D] each: the matrices themselves, for drafters that use the
     target's. Nobody else's to write to. output_head may be packed: `head_matrix` is it as a tensor
     in `dtype`, and output_shape its shape.
     """
+
+    no_tokens: Tensor | None
 
     @property
     def backend(self) -> Backend: ...

@@ -89,6 +89,7 @@ class Transformer(nn.Module):
     """A decoder-only transformer with fused projections. Weights come from `nn/load.py` or from training."""
 
     backend = TORCH
+    no_tokens: Tensor | None = None
 
     def __init__(self, config: TransformerConfig):
         super().__init__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,8 +31,13 @@ def tokenizer_of(path: str | Path) -> HuggingFaceTokenizer | None:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"the tokenizer in {path} cannot be read: {' '.join(str(error).split())}") from None
+    return fast(tokenizer, f"the tokenizer in {path}")
+
+
+def fast(tokenizer: Any, called: str) -> HuggingFaceTokenizer:
+    """A tokenizer that has a tokenizer.json behind it; CheckpointError for any other."""
     if not hasattr(tokenizer, "backend_tokenizer"):
-        raise CheckpointError(f"the tokenizer in {path} has no tokenizer.json: convert it to a fast tokenizer first")
+        raise CheckpointError(f"{called} has no tokenizer.json: convert it to a fast tokenizer first")
     fitting: HuggingFaceTokenizer = tokenizer
     return fitting
 
@@ -45,7 +50,24 @@ def end_tokens(path: str | Path) -> list[int]:
         ids = GenerationConfig.from_pretrained(str(path)).eos_token_id
     except (OSError, ValueError):
         ids = getattr(AutoConfig.from_pretrained(str(path)).get_text_config(), "eos_token_id", None)
+    return _listed(ids)
+
+
+def end_tokens_of(model: Any) -> list[int]:
+    """The same of a transformers model in memory."""
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    return _listed(getattr(model.config.get_text_config(), "eos_token_id", None) if ids is None else ids)
+
+
+def _listed(ids: int | Sequence[int] | None) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def ids_without_tokens(tokenizer: HuggingFaceTokenizer, vocab_size: int, ends: Collection[int] = ()) -> list[int]:
+    """Which of a model's ids its tokenizer gives to no token: rows that round a matrix up, and gaps.
+    What ends a text is a token even if the tokenizer does not know it."""
+    known = {*tokenizer.backend_tokenizer.get_vocab().values(), *ends}
+    return [token for token in range(vocab_size) if token not in known]
 
 
 def fingerprint_of(vocabulary: Mapping[str, int]) -> str:

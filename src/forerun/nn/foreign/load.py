@@ -32,19 +32,19 @@ def load_foreign(
     name = f"{folder} ({config.model_type})"
     _refuse_by_config(name, config)
     weight_files(folder)
-    return adopt(_read(folder, name, config, dtype).to(device), name)
+    return adopt(_read(folder, name, config, dtype).to(device).requires_grad_(False).eval(), name)
 
 
 def adopt(model: transformers.PreTrainedModel, name: str) -> Foreign:
     """A causal LM of transformers that is in memory already. `name` is what errors call it.
 
-    Its weights are shared, and it is put into evaluation, without gradients.
+    Its weights are shared and nothing about it is changed: it should be in evaluation mode.
 
     Raises CheckpointError for models that cannot be rolled back or cannot read a tree.
     """
     _refuse_by_config(name, model.config)
     _refuse_by_signature(name, model)
-    foreign = Foreign(model.requires_grad_(False).eval(), name)
+    foreign = Foreign(model, name)
     rehearse(foreign, name)
     return foreign
 

@@ -28,6 +28,7 @@ class Foreign:
     """A transformers model as a `Network`. See the module's text. `name` is what errors call it."""
 
     backend = TORCH
+    no_tokens: Tensor | None = None
 
     def __init__(self, model: transformers.PreTrainedModel, name: str):
         self.model = model

@@ -74,6 +74,7 @@ class PackedTransformer:
     """
 
     device = CPU
+    no_tokens: Tensor | None = None
 
     def __init__(self, config: TransformerConfig, dtype: torch.dtype, weights: torch.dtype | Formats | None = None):
         if config.head_dim > WIDEST_HEAD or dtype not in FORMATS:
