@@ -45,11 +45,20 @@ Length = Annotated[
 Parts = Annotated[int, typer.Option(min=1, help="Parts of a step (gradient accumulation).", rich_help_panel=SCHEDULE)]
 Rate = Annotated[
     float | None,
-    typer.Option(min=0.0, help="Peak learning rate.", rich_help_panel=SCHEDULE, show_default=PAPER),
+    typer.Option(
+        min=0.0, callback=fields.finite, help="Peak learning rate.", rich_help_panel=SCHEDULE, show_default=PAPER
+    ),
 ]
 Floor = Annotated[
     float | None,
-    typer.Option(min=0.0, max=1.0, help="Share of the rate at the end.", rich_help_panel=SCHEDULE, show_default=PAPER),
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        callback=fields.finite,
+        help="Share of the rate at the end.",
+        rich_help_panel=SCHEDULE,
+        show_default=PAPER,
+    ),
 ]
 Every = Annotated[int, typer.Option(min=1, rich_help_panel=SCHEDULE)]
 Seed = Annotated[
@@ -149,6 +158,8 @@ def _demand_sense(preset: str, out: Path, shape: Mapping[str, object], weights: 
     stranger = next((name for name in shape if name not in fields.flags(registry.preset(preset)[1].config)), None)
     if stranger:
         raise TrainingError(f"{preset} heads have no {stranger}: leave --{stranger.replace('_', '-')} out")
+    if not weights.decay:
+        raise TrainingError("nothing would be learnt: give --head-decay a number above 0")
     if not weights.text and not weights.teacher:
         raise TrainingError("nothing would be learnt: give --text-weight or --teacher-weight a number above 0")
     if out.name in ("", ".."):

@@ -31,6 +31,8 @@ from forerun.train.teacher import Teacher
 
 WIDEST_START = 12288
 """Inputs of a head above which no least squares are solved: their matrix takes 4 bytes times the square of that."""
+SHORTEST = 8
+"""Tokens of an answer with its prompt from which every head of the papers can learn something."""
 FEWEST_TOKENS = 2000
 """Answer tokens below which nothing can be learnt that holds elsewhere."""
 SMALLEST_SHARE = 0.02
@@ -179,9 +181,10 @@ def _demand_data(answers: Answers, network: Network, recipe: HeadsRecipe) -> Non
         raise TrainingError(
             f"{recipe.data} has token {largest} and {recipe.target} knows {network.vocab_size}: distil from this target"
         )
-    if recipe.length > network.max_length or recipe.length < 8 or recipe.rows < 1:
+    if recipe.length > network.max_length or recipe.length < SHORTEST or recipe.rows < 1:
         raise TrainingError(
-            f"batches of {recipe.rows} x {recipe.length} tokens do not fit a context of {network.max_length}"
+            f"batches of {recipe.rows} x {recipe.length} tokens do not fit a context of {network.max_length}:"
+            f" give --rows of 1 or more and a --length from {SHORTEST} to {network.max_length}"
         )
     tokens = sum(len(s.answer) for s in answers.training)
     if tokens < FEWEST_TOKENS or answers.trained_share < SMALLEST_SHARE:

@@ -195,7 +195,8 @@ def _text(recipe: ModelRecipe, config: TransformerConfig) -> TokenWindows:
             raise TrainingError(f"{path} is missing or shorter than one window: make the corpus with --build-corpus")
     if not 1 <= recipe.length <= config.max_length or recipe.rows < 1:
         raise TrainingError(
-            f"batches of {recipe.rows} x {recipe.length} tokens do not fit a context of {config.max_length}"
+            f"batches of {recipe.rows} x {recipe.length} tokens do not fit a context of {config.max_length}:"
+            f" give --rows of 1 or more and a --length from 1 to {config.max_length}"
         )
     return TokenWindows(train_path, heldout_path, recipe.rows, recipe.length, first=recipe.first)
 
