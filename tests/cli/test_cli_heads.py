@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from forerun.drafting import checkpoint as checkpoints
 from forerun.engine.load import load
 from forerun.sampling import SamplingParams
 from forerun.train.distill import read
+from forerun.train.least_squares import LeastSquares
 from forerun.train.objectives.descent import Descent
 
 FEW = ("--steps", 12, "--rows", 4, "--length", 96, "--validate-every", 6, "--save-every", 4, "--device", "cpu")
@@ -82,6 +85,7 @@ def test_the_figures_on_the_way(preset, trained):
     rows = [json.loads(line) for line in (folder.parent / "heads.run" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [6, 12]
     tops = {f"head{head}_top{k}" for head in range(1, heads + 1) for k in range(1, 6)}
+    tops |= {f"head{head}_loss" for head in range(1, heads + 1)}
     assert all(row.keys() == {"step", "train_loss", "seconds", "loss", "tokens_per_step", *tops} for row in rows)
     last = rows[-1]
     for head in range(1, heads + 1):
@@ -200,6 +204,28 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_nothing_had_happened(
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
     _, again, _ = trained("hydra", "parts")  # a finished run only writes its heads again
     assert again == out and config_of(parts)["training"]["figures"] == config_of(whole)["training"]["figures"]
+
+
+def test_ctrl_c_in_the_least_squares_start_keeps_it(trained, forerun, family, answers, tmp_path, monkeypatch):
+    whole, *_ = trained("hydra", "whole")
+    update, taken = LeastSquares.update, []
+
+    def interrupted(self, step):
+        taken.append(step)
+        if taken == [0, 1]:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(self, step)
+
+    monkeypatch.setattr(LeastSquares, "update", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    base = ("train", "hydra", "--target", family / "target", "--data", answers, "--out", tmp_path / "parts")
+    code, _, err = forerun(*base, *FEW, *FP32)
+    signal.signal(signal.SIGINT, before)
+    assert code == 130 and taken == [0, 1] and "goes on from the last checkpoint" in err
+    parts, *_ = trained("hydra", "parts")
+    assert taken[:3] == [0, 1, 2] and taken == sorted(set(taken)), "what was read is not read again"
+    ours, theirs = weights_of(parts), weights_of(whole)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_a_run_of_another_kind_is_not_gone_on_with(trained, forerun, family, answers, tmp_path):
