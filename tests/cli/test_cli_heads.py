@@ -333,7 +333,7 @@ def test_targets_that_cannot_be_had(refused_run, family, tmp_path):
         ("medusa", ("--head-decay", 0), "--head-decay"),
         ("hydra++", ("--dropout", "nan"), "--dropout"),
         ("medusa", ("--text-weight", "nan"), "--text-weight"),
-        ("medusa", ("--rate", "inf"), "inf is not a finite number"),
+        ("medusa", ("--rate", "inf"), "rate = inf: give a finite number"),
         ("medusa", ("--floor", "nan"), "--floor"),
         ("medusa", ("--heads", 0), "--heads"),
         ("hydra", ("--layers", 0), "--layers"),

@@ -163,10 +163,11 @@ def test_what_cannot_be_trained(refused, trained, data, tmp_path, family):
     assert "--out needs --run" in refused("train", "lm", "--corpus", data, "--build-corpus", "--out", tmp_path / "y")
     assert "--build-corpus" in refused("train", "lm", "--corpus", tmp_path / "no", "--run", tmp_path / "x", *TINY)
     assert "--init-from" in refused(*base, "--init-layers", "0")
-    for option in ("--validate-every", "--save-every", "--rows", "--steps"):
-        assert option in refused(*base, *TINY, option, 0)
+    for option in ("--validate-every", "--save-every"):
+        assert "of at least 1" in refused(*base, *TINY, option, 0)
     for option in ("--muon-rate", "--adam-rate", "--decay"):
-        assert option in refused(*base, *TINY, option, "inf")
+        assert "finite number of at least 0" in refused(*base, *TINY, option, "inf")
+        assert "finite number of at least 0" in refused(*base, *TINY, option, "nan")
     assert "--length from 1 to 64" in refused(*base, *TINY, "--length", 65)
     assert "exclude" in refused(*base, "--init-from", target, "--grow-from", target)
     assert "0,7" in refused(*base, "--init-from", target, "--init-layers", "a")

@@ -45,20 +45,11 @@ Length = Annotated[
 Parts = Annotated[int, typer.Option(min=1, help="Parts of a step (gradient accumulation).", rich_help_panel=SCHEDULE)]
 Rate = Annotated[
     float | None,
-    typer.Option(
-        min=0.0, callback=fields.finite, help="Peak learning rate.", rich_help_panel=SCHEDULE, show_default=PAPER
-    ),
+    typer.Option(min=0.0, help="Peak learning rate.", rich_help_panel=SCHEDULE, show_default=PAPER),
 ]
 Floor = Annotated[
     float | None,
-    typer.Option(
-        min=0.0,
-        max=1.0,
-        callback=fields.finite,
-        help="Share of the rate at the end.",
-        rich_help_panel=SCHEDULE,
-        show_default=PAPER,
-    ),
+    typer.Option(min=0.0, max=1.0, help="Share of the rate at the end.", rich_help_panel=SCHEDULE, show_default=PAPER),
 ]
 Every = Annotated[int, typer.Option(min=1, rich_help_panel=SCHEDULE)]
 Seed = Annotated[

@@ -37,7 +37,6 @@ HeadWeight = Annotated[
     float | None,
     typer.Option(
         min=0.0,
-        callback=fields.finite,
         help="Of all heads' losses together.",
         rich_help_panel=heads.LOSS,
         show_default="0.01 with original, 0.2 with text",
@@ -53,15 +52,11 @@ Ramp = Annotated[
     ),
 ]
 Rank = Annotated[int, typer.Option(min=1, help="Of the target's low-rank adapters.", rich_help_panel=ADAPTERS)]
-Alpha = Annotated[
-    float,
-    typer.Option(min=0.0, callback=fields.finite, help="Adapters count ALPHA / RANK.", rich_help_panel=ADAPTERS),
-]
+Alpha = Annotated[float, typer.Option(help="Adapters count ALPHA / RANK.", rich_help_panel=ADAPTERS)]
 Rate = Annotated[
     float | None,
     typer.Option(
         min=0.0,
-        callback=fields.finite,
         help="Peak learning rate of the target's adapters.",
         rich_help_panel=heads.SCHEDULE,
         show_default="1e-4 with original, 5e-4 with text",
@@ -71,7 +66,6 @@ HeadRate = Annotated[
     float | None,
     typer.Option(
         min=0.0,
-        callback=fields.finite,
         help="The heads' learning rate, in multiples of that.",
         rich_help_panel=heads.SCHEDULE,
         show_default="4",

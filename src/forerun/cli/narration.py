@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from forerun.drafting.drafter import Tally
@@ -107,13 +105,3 @@ def parts(tallies: Sequence[Tally]) -> list[str]:
 def on_stdout() -> Console:
     """Where generated text goes."""
     return Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else WIDTH)
-
-
-@contextmanager
-def bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr while it lasts, where that is a terminal. Yields what is told how much of how much is done."""
-    console = Console(stderr=True)
-    columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from forerun.cli import fields, heads, joint, options
+from forerun.cli import heads, joint, options
 from forerun.drafting import registry
 
 app = typer.Typer(help="Train models and drafters.")
@@ -43,21 +43,13 @@ Teacher = Annotated[
     str | None,
     typer.Option(metavar="MODEL", help="Learn this model's law instead of the text's.", rich_help_panel=START),
 ]
-Count = Annotated[int, typer.Option(min=1, rich_help_panel=SCHEDULE)]
-Warmup = Annotated[int, typer.Option(min=0, rich_help_panel=SCHEDULE)]
-Rate = Annotated[float, typer.Option(min=0.0, callback=fields.finite, rich_help_panel=SCHEDULE)]
+Count = Annotated[int, typer.Option(rich_help_panel=SCHEDULE)]
+Rate = Annotated[float, typer.Option(rich_help_panel=SCHEDULE)]
 Decay = Annotated[
-    float,
-    typer.Option(
-        min=0.0,
-        max=1.0,
-        callback=fields.finite,
-        help="Share of the steps in which the rates fall to 0.",
-        rich_help_panel=SCHEDULE,
-    ),
+    float, typer.Option(help="Share of the steps in which the rates fall to 0.", rich_help_panel=SCHEDULE)
 ]
 First = Annotated[
-    int, typer.Option(min=0, help="Batches to skip: those that an earlier run has seen.", rich_help_panel=SCHEDULE)
+    int, typer.Option(help="Batches to skip: those that an earlier run has seen.", rich_help_panel=SCHEDULE)
 ]
 Seed = Annotated[int, typer.Option(help="Of random first weights.", rich_help_panel=SCHEDULE)]
 Compile = Annotated[bool, typer.Option("--compile", help="torch.compile: a slow start, then faster steps.")]
@@ -89,7 +81,7 @@ def lm(
     rows: Count = 8,
     length: Count = 512,
     first: First = 0,
-    warmup: Warmup = 40,
+    warmup: Count = 40,
     decay: Decay = 0.4,
     muon_rate: Rate = 4e-3,
     adam_rate: Rate = 2e-3,
