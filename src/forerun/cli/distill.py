@@ -389,29 +389,14 @@ class _Display:
 
 
 def show_example(console: Any, tokenizer: Any, answer: Answer) -> None:
-    """The end of a prompt and its answer, which is marked: by colour, or by brackets where there is none."""
-    from rich.text import Text
+    """The end of a prompt and its answer, which is marked."""
+    from forerun.cli.samples import marked
 
-    from forerun.cli.narration import DRAFTED
-
-    prompt, said = _decoded(tokenizer, answer)
-    before = "\n".join(prompt.split("\n")[-SHOWN_LINES:])
     console.print(
         f"An example: what is marked is trained on ({len(answer.tokens)} tokens, {answer.finish}).\n", style="bold"
     )
-    opening, closing = ("", "") if console.is_terminal else ("⟦", "⟧")
-    console.print(Text.assemble((before, "dim"), opening, (said, DRAFTED), closing, "\n"), soft_wrap=True)
-
-
-def _decoded(tokenizer: Any, answer: Answer) -> tuple[str, str]:
-    """Texts of prompt and answer, special tokens included; ids for want of a tokenizer."""
-    prompt, said = list(answer.question.prompt), list(answer.tokens)
-    if tokenizer is None:
-        return f"{' '.join(map(str, prompt))} ", " ".join(map(str, said))
-    decode = tokenizer.backend_tokenizer.decode
-    before, whole = (decode(ids, skip_special_tokens=False) for ids in (prompt, prompt + said))
-    # Together, because a decoder drops the blank at the beginning of a text.
-    return before, whole[len(before) :] if whole.startswith(before) else decode(said, skip_special_tokens=False)
+    asked, is_terminal = answer.question, console.is_terminal
+    console.print(marked(tokenizer, asked.prompt, answer.tokens, is_terminal, SHOWN_LINES), "\n", soft_wrap=True)
 
 
 def summary(tally: Tally, questions: Questions) -> str:

@@ -14,7 +14,7 @@ from forerun.drafting import registry
 from forerun.drafting.trained import Trained, Weights
 
 if TYPE_CHECKING:
-    from forerun.train.drafters import HeadsTraining
+    from forerun.train.drafters import HeadsRecipe, HeadsTraining
 
 SHAPE, LOSS, SCHEDULE = "Shape", "Loss", "Schedule"
 PAPER = "the paper's"
@@ -96,33 +96,16 @@ def command(preset: str) -> Callable[..., None]:
         **given: Any,
     ) -> None:
         architecture = {name: given[name] for name in shapes if given[name] is not None}
-        weights = replace(chosen.weights, **given_of(Weights, given))
-        _demand_sense(preset, out, architecture, weights)
+        loss_weights = replace(chosen.weights, **given_of(Weights, given))
+        _demand_sense(preset, out, architecture, loss_weights)
 
-        from forerun.cli import engines
-        from forerun.nn.dtype import device_of
         from forerun.train import drafters
 
-        engines.quiet()
         rest = {"parts": parts, "validate_every": validate_every, "save_every": save_every}
-        recipe = drafters.HeadsRecipe(
-            preset=preset,
-            target=target,
-            data=data,
-            architecture=architecture,
-            weights=weights,
-            schedule=drafters.schedule_for(chosen, steps, rate, floor, **rest),
-            rows=rows,
-            length=length,
-            seed=seed,
-            init_from=init_from,
-            dtype=dtype,
-            start_batches=start_batches,
-            kernels=kernels,
-        )
-        training = drafters.prepare(recipe, device_of(device))
-        introduce(training)
-        report(training, training.fit(run or out.with_name(out.name + ".run"), out), out)
+        schedule = drafters.schedule_for(chosen, steps, rate, floor, **rest)
+        what = (preset, target, data, architecture, loss_weights, schedule)
+        recipe = drafters.HeadsRecipe(*what, rows, length, seed, init_from, dtype, start_batches, kernels)
+        _fit(recipe, run or run_of(out), out, device)
 
     train.__doc__ = f"""{chosen.sense}
 
@@ -131,6 +114,23 @@ def command(preset: str) -> Callable[..., None]:
     run's folder has a log of the figures on the way.
     """
     return fields.replacing(train, shape=list(shapes.values()), loss=fields.parameters(Weights, LOSS))
+
+
+def _fit(recipe: HeadsRecipe, run: Path, out: Path, device: str) -> None:
+    from forerun.cli import engines
+    from forerun.nn.dtype import device_of
+    from forerun.train import drafters
+
+    engines.quiet()
+    training = drafters.prepare(recipe, device_of(device))
+    introduce(training)
+    report(training, training.fit(run, out), out)
+    draw(training, run, f"{recipe.preset} heads for {Path(recipe.target).name}")
+
+
+def run_of(out: Path) -> Path:
+    """Where checkpoints go if nobody says."""
+    return out.with_name(f"{out.name}.run")
 
 
 def given_of(record: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,21 +175,16 @@ def _is_ours(config: Path) -> bool:
 def introduce(training: HeadsTraining) -> None:
     """One sample with what is trained on marked, and the size of everything."""
     from rich.console import Console
-    from rich.text import Text
 
-    from forerun.cli.narration import DRAFTED
+    from forerun.cli.samples import marked
     from forerun.sources.source import Source
     from forerun.train.drafters import example
 
     console, sample = Console(stderr=True), example(training)
     tokenizer = Source.of(training.recipe.target).tokenizer
-
-    def said(ids: Any) -> str:
-        return str(tokenizer.backend_tokenizer.decode(list(ids))) if tokenizer else " ".join(map(str, ids)) + " "
-
-    prompt, answer = said(sample.prompt[-SHOWN_TOKENS:]), said(sample.answer[:SHOWN_TOKENS])
-    marks = (answer, DRAFTED) if console.is_terminal else f">>>{answer}<<<"
-    console.print(Text.assemble((prompt, "dim"), marks), highlight=False, soft_wrap=True)
+    prompt, answer = sample.prompt[-SHOWN_TOKENS:], sample.answer[:SHOWN_TOKENS]
+    text = marked(tokenizer, prompt, answer, console.is_terminal, SHOWN_TOKENS)
+    console.print(text, highlight=False, soft_wrap=True)
     answers = training.answers
     tokens = sum(len(one.answer) for one in answers.training)
     numbers = sum(p.numel() for p in training.objective.module.parameters())
@@ -209,11 +204,12 @@ def report(training: HeadsTraining, figures: dict[str, float], out: Path) -> Non
     from forerun.cli.narration import on_stdout
 
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("head", "top 1", "top 2", "top 3", "top 4", "top 5"):
+    for heading in ("head", "loss", "top 1", "top 2", "top 3", "top 4", "top 5"):
         table.add_column(heading, justify="right")
     head = 1
     while f"head{head}_top1" in figures:
-        table.add_row(str(head), *(f"{figures[f'head{head}_top{k}']:.1%}" for k in range(1, 6)))
+        loss = f"{figures[f'head{head}_loss']:.2f}"
+        table.add_row(str(head), loss, *(f"{figures[f'head{head}_top{k}']:.1%}" for k in range(1, 6)))
         head += 1
     console = on_stdout()
     console.print(table)
@@ -225,3 +221,10 @@ def report(training: HeadsTraining, figures: dict[str, float], out: Path) -> Non
         highlight=False,
         soft_wrap=True,
     )
+
+
+def draw(training: HeadsTraining, run: Path, title: str) -> None:
+    from forerun.cli.pictures import picture
+
+    facts = f"{training.recipe.schedule.steps:,} steps on {len(training.answers.training):,} answers"
+    picture(run, title, facts, training.objective.teacher.device)

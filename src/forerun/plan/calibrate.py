@@ -15,7 +15,6 @@ the tokens per step is an error of measurement: it is measured again, and in the
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -34,6 +33,7 @@ from forerun.drafting.heads import HeadDrafter, HeadsModule
 from forerun.engine.engine import Engine
 from forerun.errors import DrafterError, TrainingError
 from forerun.files import put
+from forerun.nn.machine import processor
 from forerun.ranktree import Path as RankPath
 from forerun.ranktree import RankTree, most_followed
 from forerun.sampling import SamplingParams
@@ -340,7 +340,7 @@ def machine_of(engine: Engine) -> dict[str, Any]:
     network = engine.target.network
     return {
         "machine": {
-            "processor": platform.processor() or platform.machine(),
+            "processor": processor(network.device),
             "threads": torch.get_num_threads(),
             "device": str(network.device),
             "dtype": str(network.dtype).removeprefix("torch."),
