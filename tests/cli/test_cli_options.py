@@ -28,7 +28,7 @@ OPTIONS = {
     "calibrate": f"{MACHINE} --drafter --out --data --answers --rows --rounds --max-new-tokens --temperature --seed",
     "convert": "--to --out --target --prompts",
     "distill": f"{SAMPLING} {MACHINE} --out --prompts --builtin --corpus --prompt-length --limit --chat --template"
-    " --drafter --rows",
+    " --max-looping --drafter --rows",
     "train lm": "--corpus --run --out --build-corpus --vocabulary --width --layers --heads --kv-heads --head-dim"
     " --mlp-width --max-length --grow-from --init-from --init-layers --teacher --steps --rows --length --first"
     " --warmup --decay --muon-rate --adam-rate --validate-every --save-every --seed --device --compile",

@@ -75,6 +75,14 @@ Seed = Annotated[
     int,
     typer.Option(help="Of answers, and of the windows of --corpus.", rich_help_panel=options.SAMPLING),
 ]
+MaxLooping = Annotated[
+    float,
+    typer.Option(
+        metavar="FRACTION",
+        help="Of all answers, how many may end in a loop of the same words; what is more is left out.",
+        rich_help_panel=options.OUTPUT,
+    ),
+]
 Rows = Annotated[int, typer.Option(min=1, help="Answers that grow side by side.", rich_help_panel=options.MACHINE)]
 
 
@@ -94,6 +102,7 @@ def distill(
     top_k: options.TopK = 0,
     top_p: options.TopP = 1.0,
     min_p: options.MinP = 0.0,
+    max_looping: MaxLooping = 0.1,
     seed: Seed = 0,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -110,7 +119,7 @@ def distill(
     from forerun.cli.files import demand_place
     from forerun.train.distill import Ledger, Sampling, deal, demand_tokenizer, header_of
 
-    sampling = Sampling(tuple(temperature or (0.0,)), max_new_tokens, top_k, top_p, min_p, seed)
+    sampling = Sampling(tuple(temperature or (0.0,)), max_new_tokens, top_k, top_p, min_p, seed, max_looping)
     demand_place(out)
     wish = _Wish(prompts, builtin, corpus, prompt_length, limit, chat, template)
     source = _source(wish, seed)
@@ -411,4 +420,6 @@ def summary(tally: Tally, questions: Questions) -> str:
     ]
     left_out = {"duplicate": questions.duplicates, "empty": tally.empty, "too long for the context": questions.too_long}
     skipped = [f"{count} {what}" for what, count in left_out.items() if count]
-    return " · ".join([*(parts if tally.steps else parts[:1]), f"skipped: {', '.join(skipped) or 'none'}"])
+    if tally.loops.found:
+        parts.append(f"{tally.loops.found} loop to their end, {tally.loops.left_out} of them left out")
+    return " · ".join([*(parts if tally.steps else [parts[0], *parts[4:]]), f"skipped: {', '.join(skipped) or 'none'}"])
