@@ -274,12 +274,19 @@ def test_the_start_of_something_else(tmp_path: Path) -> None:
 # ---- the log
 
 
+def interrupted(watch: Watch = unwatched) -> dict[str, float]:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.usefixtures("ctrl_c")
 def test_the_log_is_one_of_a_run_without_interruption(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     schedule = Schedule(steps=6, adam_rate=0.01, save_every=100, validate_every=2)
-    for folder, presses in (("whole", [None]), ("parts", [{2: 1}, {4: 1}, None])):
-        for pressed in presses:
+    presses: list[Mapping[int, int]] = [{1: 1}, {2: 1}, {}, {4: 1}, {5: 1}, {}]  # step 1 is the second, and validated
+    for folder, each in (("whole", [{}]), ("parts", presses)):
+        for number, pressed in enumerate(each):
             one = Curved(pressed=pressed, schedule=schedule)
+            if number == 2:
+                one.validate = interrupted  # type: ignore[method-assign]
             with contextlib.suppress(KeyboardInterrupt):
                 Run(one, schedule, tmp_path / folder).finish("run")
     whole, parts = ([row | {"seconds": 0.0} for row in read_log(tmp_path / name)] for name in ("whole", "parts"))

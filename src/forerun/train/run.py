@@ -117,7 +117,7 @@ class Run:
     def __init__(self, objective: Objective, schedule: Schedule, folder: Path, record: Record | None = None):
         """Raises TrainingError if the folder holds a run of something else, or with another schedule."""
         self.objective, self.schedule, self.folder = objective, schedule, folder
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.loss = 0, 0.0, 0.0
         self._saved: int | None = None
         self._is_whole = False
         """Nothing is half done: what the objective is now is what it is after `step` steps."""
@@ -164,41 +164,47 @@ class Run:
 
     def _go_on(self, display: Display) -> dict[str, float]:
         figures: dict[str, float] = {}
+        if self._is_logged and self.step not in {row["step"] for row in read_log(self.folder)}:
+            figures = self._look(display)  # an interruption came between the step and this
         while self.step < self.schedule.steps:
-            loss = self._update()
-            if self._is_validated:
-                figures = self._validate(display)
-            self._log(loss, figures if self._is_validated else {})
+            self._update()
+            figures = self._look(display) or figures
             if self.step == self.schedule.steps or self.step % self.schedule.save_every == 0:
                 self._save()
-            display.step(self.step, f"loss {loss:.3f}{_told(figures)}", self._is_validated)
+            display.step(self.step, f"loss {self.loss:.3f}{_told(figures)}", self._is_validated)
+        return figures
+
+    def _look(self, display: Display) -> dict[str, float]:
+        """After a step: the figures, if there are to be any, and a row of the log."""
+        figures = self._validate(display) if self._is_validated else {}
+        if self._is_logged:
+            row = {"step": self.step, "train_loss": self.loss, "seconds": self.seconds, **figures}
+            with (self.folder / LOG).open("a") as file:
+                file.write(json.dumps({key: round(value, 5) for key, value in row.items()}) + "\n")
         return figures
 
     def _validate(self, display: Display) -> dict[str, float]:
         with display.phase("validation") as watch:
             return self.objective.validate(watch)
 
-    def _update(self) -> float:
+    def _update(self) -> None:
         started = time.perf_counter()
         with held_back("the end of this step"):
             self._is_whole = False
-            loss = self.objective.update(self.step)
+            self.loss = self.objective.update(self.step)
             self.seconds += time.perf_counter() - started
             self.step += 1
             self._is_whole = True
-        return loss
 
     @property
     def _is_validated(self) -> bool:
         """The last step was one after which there are figures."""
         return self.step == self.schedule.steps or self.step % self.schedule.validate_every == 0
 
-    def _log(self, loss: float, figures: Mapping[str, float]) -> None:
-        if not figures and self.step % LOG_EVERY:
-            return
-        row = {"step": self.step, "train_loss": loss, "seconds": self.seconds, **figures}
-        with (self.folder / LOG).open("a") as file:
-            file.write(json.dumps({key: round(value, 5) for key, value in row.items()}) + "\n")
+    @property
+    def _is_logged(self) -> bool:
+        """The log has a row for the last step."""
+        return self.step > 0 and (self._is_validated or self.step % LOG_EVERY == 0)
 
     def _leave(self) -> None:
         """Keep what there is, and say how to go on if there is a way."""
@@ -213,7 +219,8 @@ class Run:
             print(f"nothing is kept in {self.folder}: the same command begins anew", file=sys.stderr)
 
     def _save(self) -> None:
-        note = {"step": self.step, "seconds": self.seconds, "schedule": self.schedule.as_json()}
+        done = {"step": self.step, "seconds": self.seconds, "loss": self.loss}
+        note = done | {"schedule": self.schedule.as_json()}
         self._write(STATE, self.objective.state(), note, f"step {self.step}")
         self._saved = self.step
         (self.folder / START).unlink(missing_ok=True)
@@ -256,7 +263,7 @@ class Run:
             raise TrainingError(
                 f"{path} belongs to a model of another shape: remove it, or train into another folder"
             ) from None
-        self.step, self.seconds = int(note["step"]), float(note["seconds"])
+        self.step, self.seconds, self.loss = int(note["step"]), float(note["seconds"]), float(note.get("loss", 0.0))
         self._saved = self.step
 
 
