@@ -68,7 +68,11 @@ def data(sources, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpus, "installed", lambda: [sources])
-        recipe.build_corpus(folder, VOCABULARY)
+        told: list[tuple[int, int]] = []
+        recipe.build_corpus(folder, VOCABULARY, lambda done, total: told.append((done, total)))
+    files = json.loads((folder / "sources.json").read_text())
+    assert [done for done, _ in told] == list(range(1, len(told) + 1)), "a bar goes forward"
+    assert {total for _, total in told} == {files["train_files"] + files["heldout_files"]} == {len(told)}
     return folder
 
 
@@ -237,7 +241,7 @@ def test_the_family_script_says_what_this_command_understands(forerun, tmp_path,
         return ""
 
     monkeypatch.setattr(recipe, "train", noted)
-    monkeypatch.setattr(recipe, "build_corpus", lambda folder, vocabulary: str(vocabulary))
+    monkeypatch.setattr(recipe, "build_corpus", lambda folder, vocabulary, watch: str(vocabulary))
     lines = commands_of("family", tmp_path)
     assert [forerun(*line)[0] for line in lines] == [0] * 4
     assert [out for _, out in made] == ["target", "small", "wide"]

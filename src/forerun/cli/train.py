@@ -100,13 +100,16 @@ def lm(
     """
     _demand_sense(build_corpus, run, out, init_from, init_layers, grow_from)
 
+    from forerun.cli.bars import bar
     from forerun.cli.pictures import picture
     from forerun.nn.dtype import device_of
     from forerun.train import recipe
     from forerun.train.schedule import Schedule
 
     if build_corpus:
-        print(recipe.build_corpus(corpus, vocabulary))
+        with bar("the corpus") as watch:
+            built = recipe.build_corpus(corpus, vocabulary, watch)
+        print(built)
     if run is None:
         return
     sizes = recipe.Sizes(width, layers, heads, kv_heads, head_dim, mlp_width, max_length)
