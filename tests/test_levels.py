@@ -20,6 +20,7 @@ LEVELS = (
     ("layouts", "engine"),  # the loop, and what it does not know
     ("drafters",),
     ("train",),  # uses of the engine
+    ("plots",),
     ("plan", "bench", "check", "serve", "hf"),
     ("cli",),
     ("__main__",),

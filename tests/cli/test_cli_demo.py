@@ -88,7 +88,7 @@ def test_sampling_has_no_identical(ran, tmp_path):
 
 def test_without_matplotlib_a_sentence(family, refused, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    assert "forerun[plot]" in refused("demo", "--model", family / "target", "--plot", tmp_path / "rows.png")
+    assert "forerun[plots]" in refused("demo", "--model", family / "target", "--plot", tmp_path / "rows.png")
 
 
 def test_prompts_are_spread_over_categories():

@@ -11,11 +11,12 @@ import pytest
 import transformers
 
 import forerun as library
+from forerun.cli.distill import summary
 from forerun.cli.openings import parse
 from forerun.engine.engine import Engine
 from forerun.errors import RequestError
 from forerun.sampling import SamplingParams
-from forerun.train.distill import read
+from forerun.train.distill import Loops, Questions, Tally, read
 
 SHORT = ("--max-new-tokens", 6, "--dtype", "fp32")
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -89,7 +90,14 @@ def test_the_header_says_what_made_the_file(target, texts, distil):
     assert (header["forerun"], header["version"], header["seed"]) == ("distilled", 1, 0)
     assert header["target"]["name"] == "target" and len(header["target"]["fingerprint"]) == 64
     assert (header["dtype"], header["weights"]) == ("float32", "float32") and header["kernels"] in ("native", "torch")
-    sampling = {"temperatures": [0.0, 0.7], "max_new_tokens": 6, "top_k": 9, "top_p": 1.0, "min_p": 0.0}
+    sampling = {
+        "temperatures": [0.0, 0.7],
+        "max_new_tokens": 6,
+        "top_k": 9,
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "max_looping": 0.1,
+    }
     assert header["sampling"] == sampling and header["template"] is None
     assert header["source"]["kind"] == "prompts" and header["source"]["name"] == "prompts.txt"
     assert [sample.temperature for sample in read(out).samples].count(0.7) == 3
@@ -222,11 +230,18 @@ def test_one_source_of_prompts(target, texts, corpus, refused, tmp_path):
     assert not (tmp_path / "a.jsonl").exists()
 
 
+def test_how_many_answers_loop_is_said():
+    tally = Tally(wanted=20, known=3, answers=17, loops=Loops(9, 7))
+    assert "9 loop to their end, 7 of them left out" in summary(tally, Questions([]))
+    assert "loop" not in summary(Tally(wanted=20, answers=20, steps=1), Questions([]))
+
+
 def test_values_that_make_no_sense(target, texts, refused, tmp_path):
     base = ("distill", target, "--prompts", texts, "--out", tmp_path / "a.jsonl")
     assert "top_p has no effect at temperature 0" in refused(*base, "--top-p", 0.5)
     assert "max_new_tokens=0" in refused(*base, "--max-new-tokens", 0)
     assert "temperature=-1" in refused(*base, "--temperature", 0, "--temperature", -1)
+    assert "give a number from 0 to 1" in refused(*base, "--max-looping", 1.5)
     assert "nonsense" in refused(*base, "--drafter", "nonsense")
     assert "no folder" in refused("distill", target, "--prompts", texts, "--out", tmp_path / "no" / "a.jsonl")
     assert "Is a directory" in refused("distill", target, "--prompts", texts, "--out", tmp_path)

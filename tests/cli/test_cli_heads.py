@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from forerun.drafting import checkpoint as checkpoints
 from forerun.engine.load import load
 from forerun.sampling import SamplingParams
 from forerun.train.distill import read
+from forerun.train.least_squares import LeastSquares
 from forerun.train.objectives.descent import Descent
 
 FEW = ("--steps", 12, "--rows", 4, "--length", 96, "--validate-every", 6, "--save-every", 4, "--device", "cpu")
@@ -67,7 +71,7 @@ def test_heads_are_trained_and_the_engine_takes_them(preset, trained, family, sa
     assert [path.name for path in folder.parent.iterdir() if path.name.startswith(".")] == []
     figures = config_of(folder)["training"]["figures"]
     assert f"{folder}: {figures['tokens_per_step']:.2f} tokens per step projected on held-out answers" in out
-    assert "forerun calibrate" in out and err.count(">>>") == err.count("<<<") == 1
+    assert "forerun calibrate" in out and err.count("⟦") == err.count("⟧") == 1
     options = ("generate", family / "target", "def main(", "--max-new-tokens", 32, *FP32)
     plain, drafted = said(*options), said(*options, "--drafter", f"{KINDS[preset]}:{folder}")
     assert drafted["token_ids"] == plain["token_ids"]
@@ -82,12 +86,15 @@ def test_the_figures_on_the_way(preset, trained):
     rows = [json.loads(line) for line in (folder.parent / "heads.run" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [6, 12]
     tops = {f"head{head}_top{k}" for head in range(1, heads + 1) for k in range(1, 6)}
+    tops |= {f"head{head}_loss" for head in range(1, heads + 1)}
     assert all(row.keys() == {"step", "train_loss", "seconds", "loss", "tokens_per_step", *tops} for row in rows)
     last = rows[-1]
     for head in range(1, heads + 1):
         shares = [last[f"head{head}_top{k}"] for k in range(1, 6)]
         assert shares == sorted(shares) and all(0 <= share <= 1 for share in shares)
-        assert f"{head}  " + "  ".join(f"{share:.1%}".rjust(5) for share in shares) in out
+        assert (
+            f"{head}  {last[f'head{head}_loss']:.2f}  " + "  ".join(f"{share:.1%}".rjust(5) for share in shares) in out
+        )
     assert 1 <= last["tokens_per_step"] <= 1 + heads
     recorded = config_of(folder)["training"]["figures"]
     assert recorded == pytest.approx({name: last[name] for name in recorded}, abs=1e-4)
@@ -122,11 +129,27 @@ def test_the_sample_that_is_shown_is_one_that_is_trained_on(trained, answers, fa
     samples = read(answers).samples
     tokenizer = transformers.AutoTokenizer.from_pretrained(family / "target")
     prompt, answer = (tokenizer.decode(list(ids)) for ids in (samples[0].prompt, samples[0].answer))
-    assert f"{prompt}>>>{answer}<<<" in err
+    assert f"{prompt}⟦{answer}⟧" in err
     training = [sample for number, sample in enumerate(samples, 1) if number % 20]
     tokens = sum(len(sample.answer) for sample in training)
     share = tokens / sum(len(sample.prompt) + len(sample.answer) for sample in training)
     assert f"{share:.0%} of what is read, {tokens:,} tokens in 57 answers; 3 answers are held out" in err
+
+
+def test_a_training_leaves_its_picture(trained, monkeypatch):
+    pytest.importorskip("matplotlib")
+    folder, _, err = trained("medusa", "heads")
+    run = folder.parent / "heads.run"
+    assert f"{run / 'training.png'}: a picture of the training; training-dark.png beside it" in err
+    assert {path.name for path in run.glob("*.png")} == {"training.png", "training-dark.png"}
+    assert "heads: step 6/12  loss " in err and "  heads " in err
+
+
+def test_without_matplotlib_a_training_ends_well_and_a_sentence_says_how_to_have_the_picture(trained, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    folder, out, err = trained("medusa", "heads")
+    assert "tokens per step" in out and "pip install 'forerun[plots]'" in err.splitlines()[-1]
+    assert not list(folder.parent.rglob("*.png"))
 
 
 def test_without_a_tokenizer_ids_are_shown(forerun, family, answers, tmp_path):
@@ -134,7 +157,7 @@ def test_without_a_tokenizer_ids_are_shown(forerun, family, answers, tmp_path):
     base = ("train", "medusa", "--target", tmp_path / "target", "--data", answers, "--out", tmp_path / "heads")
     code, _, err = forerun(*base, *FEW, *FP32)
     sample = read(answers).samples[0]
-    assert code == 0 and f"{' '.join(map(str, sample.prompt))} >>>{sample.answer[0]} " in err
+    assert code == 0 and f"{' '.join(map(str, sample.prompt))} ⟦{sample.answer[0]} " in err
 
 
 def test_in_the_number_format_of_the_machine(trained):
@@ -200,6 +223,28 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_nothing_had_happened(
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
     _, again, _ = trained("hydra", "parts")  # a finished run only writes its heads again
     assert again == out and config_of(parts)["training"]["figures"] == config_of(whole)["training"]["figures"]
+
+
+def test_ctrl_c_in_the_least_squares_start_keeps_it(trained, forerun, family, answers, tmp_path, monkeypatch):
+    whole, *_ = trained("hydra", "whole")
+    update, taken = LeastSquares.update, []
+
+    def interrupted(self, step):
+        taken.append(step)
+        if taken == [0, 1]:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(self, step)
+
+    monkeypatch.setattr(LeastSquares, "update", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    base = ("train", "hydra", "--target", family / "target", "--data", answers, "--out", tmp_path / "parts")
+    code, _, err = forerun(*base, *FEW, *FP32)
+    signal.signal(signal.SIGINT, before)
+    assert code == 130 and taken == [0, 1] and "goes on from the last checkpoint" in err
+    parts, *_ = trained("hydra", "parts")
+    assert taken[:3] == [0, 1, 2] and taken == sorted(set(taken)), "what was read is not read again"
+    ours, theirs = weights_of(parts), weights_of(whole)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_a_run_of_another_kind_is_not_gone_on_with(trained, forerun, family, answers, tmp_path):
@@ -302,6 +347,13 @@ def test_targets_that_cannot_be_had(refused_run, family, tmp_path):
         ("hydra", ("--vocabulary", "600"), "shared"),
         ("medusa", ("--length", 2000), "context of 1024"),
         ("medusa", ("--length", 4), "4 tokens"),
+        ("medusa", ("--length", 0), "--length from 8 to 1024"),
+        ("medusa", ("--head-decay", "inf"), "inf is not a finite number"),
+        ("medusa", ("--head-decay", 0), "--head-decay"),
+        ("hydra++", ("--dropout", "nan"), "--dropout"),
+        ("medusa", ("--text-weight", "nan"), "--text-weight"),
+        ("medusa", ("--rate", "inf"), "rate = inf: give a finite number"),
+        ("medusa", ("--floor", "nan"), "--floor"),
         ("medusa", ("--heads", 0), "--heads"),
         ("hydra", ("--layers", 0), "--layers"),
         ("hydra++", ("--dropout", 1.5), "--dropout"),

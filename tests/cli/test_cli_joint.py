@@ -70,6 +70,11 @@ def test_what_cannot_be_trained(refused, family, answers, tmp_path):
     base = ("train", "medusa2", "--target", family / "target", "--data", answers, "--out", out, *FEW)
     assert "original or text" in refused(*base, "--keep", "both")
     assert "sine:R" in refused(*base, "--ramp", "steep")
+    for option in ("--alpha", "--head-decay", "--head-weight", "--head-rate", "--rate"):
+        assert "finite number" in refused(*base, option, "inf")
+        for value in ("nan", -1):
+            refused(*base, option, value)
+    assert "--length from 8 to 1024" in refused(*base, "--length", 0)
     assert "cannot be read" in refused(*base, "--data", tmp_path / "no.jsonl")
     assert "config.json" in refused(*base, "--init-from", tmp_path)
     (tmp_path / "file").write_text("")

@@ -37,7 +37,7 @@ OPTIONS = {
     " --max-tokens --temperature --seed --revision",
     "convert": f"{PROMPTS} --to --out --target",
     "distill": f"{SAMPLING} {MACHINE} {PROMPTS} {CHAT} --out --builtin --corpus --prompt-length --limit"
-    " --drafter --rows --batch-size --revision --num-speculative-tokens",
+    " --max-looping --drafter --rows --batch-size --revision --num-speculative-tokens",
     "train lm": "--corpus --run --out --build-corpus --vocabulary --width --layers --heads --kv-heads --head-dim"
     " --mlp-width --max-length --grow-from --init-from --init-layers --teacher --steps --rows --batch-size --length"
     " --first"

@@ -68,7 +68,11 @@ def data(sources, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpus, "installed", lambda: [sources])
-        recipe.build_corpus(folder, VOCABULARY)
+        told: list[tuple[int, int]] = []
+        recipe.build_corpus(folder, VOCABULARY, lambda done, total: told.append((done, total)))
+    files = json.loads((folder / "sources.json").read_text())
+    assert [done for done, _ in told] == list(range(1, len(told) + 1)), "a bar goes forward"
+    assert {total for _, total in told} == {files["train_files"] + files["heldout_files"]} == {len(told)}
     return folder
 
 
@@ -163,6 +167,12 @@ def test_what_cannot_be_trained(refused, trained, data, tmp_path, family):
     assert "--out needs --run" in refused("train", "lm", "--corpus", data, "--build-corpus", "--out", tmp_path / "y")
     assert "--build-corpus" in refused("train", "lm", "--corpus", tmp_path / "no", "--run", tmp_path / "x", *TINY)
     assert "--init-from" in refused(*base, "--init-layers", "0")
+    for option in ("--validate-every", "--save-every"):
+        assert "of at least 1" in refused(*base, *TINY, option, 0)
+    for option in ("--muon-rate", "--adam-rate", "--decay"):
+        assert "finite number of at least 0" in refused(*base, *TINY, option, "inf")
+        assert "finite number of at least 0" in refused(*base, *TINY, option, "nan")
+    assert "--length from 1 to 64" in refused(*base, *TINY, "--length", 65)
     assert "exclude" in refused(*base, "--init-from", target, "--grow-from", target)
     assert "0,7" in refused(*base, "--init-from", target, "--init-layers", "a")
     assert "no layer 7" in refused(*base, "--init-from", target, "--init-layers", "0,7")
@@ -231,7 +241,7 @@ def test_the_family_script_says_what_this_command_understands(forerun, tmp_path,
         return ""
 
     monkeypatch.setattr(recipe, "train", noted)
-    monkeypatch.setattr(recipe, "build_corpus", lambda folder, vocabulary: str(vocabulary))
+    monkeypatch.setattr(recipe, "build_corpus", lambda folder, vocabulary, watch: str(vocabulary))
     lines = commands_of("family", tmp_path)
     assert [forerun(*line)[0] for line in lines] == [0] * 4
     assert [out for _, out in made] == ["target", "small", "wide"]

@@ -31,7 +31,17 @@ from forerun.errors import CheckpointError, DrafterError, ForerunError, Training
 from forerun.model import Model
 from forerun.nn.transformer import Transformer, TransformerConfig
 from forerun.plan import calibrate as module
-from forerun.plan.calibrate import Calibration, answers_of, calibrate, followed_paths, trees_from, write
+from forerun.plan.calibrate import (
+    Calibration,
+    Candidate,
+    Pair,
+    Stopwatch,
+    answers_of,
+    calibrate,
+    followed_paths,
+    trees_from,
+    write,
+)
 from forerun.ranktree import RankTree
 from forerun.sampling import SamplingParams
 from forerun.train.answers import Answers
@@ -87,10 +97,7 @@ def clock(monkeypatch) -> Callable[..., None]:
     """Set what a step costs: plain, and by the number of nodes."""
 
     def set_(plain: float, seconds: Callable[[int], float]) -> None:
-        def timings(engine, drafter, trees, prompts, temperature, rows, rounds, watch):
-            return [[plain] * rounds, *([seconds(tree.size)] * rounds for tree in trees)]
-
-        monkeypatch.setattr(module, "_timings", timings)
+        monkeypatch.setattr(module._Bench, "pair", lambda bench, tree, number: Pair(plain, seconds(tree.size)))
 
     return set_
 
@@ -172,65 +179,124 @@ def test_the_halves_are_apart(kind, clock):
 def test_what_is_projected_is_what_the_engine_needs(kind, clock):
     clock(1.0, lambda nodes: 1.0 + 0.01 * nodes)
     found = calibrate(engine(kind), trained(kind), samples())
-    tree, asked = found.tree, samples()[1::2]
+    tree, asked = found.best.tree, samples()[1::2]
     drafting = engine_of_heads(trained(kind), lively(), tree, max_rows=4)
     prompts = [list(sample.prompt) for sample in asked]
     outputs = drafting.generate(prompts, [SamplingParams(max_new_tokens=len(sample.answer)) for sample in asked])
     assert [tuple(output.token_ids) for output in outputs] == [sample.answer for sample in asked]
     measured = sum(o.stats.new_tokens for o in outputs) / sum(o.stats.steps for o in outputs)
-    assert measured == pytest.approx(found.best.tokens_per_step) and found.best.nodes == tree.size
+    assert measured == pytest.approx(found.best.tokens_per_step)
 
 
 # ---- choosing
 
 
-def test_the_most_tokens_per_second_win(clock):
-    clock(0.5, lambda nodes: 1.0 if nodes <= 4 else 0.1 * nodes)
-    found = calibrate(engine(), trained("medusa"), samples(), rows=2)
+def test_the_greatest_speed_up_wins(clock):
+    clock(0.9, lambda nodes: 1.0 if nodes <= 4 else 0.25 * nodes)
+    found = calibrate(engine(), trained("medusa"), samples(), Stopwatch(rows=2))
     speeds = [candidate.tokens_per_step / candidate.step_seconds for candidate in found.candidates]
     assert found.best is found.candidates[speeds.index(max(speeds))] and 1 < found.best.nodes < 63
     assert found.best.tokens_per_second == max(speeds)
-    assert found.speedup == pytest.approx(max(speeds) * 0.5) and (found.plain_seconds, found.rows) == (0.5, 2)
+    assert found.best.speedup == pytest.approx(max(speeds) * 0.9) and (found.plain_seconds, found.rows) == (0.9, 2)
 
 
 def test_steps_that_cost_nothing_more_deserve_all_nodes_and_dear_ones_few(clock):
     clock(1.0, lambda nodes: 1.0)
     free = calibrate(engine(), trained("medusa"), samples())
     assert free.best.tokens_per_step == max(candidate.tokens_per_step for candidate in free.candidates)
-    clock(1.0, lambda nodes: 1.0 + nodes)
+    clock(1.0, lambda nodes: 1.0 + 0.02 * nodes)
     assert calibrate(engine(), trained("medusa"), samples()).best.nodes < free.best.nodes
 
 
-def test_timings_are_interleaved_and_their_median_counts(monkeypatch):
+def test_every_tree_is_timed_beside_plain_steps(monkeypatch):
     asked: list[tuple[int, list[list[int]], SamplingParams]] = []
 
-    def seconds(engine, prompts, params):
+    def seconds(engine, prompts, params, clock):
         asked.append((engine.drafter.max_nodes, prompts, params))
-        return 1.0 + len(asked)
+        return 1.0 if engine.drafter.max_nodes == 0 else 1.0 + len(asked) / 1000
 
     seen: list[tuple[int, int]] = []
     monkeypatch.setattr(module, "_step_seconds", seconds)
-    found = calibrate(engine(), trained("medusa"), samples(), 2, 3, lambda done, total: seen.append((done, total)))
-    sizes = [0, *(candidate.nodes for candidate in found.candidates)]
+    watch = lambda done, total: seen.append((done, total))  # noqa: E731
+    found = calibrate(engine(), trained("medusa"), samples(), Stopwatch(2, 3), watch)
+    sizes = [candidate.nodes for candidate in found.candidates]
     width = len(sizes)
-    assert [nodes for nodes, *_ in asked] == sizes * 3
+    assert [nodes for nodes, *_ in asked] == [nodes for size in sizes for nodes in (0, size)] * 3
     prompts = [list(sample.prompt) for sample in samples()]
-    assert [chosen for _, chosen, _ in asked[::width]] == [prompts[0:2], prompts[2:4], prompts[4:6]]
+    assert [chosen for _, chosen, _ in asked[:: 2 * width]] == [prompts[0:2], prompts[2:4], prompts[4:6]]
     assert all(params.is_greedy and params.ignore_eos for *_, params in asked)
     first = found.candidates[0]
-    assert first.step_seconds == 1.0 + 2 + width and first.spread == (1.0 + 2, 1.0 + 2 + 2 * width)
-    assert found.plain_seconds == 1.0 + 1 + width
+    expected = [1 + (2 + 2 * width * round_) / 1000 for round_ in range(3)]
+    assert [pair.drafted for pair in first.pairs] == expected and first.step_seconds == expected[1]
+    assert first.spread == pytest.approx((first.tokens_per_step / expected[2], first.tokens_per_step / expected[0]))
     assert seen == [(done, 3 * width) for done in range(1, 3 * width + 1)]
 
 
 def test_drawn_answers_are_timed_as_such(monkeypatch):
     asked: list[SamplingParams] = []
-    monkeypatch.setattr(
-        module, "_step_seconds", lambda engine, prompts, params: float(len(asked.append(params) or asked))
-    )
+    monkeypatch.setattr(module, "_step_seconds", lambda engine, prompts, params, clock: float(not asked.append(params)))
     drawn = [Sample(sample.prompt, sample.answer, 0.7) for sample in samples()]
-    calibrate(engine(), trained("medusa"), drawn, rounds=1)
+    calibrate(engine(), trained("medusa"), drawn, Stopwatch(rounds=1))
     assert {params.temperature for params in asked} == {0.7} and all(params.seed is not None for params in asked)
+
+
+# ---- believing
+
+
+CHAIN = RankTree([(0,)])
+
+
+def candidate(*pairs: tuple[float, float], tokens: float = 1.5) -> Candidate:
+    return Candidate(CHAIN, tokens, tuple(Pair(*pair) for pair in pairs))
+
+
+def verdict(*candidates: Candidate) -> Calibration:
+    return Calibration(candidates, rows=1, answers=8)
+
+
+def test_a_speed_up_above_the_tokens_per_step_is_not_believed():
+    """Once 13.00x at 1.23 tokens per step was saved, for two plain timings had been held up."""
+    found = verdict(candidate((10.6, 1.0), (10.6, 1.0), tokens=1.23), candidate((1.0, 1.1), (1.0, 1.2)))
+    assert [one.is_believed for one in found.candidates] == [False, True]
+    assert found.best is found.candidates[1]
+    assert [one["speedup"] for one in found.as_dict({})["candidates"]] == [found.best.speedup]
+
+
+def test_drafting_must_beat_plain_decoding_in_every_pair():
+    assert verdict(candidate((1.0, 1.4), (1.0, 1.4), (1.0, 1.4))).best is not None
+    wavering = verdict(candidate((1.0, 1.2), (1.0, 1.2), (1.0, 1.6)))
+    assert wavering.best is None
+    assert "at most 1.25x, and that between 0.94x and 1.25x" in wavering.refusal
+    slower = verdict(candidate((1.0, 2.0), (1.0, 3.0)))
+    assert slower.best is None and "does not beat plain decoding" in slower.refusal
+
+
+def test_nothing_is_written_of_what_does_not_pay(tmp_path):
+    for one in (candidate((1.0, 2.0)), candidate((1.0, 0.5))):
+        with pytest.raises(TrainingError, match="calibrate again while"):
+            write(verdict(one), {}, tmp_path / "tree.json")
+    assert not list(tmp_path.iterdir())
+    assert "faster than plain steps, which they cannot be" in verdict(candidate((1.0, 0.5))).refusal
+
+
+@pytest.mark.parametrize("held_up", [2, 4, 100])
+def test_what_is_not_believed_is_measured_again(held_up, monkeypatch):
+    """The plain steps beside the smallest tree are held up in the first rounds."""
+    made: Counter[int] = Counter()
+
+    def pair(bench, tree, number):
+        made[tree.size] += 1
+        return Pair(20.0 if tree.size == 1 and made[1] <= held_up else 1.0, 1.1)
+
+    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr(module, "SIZES", (1, 2, 3))
+    monkeypatch.setattr(module._Bench, "pair", pair)
+    watch = lambda done, total: seen.append((done, total))  # noqa: E731
+    found = calibrate(engine(), trained("medusa"), samples(), Stopwatch(rounds=3), watch)
+    assert made == {1: {2: 6, 4: 9, 100: 9}[held_up], 2: 3, 3: 3}
+    assert found.candidates[0].is_believed == (held_up < 100)
+    assert found.best is not None and found.best.speedup < found.best.tokens_per_step
+    assert seen[-1][0] == seen[-1][1] == sum(made.values())
 
 
 # ---- a step
@@ -252,7 +318,9 @@ class Recorded:
             return pieces
 
         monkeypatch.setattr(Engine, "step", ticking)
-        monkeypatch.setattr(module.time, "perf_counter", lambda: self.now)
+
+    def clock(self) -> float:
+        return self.now
 
 
 def told(context: int, depth: int = 3) -> Engine:
@@ -270,35 +338,35 @@ def test_only_steps_with_all_rows_and_no_reading_count(monkeypatch, rows, contex
     prompts = [[1, 2, 3, 4, 5, 6, 7] * 40, [3, 1], [2] * 9][:rows]
     params = SamplingParams(max_new_tokens=4 * (module.WARM_UP + module.STEPS + 1), ignore_eos=True)
     running = told(context)
-    assert module._step_seconds(running, prompts, params) == float(rows)
+    assert module._step_seconds(running, prompts, params, recorded.clock) == float(rows)
     assert running.is_idle
     if context == 4096:
         assert len(recorded.rows) == 1 + module.WARM_UP + module.STEPS
 
 
 def test_a_context_without_room_is_refused(monkeypatch):
-    Recorded(monkeypatch)
+    clock = Recorded(monkeypatch).clock
     params = SamplingParams(max_new_tokens=100, ignore_eos=True)
     running = told(5)
     with pytest.raises(TrainingError, match="context of 5 tokens"):
-        module._step_seconds(running, [[1, 2, 3]], params)
+        module._step_seconds(running, [[1, 2, 3]], params, clock)
     assert running.is_idle
     with pytest.raises(ForerunError):
-        module._step_seconds(told(1), [[1, 2, 3]], params)
+        module._step_seconds(told(1), [[1, 2, 3]], params, clock)
 
 
 def test_warm_up_does_not_count(monkeypatch):
     costs = itertools.chain([50.0] * module.WARM_UP, itertools.repeat(2.0))
-    Recorded(monkeypatch, lambda rows: next(costs))
+    clock = Recorded(monkeypatch, lambda rows: next(costs)).clock
     params = SamplingParams(max_new_tokens=200, ignore_eos=True)
-    assert module._step_seconds(told(4096), [[1, 2, 3]], params) == 2.0
+    assert module._step_seconds(told(4096), [[1, 2, 3]], params, clock) == 2.0
 
 
 def test_a_fault_leaves_the_engine_idle(monkeypatch):
     monkeypatch.setattr(Engine, "_emit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     running = told(4096)
     with pytest.raises(KeyboardInterrupt):
-        module._step_seconds(running, [[1, 2, 3]], SamplingParams(max_new_tokens=200))
+        module._step_seconds(running, [[1, 2, 3]], SamplingParams(max_new_tokens=200), float)
     assert running.is_idle
 
 
@@ -310,9 +378,9 @@ def test_a_fault_leaves_the_engine_idle(monkeypatch):
 def test_on_this_machine(kind, kernels, monkeypatch):
     monkeypatch.setattr(module, "SIZES", (1, 4, 12))
     monkeypatch.setattr(module, "STEPS", 3)
-    found = calibrate(engine(kind, kernels, max_rows=2), trained(kind), samples(), rows=2, rounds=1)
-    assert len(found.candidates) == 3 and found.best in found.candidates and found.plain_seconds > 0
-    assert found.tree.size == found.best.nodes and all(one.step_seconds > 0 for one in found.candidates)
+    found = calibrate(engine(kind, kernels, max_rows=2), trained(kind), samples(), Stopwatch(rows=2, rounds=1))
+    assert len(found.candidates) == 3 and found.plain_seconds > 0
+    assert all(one.step_seconds > 0 for one in found.candidates)
 
 
 @every_kernel
@@ -323,8 +391,8 @@ def test_heads_in_the_number_format_of_their_target(kernels, monkeypatch):
     prompts = [list(sample.prompt) for sample in samples()[:6]]
     running = engine_of_heads(heads, network, DEFAULT_TREE)
     answers = answers_of(running, prompts, SamplingParams(max_new_tokens=16))
-    found = calibrate(running, heads, answers, rounds=1)
-    assert found.best.tokens_per_step >= 1
+    found = calibrate(running, heads, answers, Stopwatch(rounds=1))
+    assert all(one.tokens_per_step >= 1 for one in found.candidates)
 
 
 def _half() -> Transformer:
@@ -339,7 +407,8 @@ def test_a_target_of_a_short_context():
     running = engine_of_heads(some_heads("medusa"), network, DEFAULT_TREE)
     answers = answers_of(running, [[n, 1, 2 + n] for n in range(8)], SamplingParams(max_new_tokens=30))
     assert all(len(answer.answer) == 13 for answer in answers)
-    assert calibrate(running, some_heads("medusa"), answers, rounds=1).best.step_seconds > 0
+    found = calibrate(running, some_heads("medusa"), answers, Stopwatch(rounds=1))
+    assert all(one.step_seconds > 0 for one in found.candidates)
 
 
 # ---- what cannot be calibrated
@@ -385,7 +454,7 @@ def test_half_the_answers_are_none(steps, monkeypatch):
 
 @pytest.fixture
 def found(clock) -> Calibration:
-    clock(1.0, lambda nodes: 1.0 + 0.05 * nodes)
+    clock(1.0, lambda nodes: 1.0 + 0.02 * nodes)
     return calibrate(engine(), trained("medusa"), samples())
 
 
@@ -406,9 +475,9 @@ def test_the_tree_is_found_by_the_drafter(found, tmp_path):
     heads = stored(tmp_path / "heads")
     assert built(checkpoint=str(heads)).head.tree == DEFAULT_TREE
     write(found, {"machine": {}}, heads / "tree.json")
-    assert built(checkpoint=str(heads)).head.tree == found.tree != DEFAULT_TREE
+    assert built(checkpoint=str(heads)).head.tree == found.best.tree != DEFAULT_TREE
     stored(heads)  # the same weights again, as a finished training writes them
-    assert built(checkpoint=str(heads)).head.tree == found.tree
+    assert built(checkpoint=str(heads)).head.tree == found.best.tree
     stored(heads, "medusa", scale=2.0)  # trained anew: what was calibrated is no longer true
     assert built(checkpoint=str(heads)).head.tree == DEFAULT_TREE
 
@@ -416,7 +485,7 @@ def test_the_tree_is_found_by_the_drafter(found, tmp_path):
 def test_a_tree_elsewhere_is_named(found, tmp_path):
     heads = stored(tmp_path / "heads")
     write(found, {}, tmp_path / "mine.json")
-    assert built(checkpoint=str(heads), tree=str(tmp_path / "mine.json")).head.tree == found.tree
+    assert built(checkpoint=str(heads), tree=str(tmp_path / "mine.json")).head.tree == found.best.tree
     assert built(checkpoint=str(heads), tree=[[0], [1]]).head.tree == RankTree([(0,), (1,)])
     assert built(checkpoint=str(heads), tree="mc_sim_7b_63").max_nodes == 63
     with pytest.raises(DrafterError, match=r"5 deep and .* has 4 heads"):
@@ -426,11 +495,12 @@ def test_a_tree_elsewhere_is_named(found, tmp_path):
 def test_the_file_says_what_was_measured(found, tmp_path):
     write(found, module.machine_of(engine()) | {"temperature": 0.0}, tmp_path / "tree.json")
     held = json.loads((tmp_path / "tree.json").read_text())
-    assert held["forerun"] == 1 and [tuple(path) for path in held["paths"]] == found.tree.paths
+    assert held["forerun"] == 1 and [tuple(path) for path in held["paths"]] == found.best.tree.paths
     assert held["machine"].keys() == {"processor", "threads", "device", "dtype", "kernels"}
     assert (held["plain_seconds"], held["rows"], held["answers"], held["temperature"]) == (1.0, 1, 24, 0.0)
-    assert held["speedup"] == found.speedup and len(held["candidates"]) == len(found.candidates)
-    fields = {"nodes", "tokens_per_step", "step_seconds", "spread", "tokens_per_second"}
+    assert (held["speedup"], held["spread"]) == (found.best.speedup, list(found.best.spread))
+    assert len(held["candidates"]) == len(found.candidates)
+    fields = {"nodes", "tokens_per_step", "step_seconds", "spread", "tokens_per_second", "speedup"}
     assert all(candidate.keys() == fields for candidate in held["candidates"])
     assert (tmp_path / "tree.json").read_text().endswith("\n")
 
@@ -472,5 +542,5 @@ def test_drafters_of_the_timings_share_their_heads(monkeypatch):
         module, "_step_seconds", lambda engine, *_: draftings.append(getattr(engine.drafter, "head", None)) or 1.0
     )
     running = Engine(lively(), drafter_with(trained("hydra"), lively(), DEFAULT_TREE))
-    calibrate(running, trained("hydra"), samples(), rounds=1)
+    calibrate(running, trained("hydra"), samples(), Stopwatch(rounds=1))
     assert {id(head.drafting) for head in draftings if head} == {id(running.drafter.head.drafting)}

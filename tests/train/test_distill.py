@@ -11,6 +11,8 @@ from typing import BinaryIO
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fakes import Near, TableNetwork, engine_of
 from forerun.engine.engine import Engine
@@ -18,7 +20,8 @@ from forerun.errors import RequestError, TrainingError
 from forerun.sampling import SamplingParams
 from forerun.sources import fingerprint
 from forerun.train import distill as module
-from forerun.train.distill import Distilled, Ledger, Sample, Sampling, Tally, deal, distill, read, windows
+from forerun.train.distill import Distilled, Ledger, Loops, Sample, Sampling, Tally, deal, distill, read, windows
+from forerun.train.looping import COPIES, LEAST, loops
 
 VOCABULARY, CONTEXT, EOS = 16, 96, 3
 HEADER = {"forerun": "distilled", "version": 1, "sampling": {"max_new_tokens": 9}, "seed": 0}
@@ -28,8 +31,9 @@ GREEDY = Sampling(max_new_tokens=9)
 MIXED = Sampling(temperatures=(0.0, 0.8), max_new_tokens=9, top_p=0.95)
 
 
-def engine(drafter: object = "lookup", rows: int = 4) -> Engine:
-    target = TableNetwork(VOCABULARY, max_length=CONTEXT)
+def engine(drafter: object = "lookup", rows: int = 4, order: int = 3) -> Engine:
+    """order: so many tokens the target looks back; with one, what is greedy soon goes round in circles."""
+    target = TableNetwork(VOCABULARY, max_length=CONTEXT, order=order)
     return engine_of(target, drafter, {"near": Near(target, 0.5)}, eos=[EOS], max_rows=rows)
 
 
@@ -125,6 +129,109 @@ def test_answers_are_in_the_file_in_the_moment_they_are_complete(tmp_path):
 
     distill(engine(), deal(PROMPTS, MIXED, CONTEXT), MIXED, Ledger(path, HEADER), watch)
     assert len(seen) == len(lines(path)) - 1
+
+
+# ---- loops
+
+
+LOOPING = Sampling(temperatures=(0.0, 0.9), max_new_tokens=48, max_looping=1.0)
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in lines(path)[1:]]
+
+
+def test_looping_answers_are_marked_and_counted(tmp_path):
+    tally = distilled(tmp_path / "a.jsonl", LOOPING, order=1)
+    rows = rows_of(tmp_path / "a.jsonl")
+    marked = [row for row in rows if row.get("looping")]
+    assert marked == [row for row in rows if row["finish"] == "length" and loops(row["answer"])]
+    assert 3 < len(marked) < len(rows) - 3 and tally.loops == Loops(len(marked), 0)
+    assert {row["temperature"] for row in marked} == {0.0}, "what is drawn does not go round in circles"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.999])
+def test_at_most_their_share_is_kept_whatever_order_they_came_in(share, tmp_path, monkeypatch):
+    distilled(tmp_path / "all.jsonl", LOOPING, order=1)
+    everything = {row["key"]: row for row in rows_of(tmp_path / "all.jsonl")}
+    limited = replace(LOOPING, max_looping=share)
+    for rows in (1, 4):
+        path = tmp_path / f"{rows}.jsonl"
+        tally = distilled(path, limited, rows=rows, order=1)
+        kept = {row["key"]: row for row in rows_of(path) if "answer" in row}
+        loop = [key for key, row in kept.items() if row.get("looping")]
+        assert all(everything[key] == row for key, row in kept.items())
+        assert len(loop) <= share * len(kept) < len(loop) + 1 or tally.loops.left_out == 0
+        assert (
+            tally.loops.found
+            == sum("looping" in row for row in everything.values())
+            == tally.loops.left_out + len(loop)
+        )
+        assert [key for key in everything if key not in kept] == [
+            key for key, row in everything.items() if row.get("looping") and key not in loop
+        ]
+        assert len(read(path).samples) == len(kept), "what was left out is no answer to train on"
+    assert sorted(lines(tmp_path / "1.jsonl")) == sorted(lines(tmp_path / "4.jsonl"))
+
+
+def test_what_was_left_out_is_not_asked_again(tmp_path):
+    path, limited = tmp_path / "a.jsonl", replace(LOOPING, max_looping=0.1)
+    first = distilled(path, limited, order=1)
+    before = path.read_bytes()
+    again = distilled(path, limited, order=1)
+    assert again.known == first.wanted - first.empty and again.answers == 0
+    assert again.loops == first.loops and first.loops.left_out > 0 and path.read_bytes() == before
+
+
+def test_a_full_disk_leaves_out_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    distilled(path, LOOPING, order=1)
+    before = path.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "whole", full)
+    with pytest.raises(TrainingError, match="make room there"):
+        Ledger(path, HEADER).limit(0.0)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_a_share_that_makes_no_sense(share):
+    with pytest.raises(RequestError, match="give a number from 0 to 1"):
+        Sampling(max_looping=share)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ([7] * 32, True),
+        ([7] * 31, False),
+        ([*range(100), *([1, 2, 3] * 11)], True),
+        ([*range(100), *([1, 2, 3] * 11)][:-1], True),  # the last copy may be cut
+        ([*range(100), *([1, 2, 3] * 11), 9], False),  # it has got out
+        ([*range(64)] * 3, True),
+        ([*range(65)] * 3, False),
+        ([*range(20)] * 2, False),
+        ([*range(200)], False),
+        ([], False),
+    ],
+)
+def test_what_loops(answer, expected):
+    assert loops(answer) is expected
+
+
+@given(
+    st.lists(st.integers(0, 3), max_size=12), st.lists(st.integers(0, 3), min_size=1, max_size=8), st.integers(1, 40)
+)
+def test_copies_of_anything_behind_anything_loop_when_they_are_enough(before, gram, copies):
+    answer = [*before, *(gram * copies)]
+    if copies >= COPIES and len(gram) * copies >= LEAST:
+        assert loops(answer)
+    if loops(answer):
+        period = next(p for p in range(1, 65) if answer[-max(LEAST, 3 * p) :][p:] == answer[-max(LEAST, 3 * p) :][:-p])
+        assert answer[-period:] * COPIES == answer[-COPIES * period :]
 
 
 # ---- going on

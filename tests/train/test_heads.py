@@ -60,7 +60,7 @@ from forerun.train import lesson as teaching
 from forerun.train.answers import Answers, Batch
 from forerun.train.distill import Sample
 from forerun.train.drafters import HeadsRecipe, HeadsTraining, example, prepare, schedule_for
-from forerun.train.least_squares import least_squares
+from forerun.train.least_squares import LeastSquares
 from forerun.train.lesson import Lesson, logits_of
 from forerun.train.objectives import heads as objectives
 from forerun.train.objectives.heads import HeadsObjective
@@ -595,10 +595,13 @@ def test_the_first_step_after_a_prompt_of_one_token_is_projected_too() -> None:
 
 def test_the_figures_are_those_of_the_heldout_answers() -> None:
     taught = by_heart("hydra")
-    one = objective(deepcopy(taught.module), taught.samples, Weights(), rows=3, holdout=2)
-    figures, held = one.validate(), one.answers.heldout
-    assert held == taught.samples[1::2]
-    assert set(figures) == {"loss", "tokens_per_step", *(f"head{h}_top{k}" for h in range(1, 5) for k in range(1, 6))}
+    one = objective(deepcopy(taught.module), taught.samples, Weights(decay=0.5), rows=3, holdout=2)
+    told: list[tuple[int, int]] = []
+    figures, held = one.validate(lambda done, total: told.append((done, total))), one.answers.heldout
+    assert held == taught.samples[1::2] and told == [(n, len(told)) for n in range(-(-len(held) // 3))]
+    tops = {f"head{h}_top{k}" for h in range(1, 5) for k in range(1, 6)}
+    assert set(figures) == {"loss", "tokens_per_step", *(f"head{h}_loss" for h in range(1, 5)), *tops}
+    assert figures["loss"] == pytest.approx(sum(figures[f"head{h}_loss"] * 0.5**h for h in range(1, 5)))
     tables = ranks_of(one.module, one.teacher, held, one.answers)
     assert figures["tokens_per_step"] == projected(tables, one.tree)
     for head in range(HEADS):
@@ -612,14 +615,36 @@ def test_the_figures_are_those_of_the_heldout_answers() -> None:
 # ---- the start
 
 
+def fitted(module: HeadsModule, network: Transformer, answers: Answers, batches: int) -> LeastSquares:
+    start = LeastSquares(module, Teacher(network), answers, batches)
+    for step in range(start.steps):
+        start.update(step)
+    return start
+
+
+@every_kind
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_a_fit_that_is_taken_up_again_is_the_same(kind: str, step: int) -> None:
+    """While batches are read, between reading and solving, and while heads are solved."""
+    module, answers = some_heads(kind).eval(), Answers(some_samples(12), rows=4, length=64, holdout=1000)
+    first, second = (LeastSquares(module, Teacher(lively()), answers, 3) for _ in range(2))
+    for number in range(step):
+        first.update(number)
+    second.load_state({name: tensor.clone() for name, tensor in first.state().items()})
+    for number in range(step, second.steps):
+        second.update(number)
+    whole = fitted(module, lively(), answers, 3).maps
+    assert len(second.maps) == module.count and all(map(torch.equal, second.maps, whole))
+    with pytest.raises(ValueError, match="does not fit"):
+        second.load_state({})
+
+
 @pytest.mark.parametrize("kind", ["medusa", "hydra", "hydra++"])
 def test_the_fit_is_the_ridge_regression_that_it_says_it_is(kind: str) -> None:
     """Place by place, in fp64: what a head sees, against the target's state one token before the one it proposes."""
     module, network, samples = some_heads(kind).eval(), lively(), some_samples(12)
     answers = Answers(samples, rows=4, length=64, holdout=1000)
-    told: list[tuple[int, int]] = []
-    maps = least_squares(module, Teacher(network), answers, 3, lambda *progress: told.append(progress))
-    assert told == [(done, 3 + module.count) for done in range(4 + module.count)]
+    maps = fitted(module, network, answers, 3).maps
     for head in range(module.count):
         seen, there = [], []
         for sample in samples:
@@ -649,7 +674,7 @@ def test_heads_that_start_from_the_fit_know_a_cyclic_text_at_once(kind: str) -> 
     module = heads_of(config)
     module.initialise(network.head.weight)  # type: ignore[operator]
     before = np.concatenate(ranks_of(module, Teacher(network), samples, answers))
-    module.start_from(least_squares(module, Teacher(network), answers, 4), network.head.weight)
+    fitted(module, network, answers, 4).finish()
     after = np.concatenate(ranks_of(module, Teacher(network), samples, answers))
     assert not (before == 0).any() and (after[after >= 0] == 0).all() and (after >= 0).any(0).all()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from forerun.errors import TrainingError
 from forerun.train import run as running
 from forerun.train.objectives.alternating import Alternating
 from forerun.train.objectives.descent import Descent, Group, moved
-from forerun.train.run import STATE, Objective, Record, Run, Watch
+from forerun.train.run import START, STATE, Objective, Record, Run, Watch, read_log, unwatched
 from forerun.train.schedule import Schedule
 
 
@@ -34,7 +35,7 @@ class Counting(Descent):
         self.numbers.append(number)
         return self.module(torch.ones(2)).square().sum()
 
-    def validate(self) -> dict[str, float]:
+    def validate(self, watch: Watch = unwatched) -> dict[str, float]:
         return {"loss": 0.0}
 
 
@@ -92,7 +93,7 @@ class Curved(Descent):
         inputs = torch.randn(4, 3, generator=torch.Generator().manual_seed(number))
         return (self.module(inputs) - inputs.sin()).square().mean()
 
-    def validate(self) -> dict[str, float]:
+    def validate(self, watch: Watch = unwatched) -> dict[str, float]:
         with torch.no_grad():
             return {"loss": float(self.module.weight.square().sum())}
 
@@ -149,7 +150,7 @@ def test_who_handles_ctrl_c_in_another_way_is_left_alone(tmp_path: Path) -> None
 
 def test_an_interrupted_validation_keeps_its_step(tmp_path: Path) -> None:
     class Impatient(Curved):
-        def validate(self) -> dict[str, float]:
+        def validate(self, watch: Watch = unwatched) -> dict[str, float]:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -166,7 +167,7 @@ def test_where_nothing_can_be_kept_nobody_is_told_to_go_on(
     monkeypatch.setattr(running, "save_file", full)
 
     class Impatient(Curved):
-        def validate(self) -> dict[str, float]:
+        def validate(self, watch: Watch = unwatched) -> dict[str, float]:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -179,42 +180,122 @@ def test_where_nothing_can_be_kept_nobody_is_told_to_go_on(
 # ---- what comes before the first step
 
 
-def started(objective: Curved, told: list[tuple[int, int]]) -> Callable[[Watch], None]:
-    def start(watch: Watch) -> None:
-        for done in range(4):
-            told.append((done, 3))
-            watch(done, 3)
-        with torch.no_grad():
-            objective.module.weight.fill_(0.5)
+class Sum:
+    """A start in three steps, whose sum becomes every weight. pressed: how often Ctrl-C is pressed within a step."""
 
+    steps = 3
+
+    def __init__(self, objective: Curved, pressed: Mapping[int, int] | None = None):
+        self.objective, self.pressed, self.taken = objective, pressed or {}, list[int]()
+        self.sum = torch.zeros(1)
+
+    def update(self, step: int) -> None:
+        self.taken.append(step)
+        for _ in range(self.pressed.get(step, 0)):
+            os.kill(os.getpid(), signal.SIGINT)
+        self.sum += 0.1 / (1 + step)
+
+    def finish(self) -> None:
+        with torch.no_grad():
+            self.objective.module.weight.fill_(self.sum.item())
+
+    def state(self) -> dict[str, Tensor]:
+        return {"sum": self.sum}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        if "sum" not in state:
+            raise ValueError("no sum")
+        self.sum = state["sum"]
+
+
+def run_of(folder: Path, pressed: Mapping[int, int] | None = None, during: Mapping[int, int] | None = None) -> Sum:
+    """Ctrl-C is pressed within these steps, and during these of the start."""
+    objective = Curved(pressed=pressed)
+    start = Sum(objective, during)
+    try:
+        Run(objective, objective.schedule, folder).finish("run", start)
+    except KeyboardInterrupt:
+        assert pressed or during
     return start
 
 
 @pytest.mark.usefixtures("ctrl_c")
-def test_a_start_is_made_once_and_a_later_interruption_keeps_it(
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_an_interrupted_start_goes_on_where_it_was(
+    step: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = run_of(tmp_path / "whole")
+    assert whole.taken == [0, 1, 2]
+    parts, folder = run_of(tmp_path / "parts", during={step: 1}), tmp_path / "parts"
+    assert parts.taken == list(range(step + 1))
+    assert [path.name for path in folder.iterdir()] == [START]
+    assert f"goes on from the last checkpoint in {folder}" in capsys.readouterr().err
+    again = run_of(folder)
+    assert again.taken == list(range(step + 1, 3)) and torch.equal(again.sum, whole.sum)
+    assert torch.equal(again.objective.module.weight, whole.objective.module.weight)
+    assert not (folder / START).exists(), "the checkpoint has taken its place"
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_a_second_ctrl_c_in_the_start_keeps_nothing_that_is_half_done(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    objectives = [Curved(), Curved(pressed={0: 1}), Curved(seed=7)]
-    told: list[tuple[int, int]] = []
-    runs = [Run(one, one.schedule, tmp_path / str(n // 2)) for n, one in enumerate(objectives, 1) if n < 3]
-    runs[0].finish("whole", started(objectives[0], told))
-    assert "whole: the start is fitted" in capsys.readouterr().err, "a log gets a line"
-    with pytest.raises(KeyboardInterrupt):
-        runs[1].finish("parts", started(objectives[1], told))
-    assert len(told) == 8
-    Run(objectives[2], objectives[2].schedule, tmp_path / "1").finish("parts", started(objectives[2], told))
-    assert len(told) == 8 and torch.equal(objectives[2].module.weight, objectives[0].module.weight)
+    run_of(tmp_path, during={1: 2})
+    said = capsys.readouterr().err
+    assert "goes on" not in said and f"nothing is kept in {tmp_path}: the same command begins anew" in said
+    assert not list(tmp_path.iterdir())
 
 
-def test_an_interrupted_start_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted(watch: Watch) -> None:
-        watch(1, 2)
-        raise KeyboardInterrupt
+@pytest.mark.usefixtures("ctrl_c")
+def test_a_start_is_made_once(tmp_path: Path) -> None:
+    whole = run_of(tmp_path / "whole")
+    assert run_of(tmp_path / "parts", pressed={0: 1}).taken == [0, 1, 2]
+    again = run_of(tmp_path / "parts")
+    assert again.taken == [] and torch.equal(again.objective.module.weight, whole.objective.module.weight)
 
-    one = Curved()
-    with pytest.raises(KeyboardInterrupt):
-        Run(one, one.schedule, tmp_path).finish("run", interrupted)
-    assert capsys.readouterr().err == "" and not list(tmp_path.iterdir())
+
+def test_after_a_start_there_is_a_checkpoint(tmp_path: Path) -> None:
+    class Broken(Curved):
+        def loss(self, number: int) -> Tensor:
+            raise MemoryError
+
+    one = Broken()
+    with pytest.raises(MemoryError):
+        Run(one, one.schedule, tmp_path).finish("run", Sum(one))
+    assert step_of(tmp_path) == 0 and run_of(tmp_path).taken == []
+
+
+def test_the_start_of_something_else(tmp_path: Path) -> None:
+    running.save_file({"other": torch.zeros(1)}, tmp_path / START, {"run": '{"step": 1}'})
+    with pytest.raises(TrainingError, match="another start: remove it"):
+        run_of(tmp_path)
+
+
+# ---- the log
+
+
+def interrupted(watch: Watch = unwatched) -> dict[str, float]:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_the_log_is_one_of_a_run_without_interruption(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    schedule = Schedule(steps=6, adam_rate=0.01, save_every=100, validate_every=2)
+    presses: list[Mapping[int, int]] = [{1: 1}, {2: 1}, {}, {4: 1}, {5: 1}, {}]  # step 1 is the second, and validated
+    for folder, each in (("whole", [{}]), ("parts", presses)):
+        for number, pressed in enumerate(each):
+            one = Curved(pressed=pressed, schedule=schedule)
+            if number == 2:
+                one.validate = interrupted  # type: ignore[method-assign]
+            with contextlib.suppress(KeyboardInterrupt):
+                Run(one, schedule, tmp_path / folder).finish("run")
+    whole, parts = ([row | {"seconds": 0.0} for row in read_log(tmp_path / name)] for name in ("whole", "parts"))
+    assert [row["step"] for row in whole] == [2, 4, 6] and parts == whole
+    assert "run: step 4/6  loss " in capsys.readouterr().err
+    with (tmp_path / "whole" / running.LOG).open("a") as file:
+        file.write('{"step": 4, "train_loss": 9.5}\n{"step": 5, "tr')
+    assert [row["train_loss"] for row in read_log(tmp_path / "whole")][1] == 9.5
+    assert read_log(tmp_path / "nowhere") == []
 
 
 # ---- what a run is made of
@@ -276,7 +357,7 @@ class Averaged:
                     parameter.copy_(mean)
         return sum(losses) / len(losses)
 
-    def validate(self) -> dict[str, float]:
+    def validate(self, watch: Watch = unwatched) -> dict[str, float]:
         return self.clients[0].validate()
 
     def state(self) -> dict[str, Tensor]:
@@ -381,7 +462,7 @@ def test_the_rate_of_a_step_is_the_share_of_the_full_one(tmp_path: Path) -> None
     )
     objective = Counting(schedule)
     weights = [objective.module.weight.detach().clone()]
-    objective.validate = lambda: weights.append(objective.module.weight.detach().clone()) or {"loss": 0.0}  # type: ignore
+    objective.validate = lambda watch: weights.append(objective.module.weight.detach().clone()) or {"loss": 0.0}  # type: ignore
     fit(objective, tmp_path)
     moved = [float((after - before).abs().max()) for before, after in pairwise(weights)]
     assert moved == pytest.approx([0.01 * schedule.rate(step) for step in range(6)], rel=0.05)

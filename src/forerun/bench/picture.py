@@ -63,5 +63,5 @@ def _figure_class() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ForerunError("a picture needs matplotlib: install it with pip install 'forerun[plot]'") from None
+        raise ForerunError("a picture needs matplotlib: install it with pip install 'forerun[plots]'") from None
     return Figure

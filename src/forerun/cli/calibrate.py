@@ -14,7 +14,7 @@ from forerun.drafting.registry import calibrated
 if TYPE_CHECKING:
     from forerun.drafting.heads import HeadsModule
     from forerun.engine.engine import Engine
-    from forerun.plan.calibrate import Calibration
+    from forerun.plan.calibrate import Calibration, Candidate, Stopwatch
     from forerun.sampling import SamplingParams
     from forerun.train.distill import Sample
 
@@ -46,7 +46,9 @@ Answers = Annotated[int, typer.Option(min=4, help="So many answers are looked at
 Rows = Annotated[
     int, typer.Option("--rows", "--batch-size", min=1, help="Requests that run side by side in the timings.")
 ]
-Rounds = Annotated[int, typer.Option(min=1, help="Timings of every size; their median counts.")]
+Rounds = Annotated[
+    int, typer.Option(min=2, help="Timings of every size, each beside plain decoding; the median counts.")
+]
 
 EXAMPLES = "\n".join(
     f"forerun calibrate MODEL --drafter {name}:HEADS{how}"
@@ -76,7 +78,8 @@ def calibrate(
     """Count which paths of best tokens the target follows, time trees of every size here, and keep the fastest.
 
     One half of the answers says which paths a tree has, the other half how far it gets. Nothing but
-    the tree changes: what the model says stays the same.
+    the tree changes: what the model says stays the same. A tree is kept only if it was faster than plain
+    decoding in every timing; otherwise nothing is written, and the exit code is 1.
     """
     import json
 
@@ -97,11 +100,14 @@ def calibrate(
     )
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     samples, note = _samples(engine, data, asked, answers, params)
-    found = _watched(engine, module, samples, rows, rounds)
-    calibration.write(found, calibration.machine_of(engine) | {"temperature": temperature}, target)
+    found = _watched(engine, module, samples, calibration.Stopwatch(rows, rounds))
+    if found.best is not None:
+        calibration.write(found, calibration.machine_of(engine) | {"temperature": temperature}, target)
     _report(found, target, found_there=out is None)
     if note:
         log.info(note)
+    if found.best is None:
+        raise typer.Exit(1)
 
 
 def _checkpoint(description: dict[str, Any], spec: str) -> str:
@@ -176,23 +182,12 @@ def _of_file(data: Path, count: int, temperature: float) -> tuple[list[Sample], 
     return chosen, note if held < len(chosen) else ""
 
 
-def _watched(engine: Engine, module: HeadsModule, samples: list[Sample], rows: int, rounds: int) -> Calibration:
-    from rich.progress import Progress
-
-    from forerun.cli.narration import on_stderr
+def _watched(engine: Engine, module: HeadsModule, samples: list[Sample], stopwatch: Stopwatch) -> Calibration:
+    from forerun.cli.bars import bar
     from forerun.plan.calibrate import calibrate as measure
 
-    console = on_stderr()
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("timing trees", total=None)
-        return measure(
-            engine,
-            module,
-            samples,
-            rows,
-            rounds,
-            lambda done, total: progress.update(task, completed=done, total=total),
-        )
+    with bar("timing trees") as watch:
+        return measure(engine, module, samples, stopwatch, watch)
 
 
 def _report(found: Calibration, out: Path, found_there: bool) -> None:
@@ -202,27 +197,36 @@ def _report(found: Calibration, out: Path, found_there: bool) -> None:
     from forerun.cli.narration import on_stdout
 
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("nodes", "tokens\nper step", "ms\nper step", "tokens\nper s", "over\nplain"):
+    for heading in ("nodes", "tokens\nper step", "ms\nper step", "tokens\nper s", "over\nplain", "slowest to\nfastest"):
         table.add_column(heading, justify="right")
     for one in found.candidates:
-        marked = "bold" if one is found.best else ""
-        speedup = one.tokens_per_second * found.plain_seconds
-        table.add_row(
-            str(one.nodes),
-            f"{one.tokens_per_step:.2f}",
-            f"{1e3 * one.step_seconds:.2f}",
-            f"{one.tokens_per_second:.0f}",
-            f"{speedup:.2f}x",
-            style=marked,
-        )
+        table.add_row(*_row(one), style="bold" if one == found.best else "" if one.is_believed else "dim")
     console = on_stdout()
     console.print(table)
+    console.print(_sentence(found, out, found_there), highlight=False, soft_wrap=True)
+
+
+def _row(one: Candidate) -> list[str]:
+    slowest, fastest = one.spread
+    return [
+        str(one.nodes),
+        f"{one.tokens_per_step:.2f}",
+        f"{1e3 * one.step_seconds:.2f}",
+        f"{one.tokens_per_second:.0f}",
+        f"{one.speedup:.2f}x" if one.is_believed else "not believed",
+        f"{slowest:.2f}x to {fastest:.2f}x",
+    ]
+
+
+def _sentence(found: Calibration, out: Path, found_there: bool) -> str:
+    best = found.best
+    if best is None:
+        kept = f"; {out} stays as it was" if out.exists() else ""
+        return f"No tree is kept: {found.refusal}{kept}"
+    slowest, fastest = best.spread
     where = "" if found_there else f'; name it in a description of the drafter: "tree": "{out}"'
-    pays = "" if found.speedup > 1 else "; plain decoding is faster here"
-    console.print(
-        f"{out}: {found.best.nodes} nodes, {found.tree.depth} deep; projected {found.speedup:.2f}x plain decoding"
-        f" ({1e3 * found.plain_seconds:.2f} ms per step) with {found.rows} request(s), from {found.answers} answers"
-        f"{pays}{where}",
-        highlight=False,
-        soft_wrap=True,
+    return (
+        f"{out}: {best.nodes} nodes, {best.tree.depth} deep; projected {best.speedup:.2f}x plain decoding"
+        f" ({slowest:.2f}x to {fastest:.2f}x; {1e3 * found.plain_seconds:.2f} ms per plain step) with {found.rows}"
+        f" request(s), from {found.answers} answers{where}"
     )

@@ -63,6 +63,14 @@ Seed = Annotated[
     int,
     typer.Option(help="Of answers, and of the windows of --corpus.", rich_help_panel=options.ADVANCED),
 ]
+MaxLooping = Annotated[
+    float,
+    typer.Option(
+        metavar="FRACTION",
+        help="Of all answers, how many may end in a loop of the same words; what is more is left out.",
+        rich_help_panel=options.OUTPUT,
+    ),
+]
 Rows = Annotated[
     int,
     typer.Option(
@@ -94,6 +102,7 @@ def distill(
     top_k: options.TopK = 0,
     top_p: options.TopP = 1.0,
     min_p: options.MinP = 0.0,
+    max_looping: MaxLooping = 0.1,
     seed: Seed = 0,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -112,7 +121,7 @@ def distill(
     from forerun.cli.files import demand_place
     from forerun.train.distill import Ledger, Sampling, deal, demand_tokenizer, header_of
 
-    sampling = Sampling(tuple(temperature or (0.0,)), max_new_tokens, top_k, top_p, min_p, seed)
+    sampling = Sampling(tuple(temperature or (0.0,)), max_new_tokens, top_k, top_p, min_p, seed, max_looping)
     demand_place(out)
     wish = _Wish(prompts, builtin, corpus, prompt_length, limit, chat or system is not None, chat_template)
     source = _source(wish, seed)
@@ -270,29 +279,14 @@ class _Display:
 
 
 def show_example(console: Any, tokenizer: Any, answer: Answer) -> None:
-    """The end of a prompt and its answer, which is marked: by colour, or by brackets where there is none."""
-    from rich.text import Text
+    """The end of a prompt and its answer, which is marked."""
+    from forerun.cli.samples import marked
 
-    from forerun.cli.narration import DRAFTED
-
-    prompt, said = _decoded(tokenizer, answer)
-    before = "\n".join(prompt.split("\n")[-SHOWN_LINES:])
     console.print(
         f"An example: what is marked is trained on ({len(answer.tokens)} tokens, {answer.finish}).\n", style="bold"
     )
-    opening, closing = ("", "") if console.is_terminal else ("⟦", "⟧")
-    console.print(Text.assemble((before, "dim"), opening, (said, DRAFTED), closing, "\n"), soft_wrap=True)
-
-
-def _decoded(tokenizer: Any, answer: Answer) -> tuple[str, str]:
-    """Texts of prompt and answer, special tokens included; ids for want of a tokenizer."""
-    prompt, said = list(answer.question.prompt), list(answer.tokens)
-    if tokenizer is None:
-        return f"{' '.join(map(str, prompt))} ", " ".join(map(str, said))
-    decode = tokenizer.backend_tokenizer.decode
-    before, whole = (decode(ids, skip_special_tokens=False) for ids in (prompt, prompt + said))
-    # Together, because a decoder drops the blank at the beginning of a text.
-    return before, whole[len(before) :] if whole.startswith(before) else decode(said, skip_special_tokens=False)
+    asked, is_terminal = answer.question, console.is_terminal
+    console.print(marked(tokenizer, asked.prompt, answer.tokens, is_terminal, SHOWN_LINES), "\n", soft_wrap=True)
 
 
 def summary(tally: Tally, questions: Questions) -> str:
@@ -307,4 +301,6 @@ def summary(tally: Tally, questions: Questions) -> str:
     ]
     left_out = {"duplicate": questions.duplicates, "empty": tally.empty, "too long for the context": questions.too_long}
     skipped = [f"{count} {what}" for what, count in left_out.items() if count]
-    return " · ".join([*(parts if tally.steps else parts[:1]), f"skipped: {', '.join(skipped) or 'none'}"])
+    if tally.loops.found:
+        parts.append(f"{tally.loops.found} loop to their end, {tally.loops.left_out} of them left out")
+    return " · ".join([*(parts if tally.steps else [parts[0], *parts[4:]]), f"skipped: {', '.join(skipped) or 'none'}"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, Literal, get_type_hints
@@ -35,6 +36,7 @@ def _made(name: str, kind: Any, option: Option, panel: str) -> inspect.Parameter
         option.flag or f"--{name.replace('_', '-')}",
         min=option.least,
         max=option.most,
+        callback=finite if kind is float else None,
         metavar="|".join(option.words) or None,
         help=option.sense,
         rich_help_panel=panel,
@@ -42,6 +44,13 @@ def _made(name: str, kind: Any, option: Option, panel: str) -> inspect.Parameter
     )
     annotation = (Literal[option.words] if option.words else kind) | None
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=shown, annotation=annotation)
+
+
+def finite(value: float | None) -> float | None:
+    """What bounds let through: neither nan nor inf is a number that anything here can count with."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number: give one")
+    return value
 
 
 def one(name: str, kind: Any, sense: str, **how: Any) -> inspect.Parameter:

@@ -14,7 +14,7 @@ from forerun.drafting import registry
 from forerun.drafting.trained import Trained, Weights
 
 if TYPE_CHECKING:
-    from forerun.train.drafters import HeadsTraining
+    from forerun.train.drafters import HeadsRecipe, HeadsTraining
 
 SHAPE, LOSS, SCHEDULE = "Shape", "Loss", "Schedule"
 PAPER = "the paper's"
@@ -108,33 +108,16 @@ def command(preset: str) -> Callable[..., None]:
         **given: Any,
     ) -> None:
         architecture = {name: given[name] for name in shapes if given[name] is not None}
-        weights = replace(chosen.weights, **given_of(Weights, given))
-        _demand_sense(preset, out, architecture, weights)
+        loss_weights = replace(chosen.weights, **given_of(Weights, given))
+        _demand_sense(preset, out, architecture, loss_weights)
 
-        from forerun.cli import engines
-        from forerun.nn.dtype import device_of
         from forerun.train import drafters
 
-        engines.quiet()
         rest = {"parts": parts, "validate_every": validate_every, "save_every": save_every}
-        recipe = drafters.HeadsRecipe(
-            preset=preset,
-            target=target,
-            data=data,
-            architecture=architecture,
-            weights=weights,
-            schedule=drafters.schedule_for(chosen, steps, rate, floor, **rest),
-            rows=rows,
-            length=length,
-            seed=seed,
-            init_from=init_from,
-            dtype=dtype,
-            start_batches=start_batches,
-            kernels=kernels,
-        )
-        training = drafters.prepare(recipe, device_of(device))
-        introduce(training)
-        report(training, training.fit(run or out.with_name(out.name + ".run"), out), out)
+        schedule = drafters.schedule_for(chosen, steps, rate, floor, **rest)
+        what = (preset, target, data, architecture, loss_weights, schedule)
+        recipe = drafters.HeadsRecipe(*what, rows, length, seed, init_from, dtype, start_batches, kernels)
+        _fit(recipe, run or run_of(out), out, device)
 
     train.__doc__ = f"""{chosen.sense}
 
@@ -143,6 +126,23 @@ def command(preset: str) -> Callable[..., None]:
     run's folder has a log of the figures on the way.
     """
     return fields.replacing(train, shape=list(shapes.values()), loss=fields.parameters(Weights, LOSS))
+
+
+def _fit(recipe: HeadsRecipe, run: Path, out: Path, device: str) -> None:
+    from forerun.cli import engines
+    from forerun.nn.dtype import device_of
+    from forerun.train import drafters
+
+    engines.quiet()
+    training = drafters.prepare(recipe, device_of(device))
+    introduce(training)
+    report(training, training.fit(run, out), out)
+    draw(training, run, f"{recipe.preset} heads for {Path(recipe.target).name}")
+
+
+def run_of(out: Path) -> Path:
+    """Where checkpoints go if nobody says."""
+    return out.with_name(f"{out.name}.run")
 
 
 def given_of(record: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,6 +161,8 @@ def _demand_sense(preset: str, out: Path, shape: Mapping[str, object], weights: 
     stranger = next((name for name in shape if name not in fields.flags(registry.preset(preset)[1].config)), None)
     if stranger:
         raise TrainingError(f"{preset} heads have no {stranger}: leave --{stranger.replace('_', '-')} out")
+    if not weights.decay:
+        raise TrainingError("nothing would be learnt: give --head-decay a number above 0")
     if not weights.text and not weights.teacher:
         raise TrainingError("nothing would be learnt: give --text-weight or --teacher-weight a number above 0")
     if out.name in ("", ".."):
@@ -184,21 +186,16 @@ def _is_ours(config: Path) -> bool:
 
 def introduce(training: HeadsTraining) -> None:
     """One sample with what is trained on marked, and the size of everything."""
-    from rich.text import Text
-
-    from forerun.cli.narration import DRAFTED, on_stderr
+    from forerun.cli.narration import on_stderr
+    from forerun.cli.samples import marked
     from forerun.sources.source import Source
     from forerun.train.drafters import example
 
     console, sample = on_stderr(), example(training)
     tokenizer = Source.of(training.recipe.target).tokenizer
-
-    def said(ids: Any) -> str:
-        return str(tokenizer.backend_tokenizer.decode(list(ids))) if tokenizer else " ".join(map(str, ids)) + " "
-
-    prompt, answer = said(sample.prompt[-SHOWN_TOKENS:]), said(sample.answer[:SHOWN_TOKENS])
-    marks = (answer, DRAFTED) if console.is_terminal else f">>>{answer}<<<"
-    console.print(Text.assemble((prompt, "dim"), marks), highlight=False, soft_wrap=True)
+    prompt, answer = sample.prompt[-SHOWN_TOKENS:], sample.answer[:SHOWN_TOKENS]
+    text = marked(tokenizer, prompt, answer, console.is_terminal, SHOWN_TOKENS)
+    console.print(text, highlight=False, soft_wrap=True)
     answers = training.answers
     tokens = sum(len(one.answer) for one in answers.training)
     numbers = sum(p.numel() for p in training.objective.module.parameters())
@@ -218,11 +215,12 @@ def report(training: HeadsTraining, figures: dict[str, float], out: Path) -> Non
     from forerun.cli.narration import on_stdout
 
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("head", "top 1", "top 2", "top 3", "top 4", "top 5"):
+    for heading in ("head", "loss", "top 1", "top 2", "top 3", "top 4", "top 5"):
         table.add_column(heading, justify="right")
     head = 1
     while f"head{head}_top1" in figures:
-        table.add_row(str(head), *(f"{figures[f'head{head}_top{k}']:.1%}" for k in range(1, 6)))
+        loss = f"{figures[f'head{head}_loss']:.2f}"
+        table.add_row(str(head), loss, *(f"{figures[f'head{head}_top{k}']:.1%}" for k in range(1, 6)))
         head += 1
     console = on_stdout()
     console.print(table)
@@ -234,3 +232,10 @@ def report(training: HeadsTraining, figures: dict[str, float], out: Path) -> Non
         highlight=False,
         soft_wrap=True,
     )
+
+
+def draw(training: HeadsTraining, run: Path, title: str) -> None:
+    from forerun.cli.pictures import picture
+
+    facts = f"{training.recipe.schedule.steps:,} steps on {len(training.answers.training):,} answers"
+    picture(run, title, facts, training.objective.teacher.device)

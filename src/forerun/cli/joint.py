@@ -13,7 +13,7 @@ from forerun.cli import fields, heads, options
 from forerun.drafting.trained import JointMethod, Trained, Weights
 
 if TYPE_CHECKING:
-    from forerun.train.joint import JointTraining
+    from forerun.train.joint import JointRecipe, JointTraining
 
 Target = Annotated[
     str,
@@ -104,39 +104,19 @@ def command(method: Trained) -> Callable[..., None]:
         device: options.Device = "auto",
         **given: Any,
     ) -> None:
-        from forerun.nn.dtype import device_of
         from forerun.train import drafters, joint
 
         _demand_place(out)
         preset = joint.preset_of(joined, keep)
         rest = {"parts": parts, "validate_every": validate_every, "save_every": save_every}
-        own = drafters.HeadsRecipe(
-            preset=joined.preset,
-            target=target,
-            data=data,
-            architecture=heads.given_of(method.config, given),
-            weights=replace(preset.heads.weights, **heads.given_of(Weights, given)),
-            schedule=joint.schedule_for(preset, steps, rate, head_rate, **rest),
-            rows=rows,
-            length=length,
-            seed=seed,
-            init_from=init_from,
-            dtype=dtype,
-        )
-        recipe = joint.JointRecipe(
-            heads=own,
-            keep=keep,
-            head_weight=preset.head_weight if head_weight is None else head_weight,
-            ramp=ramp or preset.ramp,
-            rank=rank,
-            alpha=alpha,
-        )
-        training = joint.prepare(recipe, device_of(device))
-        heads.introduce(training.heads)
-        _warn(training, out)
-        figures = training.fit(run or out.with_name(out.name + ".run"), out)
-        heads.report(training.heads, figures, out / joint.HEADS)
-        report(figures, target, out)
+        schedule = joint.schedule_for(preset, steps, rate, head_rate, **rest)
+        loss_weights = replace(preset.heads.weights, **heads.given_of(Weights, given))
+        architecture = heads.given_of(method.config, given)
+        what = (joined.preset, target, data, architecture, loss_weights, schedule)
+        own = drafters.HeadsRecipe(*what, rows, length, seed, init_from, dtype)
+        weight = preset.head_weight if head_weight is None else head_weight
+        recipe = joint.JointRecipe(own, keep, weight, ramp or preset.ramp, rank, alpha)
+        _fit(recipe, run or heads.run_of(out), out, device)
 
     train.__doc__ = f"""{joined.sense}
 
@@ -147,6 +127,19 @@ def command(method: Trained) -> Callable[..., None]:
     begin = f"Begin with heads that forerun train {joined.preset} has trained: the paper's two stages."
     start, shapes = fields.one("init_from", str, begin, metavar="DIR"), fields.parameters(method.config, heads.SHAPE)
     return fields.replacing(train, init_from=[start], shape=shapes, loss=decay)
+
+
+def _fit(recipe: JointRecipe, run: Path, out: Path, device: str) -> None:
+    from forerun.nn.dtype import device_of
+    from forerun.train import joint
+
+    training = joint.prepare(recipe, device_of(device))
+    heads.introduce(training.heads)
+    _warn(training, out)
+    figures, target = training.fit(run, out), recipe.heads.target
+    heads.report(training.heads, figures, out / joint.HEADS)
+    report(figures, target, out)
+    heads.draw(training.heads, run, f"{joint.method_of(recipe)[1].name}: {Path(target).name} and its heads")
 
 
 def _demand_place(out: Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -114,35 +115,26 @@ def lm(
     """
     _demand_sense(build_corpus, run, out, init_from, init_layers, grow_from)
 
+    from forerun.cli.bars import bar
+    from forerun.cli.pictures import picture
     from forerun.nn.dtype import device_of
     from forerun.train import recipe
     from forerun.train.schedule import Schedule
 
     if build_corpus:
-        print(recipe.build_corpus(corpus, vocabulary))
+        with bar("the corpus") as watch:
+            built = recipe.build_corpus(corpus, vocabulary, watch)
+        print(built)
     if run is None:
         return
-    wish = recipe.ModelRecipe(
-        corpus=corpus,
-        sizes=recipe.Sizes(width, layers, heads, kv_heads, head_dim, mlp_width, max_length),
-        start=recipe.Start(init_from or grow_from, _numbers(init_layers)),
-        teacher=teacher,
-        schedule=Schedule(
-            steps=steps,
-            warmup=warmup,
-            decay=decay,
-            muon_rate=muon_rate,
-            adam_rate=adam_rate,
-            validate_every=validate_every,
-            save_every=save_every,
-        ),
-        rows=rows,
-        length=length,
-        first=first,
-        seed=seed,
-        compile=compile_,
-    )
-    print(recipe.train(wish, run, out, device_of(device)))
+    sizes = recipe.Sizes(width, layers, heads, kv_heads, head_dim, mlp_width, max_length)
+    start = recipe.Start(init_from or grow_from, _numbers(init_layers))
+    schedule = Schedule(steps, 1, warmup, decay, muon_rate, adam_rate)
+    schedule = replace(schedule, validate_every=validate_every, save_every=save_every)
+    wish = recipe.ModelRecipe(corpus, sizes, start, teacher, schedule, rows, length, first, seed, compile_)
+    where = device_of(device)
+    print(recipe.train(wish, run, out, where))
+    picture(run, (out or run).name, f"{steps:,} steps of {rows} x {length} tokens", where)
 
 
 def _demand_sense(

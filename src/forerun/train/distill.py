@@ -8,6 +8,11 @@ tokens):
     {"forerun": "distilled", "version": 1, "target": {...}, "sampling": {...}, "source": {...}, "seed": 0, ...}
     {"key": "9f02...", "prompt": [1, 17, 4], "answer": [5, 8, 2], "temperature": 0.0, "finish": "stop"}
 
+An answer that loops (train/looping.py) says so, with "looping": true. When all is asked, those that
+are too many leave nothing but their keys, so that they are not asked again:
+
+    {"key": "41aa...", "looping": true}
+
 The luck of an answer follows from the run's seed and its own key. So a run that was interrupted and
 goes on leaves the same answers as one that was not, though perhaps in another order.
 """
@@ -29,10 +34,12 @@ import numpy as np
 
 from forerun.engine.engine import Engine
 from forerun.engine.requests import Piece
-from forerun.errors import TrainingError
+from forerun.errors import RequestError, TrainingError
+from forerun.files import whole
 from forerun.sampling import SamplingParams
 from forerun.sources.fingerprint import digest
 from forerun.sources.source import Source
+from forerun.train.looping import allowed, loops
 
 FORMAT, VERSION = "distilled", 1
 QUEUED_PER_ROW = 32
@@ -67,8 +74,8 @@ class Sampling:
     """How answers are drawn.
 
     Prompts are dealt to the temperatures in turn. The filters concern those above 0; where there is
-    none they are refused. Raises RequestError for values that make no sense, as SamplingParams
-    does.
+    none they are refused. max_looping: the share of all answers that may loop (see
+    train/looping.py). Raises RequestError for values that make no sense, as SamplingParams does.
     """
 
     temperatures: tuple[float, ...] = (0.0,)
@@ -77,8 +84,11 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
+    max_looping: float = 0.1
 
     def __post_init__(self) -> None:
+        if not 0 <= self.max_looping <= 1:
+            raise RequestError(f"max_looping {self.max_looping} is no share of the answers: give a number from 0 to 1")
         for temperature in self.temperatures:
             self.params(temperature)
 
@@ -132,6 +142,10 @@ class Answer:
         """Nothing but the token that ends a text."""
         return self.finish == "stop" and len(self.tokens) == 1
 
+    @property
+    def is_looping(self) -> bool:
+        return self.finish == "length" and loops(self.tokens)
+
     def as_dict(self) -> dict[str, Any]:
         asked = self.question
         return {
@@ -140,7 +154,16 @@ class Answer:
             "answer": list(self.tokens),
             "temperature": asked.temperature,
             "finish": self.finish,
+            **({"looping": True} if self.is_looping else {}),
         }
+
+
+@dataclass(frozen=True)
+class Loops:
+    """Of all answers that were ever asked for in a file: how many loop, and how many of these were left out."""
+
+    found: int = 0
+    left_out: int = 0
 
 
 @dataclass
@@ -155,6 +178,7 @@ class Tally:
     steps: int = 0
     seconds: float = 0.0
     finishes: Counter[str] = field(default_factory=Counter)
+    loops: Loops = Loops()
 
     @property
     def tokens_per_step(self) -> float:
@@ -304,6 +328,7 @@ def distill(engine: Engine, questions: Questions, sampling: Sampling, ledger: Le
                     ledger.enter(answer)
             tally.seconds = time.perf_counter() - begun
             watch(tally, answer)
+    tally.loops = ledger.limit(sampling.max_looping)
     return tally
 
 
@@ -354,6 +379,35 @@ class Ledger:
             ) from None
         self._end += len(content)
         self.keys.add(answer.question.key)
+
+    def limit(self, share: float) -> Loops:
+        """Leave of looping answers at most this share of all: those whose keys come first, whatever
+        order they came in. TrainingError if the file cannot be written; what was there stays."""
+        looping, others, left_out = list[str](), 0, 0
+        for _, row, _ in _rows(self.path) if self._end else ():
+            if not row.get("looping"):
+                others += "answer" in row
+            elif "answer" in row:
+                looping.append(row["key"])
+            else:
+                left_out += 1
+        surplus = set(sorted(looping)[allowed(others, share) :]) if share < 1 else set()
+        if surplus:
+            self._leave_out(surplus)
+        return Loops(len(looping) + left_out, left_out + len(surplus))
+
+    def _leave_out(self, keys: set[str]) -> None:
+        end = 0
+        try:
+            with whole(self.path) as file:
+                for _, row, _ in _rows(self.path):
+                    key = row.get("key")
+                    end += file.write(_line({"key": key, "looping": True} if key in keys else row))
+        except OSError as error:
+            raise TrainingError(
+                f"{self.path} cannot be written ({error.strerror}): make room there, and the same command goes on"
+            ) from None
+        self._end = end
 
     def _forget_half_a_line(self) -> None:
         with contextlib.suppress(OSError):
@@ -417,7 +471,7 @@ def read(path: Path) -> Distilled:
     for number, row, _ in _rows(path, whole_lines=False):
         if not samples and not header and "forerun" in row:
             header = _checked_header(path, row)
-        else:
+        elif "answer" in row or not row.get("looping"):
             samples.append(_sample(row, f"{path}, line {number}"))
     if not samples:
         raise TrainingError(f"{path} holds no answers: make some with forerun distill --out {path}")

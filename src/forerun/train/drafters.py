@@ -23,14 +23,16 @@ from forerun.sources.fingerprint import digest
 from forerun.sources.source import Source
 from forerun.train.answers import Answers
 from forerun.train.distill import Distilled, Sample, read
-from forerun.train.least_squares import least_squares
+from forerun.train.least_squares import LeastSquares
 from forerun.train.objectives.heads import HeadsObjective
-from forerun.train.run import Record, Run, Watch
+from forerun.train.run import Record, Run
 from forerun.train.schedule import Schedule
 from forerun.train.teacher import Teacher
 
 WIDEST_START = 12288
 """Inputs of a head above which no least squares are solved: their matrix takes 4 bytes times the square of that."""
+SHORTEST = 8
+"""Tokens of an answer with its prompt from which every head of the papers can learn something."""
 FEWEST_TOKENS = 2000
 """Answer tokens below which nothing can be learnt that holds elsewhere."""
 SMALLEST_SHARE = 0.02
@@ -89,23 +91,22 @@ class HeadsTraining:
     def fit(self, run: Path, out: Path) -> dict[str, float]:
         """Train to the schedule's end, resuming what was interrupted in `run`, and write the heads to `out`."""
         record = Record(self.record())
-        figures = Run(self.objective, self.recipe.schedule, run, record).finish(out.name, self._start)
+        figures = Run(self.objective, self.recipe.schedule, run, record).finish(out.name, self._start())
         checkpoints.write(self.objective.module, self.config, self._about(out, figures))
         return figures
 
-    def _start(self, watch: Watch) -> None:
-        """Fit untrained heads by least squares, if that is wanted and not too large."""
+    def _start(self) -> LeastSquares | None:
+        """A fit of untrained heads by least squares, if that is wanted and not too large."""
         recipe, module, teacher = self.recipe, self.objective.module, self.objective.teacher
         if recipe.init_from is not None or not recipe.start_batches:
-            return
+            return None
         widest = teacher.head_VD.shape[1] * (module.count + 1 if module.sees_tokens else 1)
         if widest > WIDEST_START:
             print(
                 f"heads with {widest} inputs start as copies: a least-squares fit would be too large", file=sys.stderr
             )
-            return
-        maps = least_squares(module, teacher, self.answers, recipe.start_batches, watch)
-        module.start_from(maps, teacher.head_VD.float())
+            return None
+        return LeastSquares(module, teacher, self.answers, recipe.start_batches)
 
     def record(self) -> dict[str, Any]:
         """What the run's weights depend on, but for its schedule."""
@@ -179,9 +180,10 @@ def _demand_data(answers: Answers, network: Network, recipe: HeadsRecipe) -> Non
         raise TrainingError(
             f"{recipe.data} has token {largest} and {recipe.target} knows {network.vocab_size}: distil from this target"
         )
-    if recipe.length > network.max_length or recipe.length < 8 or recipe.rows < 1:
+    if recipe.length > network.max_length or recipe.length < SHORTEST or recipe.rows < 1:
         raise TrainingError(
-            f"batches of {recipe.rows} x {recipe.length} tokens do not fit a context of {network.max_length}"
+            f"batches of {recipe.rows} x {recipe.length} tokens do not fit a context of {network.max_length}:"
+            f" give --rows of 1 or more and a --length from {SHORTEST} to {network.max_length}"
         )
     tokens = sum(len(s.answer) for s in answers.training)
     if tokens < FEWEST_TOKENS or answers.trained_share < SMALLEST_SHARE:

@@ -27,7 +27,7 @@ from forerun.train import drafters
 from forerun.train.lora import Adapters
 from forerun.train.objectives.joint import Balance, JointObjective, Moved, Ramp
 from forerun.train.run import Record, Run
-from forerun.train.schedule import Schedule
+from forerun.train.schedule import Schedule, demand_numbers
 from forerun.train.teacher import Pupil
 
 MODEL, HEADS = "model", "heads"
@@ -46,6 +46,11 @@ class JointRecipe:
     ramp: str = "sine"
     rank: int = 32
     alpha: float = 16.0
+
+    def __post_init__(self) -> None:
+        """TrainingError for numbers that make no sense."""
+        demand_numbers({"head_weight": self.head_weight, "alpha": self.alpha}, 0)
+        demand_numbers({"rank": self.rank}, 1)
 
 
 def preset_of(method: JointMethod, keep: str) -> Joint:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import MISSING, asdict, dataclass, fields, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from forerun.train import corpus as corpora
 from forerun.train import tokenizer
 from forerun.train.objectives.descent import OPTIMISER
 from forerun.train.objectives.next_token import NextToken, TokenWindows
-from forerun.train.run import STATE, Record, Run, read_run
+from forerun.train.run import STATE, Record, Run, Watch, read_run, unwatched
 from forerun.train.schedule import Schedule
 
 REFERENCE = TransformerConfig(
@@ -86,12 +87,19 @@ class ModelRecipe:
     compile: bool = False
 
 
-def build_corpus(folder: Path, vocabulary: int) -> str:
-    """Corpus and tokenizer from the Python source on this machine, into `folder`; says what it made."""
+def build_corpus(folder: Path, vocabulary: int, watch: Watch = unwatched) -> str:
+    """Corpus and tokenizer from the Python source on this machine, into `folder`; says what it made.
+    watch: told of the files that are cut into tokens, once there is a tokenizer."""
     parts = corpora.split(corpora.collect(corpora.installed()))
     model = tokenizer.train((document.text for document in parts.train), tokenizer.Settings(vocabulary))
     tokenizer.write(model, folder / "tokenizer")
-    summary = corpora.write(parts, tokenizer.processor_of(model).encode, folder)
+    encode, files, done = tokenizer.processor_of(model).encode, len(parts.train) + len(parts.held_out), count(1)
+
+    def ids_of(text: str) -> list[int]:
+        watch(next(done), files)
+        return list(encode(text))
+
+    summary = corpora.write(parts, ids_of, folder)
     return (
         f"{folder}: {summary['train_tokens']:,} tokens to train on, {summary['heldout_tokens']:,} held out,"
         f" from {summary['train_files']:,} files"
@@ -195,7 +203,8 @@ def _text(recipe: ModelRecipe, config: TransformerConfig) -> TokenWindows:
             raise TrainingError(f"{path} is missing or shorter than one window: make the corpus with --build-corpus")
     if not 1 <= recipe.length <= config.max_length or recipe.rows < 1:
         raise TrainingError(
-            f"batches of {recipe.rows} x {recipe.length} tokens do not fit a context of {config.max_length}"
+            f"batches of {recipe.rows} x {recipe.length} tokens do not fit a context of {config.max_length}:"
+            f" give --rows of 1 or more and a --length from 1 to {config.max_length}"
         )
     return TokenWindows(train_path, heldout_path, recipe.rows, recipe.length, first=recipe.first)
 

@@ -26,6 +26,8 @@ from forerun.train.schedule import Schedule
 
 STATE = "state.safetensors"
 """The checkpoint in a run's folder: what the objective has become, and how far the run has come."""
+START = "start.safetensors"
+"""What was done of the start when it was interrupted, until there is a checkpoint."""
 RECIPE = "recipe.json"
 LOG = "log.jsonl"
 LOG_EVERY = 20
@@ -35,21 +37,42 @@ Watch = Callable[[int, int], None]
 """Told how much of how much is done."""
 
 
-class Objective(Protocol):
-    """What learns. It owns everything that changes: parameters, and the state of what moves them."""
+def unwatched(done: int, total: int) -> None:
+    """Nobody wants to know."""
 
-    def update(self, step: int) -> float:
-        """Take this step (from 0), and return its loss in nats. The same state and step give the
-        same state, bit for bit."""
 
-    def validate(self) -> dict[str, float]:
-        """Figures on held-out text; `loss` is among them. Changes nothing."""
+class Stateful(Protocol):
+    """What changes step by step, and can be taken up again."""
 
     def state(self) -> dict[str, Tensor]:
         """Everything that `load_state` needs to go on as if nothing had happened."""
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Become what `state` was taken from. ValueError if that was something else."""
+
+
+class Start(Stateful, Protocol):
+    """What is done before the first step, in `steps` steps of its own."""
+
+    @property
+    def steps(self) -> int: ...
+
+    def update(self, step: int) -> None:
+        """Take this step (from 0)."""
+
+    def finish(self) -> None:
+        """All steps are taken: hand the objective what came of them."""
+
+
+class Objective(Stateful, Protocol):
+    """What learns. It owns everything that changes: parameters, and the state of what moves them."""
+
+    def update(self, step: int) -> float:
+        """Take this step (from 0), and return its loss in nats. The same state and step give the
+        same state, bit for bit."""
+
+    def validate(self, watch: Watch = unwatched) -> dict[str, float]:
+        """Figures on held-out text; `loss` is among them. Changes nothing."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +117,7 @@ class Run:
     def __init__(self, objective: Objective, schedule: Schedule, folder: Path, record: Record | None = None):
         """Raises TrainingError if the folder holds a run of something else, or with another schedule."""
         self.objective, self.schedule, self.folder = objective, schedule, folder
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.loss = 0, 0.0, 0.0
         self._saved: int | None = None
         self._is_whole = False
         """Nothing is half done: what the objective is now is what it is after `step` steps."""
@@ -103,56 +126,85 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         self._resume()
 
-    def finish(self, title: str, start: Callable[[Watch], None] | None = None) -> dict[str, float]:
+    def finish(self, title: str, start: Start | None = None) -> dict[str, float]:
         """Go to the schedule's end; the last figures. start: what is done before the first step.
 
-        Ctrl-C leaves a checkpoint of the last step. Raises TrainingError where checkpoints cannot
-        be written, and what the objective raises.
+        Ctrl-C leaves a checkpoint of the last step, or of what the start has come to. Raises
+        TrainingError where checkpoints cannot be written, and what the objective raises.
         """
         try:
             with Display(title, self.schedule.steps, self.step) as display:
                 if start is not None and self._saved is None:
-                    start(display.before)
+                    self._begin(start, display)
                 self._is_whole = True
-                return self._go_on(display) or self.objective.validate()
+                return self._go_on(display) or self._validate(display)
         except KeyboardInterrupt:
             self._leave()
             raise
 
+    def _begin(self, start: Start, display: Display) -> None:
+        """The start, from where an earlier run was interrupted in it; then there is a checkpoint."""
+        done, is_whole = self._resume_start(start), True
+        try:
+            with display.phase("the start") as watch:
+                watch(done, start.steps)
+                while done < start.steps:
+                    with held_back("the end of this step"):
+                        is_whole = False
+                        start.update(done)
+                        done, is_whole = done + 1, True
+                    watch(done, start.steps)
+        except KeyboardInterrupt:
+            if done and is_whole:
+                self._write(START, start.state(), {"step": done}, f"step {done} of the start")
+            raise
+        with held_back("the first checkpoint"):
+            start.finish()
+            self._save()
+
     def _go_on(self, display: Display) -> dict[str, float]:
         figures: dict[str, float] = {}
+        if self._is_logged and self.step not in {row["step"] for row in read_log(self.folder)}:
+            figures = self._look(display)  # an interruption came between the step and this
         while self.step < self.schedule.steps:
-            loss = self._update()
-            if self._is_validated:
-                figures = self.objective.validate()
-            self._log(loss, figures if self._is_validated else {})
+            self._update()
+            figures = self._look(display) or figures
             if self.step == self.schedule.steps or self.step % self.schedule.save_every == 0:
                 self._save()
-            validation = f"  validation {figures['loss']:.3f}" if figures else ""
-            display.step(self.step, f"step {self.step}  loss {loss:.3f}{validation}", self._is_validated)
+            display.step(self.step, f"loss {self.loss:.3f}{_told(figures)}", self._is_validated)
         return figures
 
-    def _update(self) -> float:
+    def _look(self, display: Display) -> dict[str, float]:
+        """After a step: the figures, if there are to be any, and a row of the log."""
+        figures = self._validate(display) if self._is_validated else {}
+        if self._is_logged:
+            row = {"step": self.step, "train_loss": self.loss, "seconds": self.seconds, **figures}
+            with (self.folder / LOG).open("a") as file:
+                file.write(json.dumps({key: round(value, 5) for key, value in row.items()}) + "\n")
+        return figures
+
+    def _validate(self, display: Display) -> dict[str, float]:
+        with display.phase("validation") as watch:
+            return self.objective.validate(watch)
+
+    def _update(self) -> None:
         started = time.perf_counter()
         with held_back("the end of this step"):
             self._is_whole = False
-            loss = self.objective.update(self.step)
+            self.loss = self.objective.update(self.step)
             self.seconds += time.perf_counter() - started
             self.step += 1
             self._is_whole = True
-        return loss
 
     @property
     def _is_validated(self) -> bool:
         """The last step was one after which there are figures."""
         return self.step == self.schedule.steps or self.step % self.schedule.validate_every == 0
 
-    def _log(self, loss: float, figures: Mapping[str, float]) -> None:
-        if not figures and self.step % LOG_EVERY:
-            return
-        row = {"step": self.step, "train_loss": loss, "seconds": self.seconds, **figures}
-        with (self.folder / LOG).open("a") as file:
-            file.write(json.dumps({key: round(value, 5) for key, value in row.items()}) + "\n")
+    @property
+    def _is_logged(self) -> bool:
+        """The log has a row for the last step."""
+        return self.step > 0 and (self._is_validated or self.step % LOG_EVERY == 0)
 
     def _leave(self) -> None:
         """Keep what there is, and say how to go on if there is a way."""
@@ -161,22 +213,39 @@ class Run:
                 self._save()
             except TrainingError as error:
                 print(error, file=sys.stderr)
-        if self._saved is not None:
+        if self._saved is not None or (self.folder / START).exists():
             print(f"the same command goes on from the last checkpoint in {self.folder}", file=sys.stderr)
+        else:
+            print(f"nothing is kept in {self.folder}: the same command begins anew", file=sys.stderr)
 
     def _save(self) -> None:
-        note = {"step": self.step, "seconds": self.seconds, "schedule": self.schedule.as_json()}
-        state = {name: tensor.contiguous() for name, tensor in self.objective.state().items()}
+        done = {"step": self.step, "seconds": self.seconds, "loss": self.loss}
+        note = done | {"schedule": self.schedule.as_json()}
+        self._write(STATE, self.objective.state(), note, f"step {self.step}")
+        self._saved = self.step
+        (self.folder / START).unlink(missing_ok=True)
+
+    def _write(self, name: str, state: Mapping[str, Tensor], note: Mapping[str, Any], what: str) -> None:
         try:
-            with beside(self.folder / STATE) as path:
-                save_file(state, path, {"run": json.dumps(note)})
+            with beside(self.folder / name) as path:
+                save_file({key: value.contiguous() for key, value in state.items()}, path, {"run": json.dumps(note)})
         except (OSError, SafetensorError) as error:
             before = "" if self._saved is None else "; the run goes on from the one before"
             raise TrainingError(
-                f"the checkpoint of step {self.step} cannot be written to {self.folder} ({error}): make room"
-                f" there{before}"
+                f"the checkpoint of {what} cannot be written to {self.folder} ({error}): make room there{before}"
             ) from None
-        self._saved = self.step
+
+    def _resume_start(self, start: Start) -> int:
+        """Steps of it that an earlier run has taken."""
+        path = self.folder / START
+        if not path.exists():
+            return 0
+        note, state = read_run(path)
+        try:
+            start.load_state(state)
+        except ValueError:
+            raise TrainingError(f"{path} belongs to another start: remove it, or train into another folder") from None
+        return int(note["step"])
 
     def _resume(self) -> None:
         path = self.folder / STATE
@@ -194,8 +263,33 @@ class Run:
             raise TrainingError(
                 f"{path} belongs to a model of another shape: remove it, or train into another folder"
             ) from None
-        self.step, self.seconds = int(note["step"]), float(note["seconds"])
+        self.step, self.seconds, self.loss = int(note["step"]), float(note["seconds"]), float(note.get("loss", 0.0))
         self._saved = self.step
+
+
+def _told(figures: Mapping[str, float]) -> str:
+    """The last figures in a few words: the loss, and that of every head where there are heads."""
+    if not figures:
+        return ""
+    heads = [f"{figures[name]:.2f}" for name in figures if name.startswith("head") and name.endswith("_loss")]
+    return f"  validation {figures['loss']:.3f}" + (f"  heads {' '.join(heads)}" if heads else "")
+
+
+def read_log(folder: Path) -> list[dict[str, float]]:
+    """The figures of a run on its way, by ascending steps; [] without any. Steps that were taken
+    again after an interruption count once, and half a line at the end does not."""
+    try:
+        lines = (folder / LOG).read_text().splitlines()
+    except OSError:
+        return []
+    rows: dict[int, dict[str, float]] = {}
+    for line in lines:
+        try:
+            row = json.loads(line)
+            rows[int(row["step"])] = {name: float(value) for name, value in row.items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return [rows[step] for step in sorted(rows)]
 
 
 def read_run(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

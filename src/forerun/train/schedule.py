@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from forerun.errors import TrainingError
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,13 @@ class Schedule:
     floor: float = 0.0
     scales: tuple[tuple[str, float], ...] = ()
 
+    def __post_init__(self) -> None:
+        """TrainingError for numbers that make no sense."""
+        demand_numbers({"parts": self.parts, "validate_every": self.validate_every, "save_every": self.save_every}, 1)
+        rates = {"muon_rate": self.muon_rate, "rate": self.adam_rate, "floor": self.floor, "decay": self.decay}
+        scales = {f"the rate of {prefix.strip('.')}": scale for prefix, scale in self.scales}
+        demand_numbers({"steps": self.steps, "warmup": self.warmup, "clip": self.clip, **rates, **scales}, 0)
+
     def rate(self, step: int) -> float:
         """The share of the full learning rate at a step (0 up to `steps` - 1)."""
         if self.shape == "cosine":
@@ -50,3 +60,10 @@ class Schedule:
     def as_json(self) -> dict[str, Any]:
         """The fields as a checkpoint records them: JSON has no tuples."""
         return asdict(self) | {"scales": [list(pair) for pair in self.scales]}
+
+
+def demand_numbers(named: Mapping[str, float], least: float) -> None:
+    """TrainingError unless all of them are finite and at least so much."""
+    for name, value in named.items():
+        if not (math.isfinite(value) and value >= least):
+            raise TrainingError(f"no training can go by {name} = {value}: give a finite number of at least {least}")

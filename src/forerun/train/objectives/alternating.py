@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from forerun.train.run import Objective
+from forerun.train.run import Objective, Watch, unwatched
 
 
 class Alternating:
@@ -22,8 +22,8 @@ class Alternating:
         turn, place = divmod(step, len(self.objectives))
         return list(self.objectives.values())[place].update(turn)
 
-    def validate(self) -> dict[str, float]:
-        each = {name: objective.validate() for name, objective in self.objectives.items()}
+    def validate(self, watch: Watch = unwatched) -> dict[str, float]:
+        each = {name: objective.validate(watch) for name, objective in self.objectives.items()}
         figures = {f"{name}.{figure}": value for name, own in each.items() for figure, value in own.items()}
         return {"loss": next(iter(each.values()))["loss"], **figures}
 

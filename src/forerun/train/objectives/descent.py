@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from forerun.errors import TrainingError
+from forerun.train.run import Watch, unwatched
 from forerun.train.schedule import Schedule
 
 OPTIMISER = "optimiser."
@@ -47,7 +48,7 @@ class Descent(ABC):
         """The loss in nats on batch `number` (fp32 scalar). The same number gives the same batch."""
 
     @abstractmethod
-    def validate(self) -> dict[str, float]:
+    def validate(self, watch: Watch = unwatched) -> dict[str, float]:
         """See `Objective`."""
 
     def groups(self) -> list[Group]:

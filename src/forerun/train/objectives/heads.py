@@ -20,7 +20,8 @@ from forerun.ranktree import RankTree
 from forerun.train.answers import Answers, Batch
 from forerun.train.lesson import Lesson, chunk, logits_of
 from forerun.train.objectives.descent import Descent
-from forerun.train.ranks import projected, ranks_of
+from forerun.train.ranks import Ranks, projected, ranks_of
+from forerun.train.run import Watch, unwatched
 from forerun.train.schedule import Schedule
 from forerun.train.teacher import Teacher
 
@@ -46,6 +47,17 @@ class HeadsObjective(Descent):
         return self.loss_on(self.answers.batch(number))
 
     def loss_on(self, batch: Batch) -> Tensor:
+        return self._total(self.losses_on(batch))
+
+    def _total(self, losses_K: Tensor) -> Tensor:
+        """Heads count by their weights."""
+        total: Tensor = (
+            losses_K * self.weights.decay ** torch.arange(1, len(losses_K) + 1, device=losses_K.device)
+        ).sum()
+        return total
+
+    def losses_on(self, batch: Batch) -> Tensor:
+        """The loss of every head, [K]."""
         with self.teacher.precision():
             lesson = Lesson.of(self.module, self.teacher, batch)
             counts_K = lesson.valid_KP.sum(1).clamp(min=1)
@@ -54,9 +66,7 @@ class HeadsObjective(Descent):
                 sums = [self._sums(lesson)]
             else:
                 sums = [checkpoint(self._sums, part, use_reentrant=False) for part in parts]
-        scale = self.weights.decay ** torch.arange(1, self.module.count + 1, device=counts_K.device)
-        total: Tensor = (torch.stack(sums).sum(0) / counts_K * scale).sum()
-        return total
+        return torch.stack(sums).sum(0) / counts_K
 
     def _sums(self, lesson: Lesson) -> Tensor:
         """Per head, the loss summed over the places of a chunk, [K]."""
@@ -70,16 +80,20 @@ class HeadsObjective(Descent):
             loss = loss - self.weights.teacher * (laws.transpose(0, 1) * log_probs).sum(-1)
         return (loss * lesson.valid_KP).sum(1)
 
-    def validate(self) -> dict[str, float]:
-        """`loss`, `head1_top1` .. `headK_top5` (shares of answer tokens), and `tokens_per_step` as projected for the
-        tree."""
+    def validate(self, watch: Watch = unwatched) -> dict[str, float]:
+        """`loss`, `head1_loss` .. `headK_loss` (each alone, in nats), `head1_top1` .. `headK_top5` (shares of answer
+        tokens), and `tokens_per_step` as projected for the tree."""
         samples = self.answers.heldout[: self.most_validated] or self.answers.training[: self.most_validated]
         self.module.eval()
-        with torch.no_grad():
-            batches = list(self.answers.batches_of(samples))
-            loss = sum(self.loss_on(batch).item() for batch in batches) / len(batches)
-        ranks = ranks_of(self.module, self.teacher, samples, self.answers)
-        figures = {"loss": loss}
+        batches, losses, ranks = list(self.answers.batches_of(samples)), list[Tensor](), list[Ranks]()
+        for number, batch in enumerate(batches):
+            watch(number, len(batches))
+            with torch.no_grad():
+                losses.append(self.losses_on(batch))
+            own = samples[number * self.answers.rows : (number + 1) * self.answers.rows]
+            ranks += ranks_of(self.module, self.teacher, own, self.answers)
+        figures = {"loss": sum(self._total(each).item() for each in losses) / len(losses)}
+        figures |= {f"head{k}_loss": one for k, one in enumerate(torch.stack(losses).mean(0).tolist(), 1)}
         for head in range(self.module.count):
             known = np.concatenate([table[table[:, head] >= 0, head] for table in ranks])
             figures |= {f"head{head + 1}_top{k}": float((known < k).mean()) if known.size else 0.0 for k in SHOWN_TOP}

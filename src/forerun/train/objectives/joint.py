@@ -32,6 +32,7 @@ from forerun.train.lesson import CHUNK_NUMBERS, Lesson, logits_of
 from forerun.train.lora import Adapters
 from forerun.train.objectives.descent import Descent
 from forerun.train.objectives.heads import HeadsObjective
+from forerun.train.run import Watch, unwatched
 from forerun.train.schedule import Schedule
 
 
@@ -155,17 +156,20 @@ class JointObjective(Descent):
         heads_K = (each.view(lesson.valid_KP.shape) * lesson.valid_KP).sum(1)
         return torch.cat((torch.stack((text, divergence)), heads_K))
 
-    def validate(self) -> dict[str, float]:
+    def validate(self, watch: Watch = unwatched) -> dict[str, float]:
         """The heads' figures on held-out answers, `text` and `divergence` of the target, and the
         whole `loss` without its ramp.
 
         The answers are the original's, so `tokens_per_step` is what the heads promise on what the target used to say.
         """
-        figures = self.heads.validate()
+        figures = self.heads.validate(lambda done, total: watch(done, 2 * total))
         answers, most = self.heads.answers, self.heads.most_validated
-        samples = answers.heldout[:most] or answers.training[:most]
-        with torch.no_grad():
-            terms = [self.terms(batch, compare=True) for batch in answers.batches_of(samples)]
+        batches = list(answers.batches_of(answers.heldout[:most] or answers.training[:most]))
+        terms = []
+        for number, batch in enumerate(batches, len(batches)):
+            watch(number, 2 * len(batches))
+            with torch.no_grad():
+                terms.append(self.terms(batch, compare=True))
         text, divergence = (
             torch.stack(each).mean() for each in zip(*((t.text, t.divergence) for t in terms), strict=True)
         )

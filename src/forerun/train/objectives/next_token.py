@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from forerun.errors import TrainingError
 from forerun.nn.transformer import Transformer
 from forerun.train.objectives.descent import Descent, Group, by_scale, moved
+from forerun.train.run import Watch, unwatched
 from forerun.train.schedule import Schedule
 
 VALIDATION_TOKENS = 65536
@@ -115,9 +116,11 @@ class NextToken(Descent):
         return F.cross_entropy(logits.float(), law)
 
     @torch.no_grad()
-    def validate(self) -> dict[str, float]:
+    def validate(self, watch: Watch = unwatched) -> dict[str, float]:
         """`loss`: nats per token against held-out text, whatever the training signal."""
-        losses = [
-            self._loss(part, None).item() * len(part) for part in torch.split(self.text.validation(), self.text.rows)
-        ]
-        return {"loss": sum(losses) / len(self.text.validation())}
+        windows, total = self.text.validation(), 0.0
+        parts = torch.split(windows, self.text.rows)
+        for number, part in enumerate(parts):
+            watch(number, len(parts))
+            total += self._loss(part, None).item() * len(part)
+        return {"loss": total / len(windows)}

@@ -1,0 +1,33 @@
+"""What the machine is called that something runs on."""
+
+from __future__ import annotations
+
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def processor(device: torch.device) -> str:
+    """The name that its maker gave it, as far as the system tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    named = _from_cpuinfo(CPUINFO.read_text()) if CPUINFO.exists() else ""
+    return named or platform.processor() or platform.machine()
+
+
+def described(device: torch.device) -> str:
+    """The processor, and how many of its threads work."""
+    threads = torch.get_num_threads()
+    return processor(device) + (f", {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else "")
+
+
+def _from_cpuinfo(text: str) -> str:
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return re.sub(r"\((R|TM)\)| CPU| Processor| @.*", "", " ".join(value.split()))
+    return ""
