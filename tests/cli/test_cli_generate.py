@@ -202,7 +202,7 @@ def test_interrupted_text_stays_on_the_screen(family):
 
 
 def piece(request: int, texts: list[str], drafted: list[bool], end: str | None = None) -> Piece:
-    return Piece(request, request, 0, list(range(len(texts))), drafted, texts, end)
+    return Piece(request, request, 0, list(range(len(texts))), ["lookup" if one else "" for one in drafted], texts, end)
 
 
 def written(pieces: list[Piece], terminal: bool, **options) -> str:
