@@ -19,7 +19,8 @@ HEADS = (
     " --kernels --floor --start-batches"
 )
 OPTIONS = {
-    "demo": f"{SAMPLING} {MACHINE} --acceptance --model --drafter --drafters --prompts --rounds --json --plot",
+    "demo": f"{SAMPLING} {MACHINE} --acceptance --drafter --drafters --show --prompts --limit"
+    " --rounds --json --plot --picture",
     "generate": f"{SAMPLING} {MACHINE} --acceptance --drafter --prompt-file --repetition-penalty --presence-penalty"
     " --frequency-penalty --n --stop --ignore-eos --max-rows --logprobs --json",
     "check": f"{SAMPLING} {MACHINE} --drafter --tokens --rows --samples --prompt-file --json",

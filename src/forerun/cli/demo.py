@@ -1,10 +1,11 @@
-"""`forerun demo`: plain decoding and every drafter at hand on held-out source files, side by side."""
+"""`forerun demo`: plain decoding and the fastest drafter side by side, and a table of what every drafter gives."""
 
 from __future__ import annotations
 
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,8 +15,12 @@ import typer
 from forerun.cli import options
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from forerun.bench.run import Measurement, Summary
+    from forerun.bench.suites import Prompt
     from forerun.cli.engines import Machine
+    from forerun.cli.race import Lane
     from forerun.engine.engine import Engine
     from forerun.sampling import SamplingParams
 
@@ -23,11 +28,18 @@ REFERENCE = Path("models/target")
 ROUNDS, PATIENCE_SECONDS = 3, 120.0
 FLIPPED = "A near-tie between two tokens can flip in half precision: `forerun check` tells a tie from a mistake."
 WRONG = "Here this should not happen: see what `forerun check` says."
-SHOWN_TOKENS = 96
-"""New tokens of the text that is streamed for every drafter; the measurement generates more."""
+TRIED_TOKENS = 48
+"""New tokens by which the drafter is chosen that is shown beside plain decoding."""
+PROMPT_LINES = 4
+"""Of the prompt, before the text that is shown."""
 
 Model = Annotated[
-    str, typer.Option("--model", help="The target; the reference family's without it.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="A folder in Hugging Face format, or a hub id; models/target without it.",
+        show_default=False,
+    ),
 ]
 Drafters = Annotated[
     list[str] | None,
@@ -39,14 +51,22 @@ Drafters = Annotated[
         " lookup, hierarchy, and what lies beside the target: models, heads, and *.yaml.",
     ),
 ]
-Prompts = Annotated[int, typer.Option(min=1, help="Prompts of the built-in suite to measure on.")]
+Show = Annotated[
+    str | None,
+    typer.Option(metavar="SPEC", show_default=False, help="The one to show beside plain; without it, the fastest."),
+]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", show_default=False, help="Prompts of your own; without it, the built-in suite's."),
+]
+Limit = Annotated[int, typer.Option(min=1, help="Measure on so many of the prompts.")]
 Rounds = Annotated[
     int | None,
     typer.Option(
-        min=1,
+        min=0,
         show_default=False,
         help="Rounds; figures are medians over them. Without it: 3, or fewer where they would take longer than two"
-        " minutes.",
+        " minutes. 0: one round without a clock, for a machine that is busy.",
     ),
 ]
 JsonFile = Annotated[
@@ -55,14 +75,44 @@ JsonFile = Annotated[
 ]
 PlotFile = Annotated[
     Path | None,
-    typer.Option("--plot", metavar="FILE", help="Draw it (.png, .svg, .pdf).", rich_help_panel=options.OUTPUT),
+    typer.Option("--plot", metavar="FILE", help="Draw the table (.png, .svg, .pdf).", rich_help_panel=options.OUTPUT),
 ]
+PictureFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--picture",
+        metavar="FILE",
+        help="Draw the text, every token in the colour of who thought of it, and the table (.svg).",
+        rich_help_panel=options.OUTPUT,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What to compare, and where the results go."""
+
+    model: str
+    params: SamplingParams
+    prompts: Sequence[Prompt]
+    rounds: int | None
+    show: str | None
+    json_file: Path | None
+    plot: Path | None
+    picture: Path | None
+
+    @property
+    def title(self) -> str:
+        """What the model is called: as it was asked for, but not where it lies on this machine."""
+        return Path(self.model).name if Path(self.model).is_absolute() else self.model
 
 
 def demo(
     model: Model = "",
     drafters: Drafters = None,
-    prompts: Prompts = 4,
+    show: Show = None,
+    prompts: Prompts = None,
+    limit: Limit = 4,
     rounds: Rounds = None,
     max_new_tokens: options.MaxNewTokens = 128,
     temperature: options.Temperature = 0.0,
@@ -77,19 +127,19 @@ def demo(
     weights: options.Weights = "auto",
     json_file: JsonFile = None,
     plot: PlotFile = None,
+    picture: PictureFile = None,
 ) -> None:
-    """Generate with plain decoding and with each drafter: the text, then a table of what it cost.
+    """Plain decoding and the fastest drafter side by side, then a table of what every drafter gives.
 
-    `identical` compares token ids with plain decoding. With native kernels (see `forerun inspect`)
-    and in fp32 every drafter is identical. On torch in bf16 a near-tie can flip, because a forward
-    of several tokens rounds differently from one of a single token; then the table says how many
-    tokens were equal before, and `forerun check` tells a tie from a mistake.
+    Works on any model: without --drafter it takes what fits. `identical` compares token ids with
+    plain decoding. With native kernels (see `forerun inspect`) and in fp32 every drafter is
+    identical. On torch in bf16 a near-tie can flip, because a forward of several tokens rounds
+    differently from one of a single token; then the table says how many tokens were equal before,
+    and `forerun check` tells a tie from a mistake.
     """
     from forerun.cli.engines import Machine
-    from forerun.cli.files import demand_place
     from forerun.sampling import SamplingParams
 
-    machine = Machine(dtype, device, kernels, weights)
     params = SamplingParams(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -97,24 +147,56 @@ def demo(
         top_p=top_p,
         min_p=min_p,
         seed=seed,
-        ignore_eos=True,
+        ignore_eos=prompts is None,  # the suite's prompts break off within a file
     )
-    demand_place(json_file)
-    demand_place(plot)
+    _demand_places(json_file, plot, picture)
+    folder = model or str(reference())
+    wish = Wish(folder, params, _prompts(prompts)[:limit], rounds, show, json_file, plot, picture)
+    asked = _given([*(drafters or []), *([show] if show else [])])
+    fitting = {} if drafters else _beside(Path(folder))
+    _compare(_engines(folder, asked, fitting, Machine(dtype, device, kernels, weights), acceptance), wish)
+
+
+def _demand_places(json_file: Path | None, plot: Path | None, picture: Path | None) -> None:
+    """Refuse what could not be written before anything is measured."""
+    from forerun.cli.files import demand_place
+    from forerun.errors import RequestError
+
+    for path in (json_file, plot, picture):
+        demand_place(path)
     if plot:
         from forerun.bench.picture import demand_matplotlib
 
         demand_matplotlib()
-    folder = model or str(reference())
-    specs = {"none": "none"} | (_given(drafters) if drafters else _beside(Path(folder)))
-    engines = _engines(folder, specs, machine, acceptance, strict=bool(drafters))
-    _compare(engines, params, prompts, rounds, json_file, plot)
+    if picture and picture.suffix != ".svg":
+        raise RequestError(f"a drafted text is drawn as SVG, not as {picture.name}: name the file .svg")
+
+
+def _prompts(file: Path | None) -> list[Prompt]:
+    """The user's own, or the built-in suite's, spread over its categories."""
+    from forerun.bench import suites
+    from forerun.cli.files import prompts_in
+
+    if file is None:
+        return suites.spread(suites.load())
+    texts = prompts_in(file)
+    return [
+        suites.Prompt(f"row-{n}", "custom", f"{file.name}, prompt {n}", "", text) for n, text in enumerate(texts, 1)
+    ]
 
 
 def reference() -> Path:
-    """The reference target: below the working directory, or in the source tree that this package runs from."""
-    beside_source = Path(__file__).parents[3] / REFERENCE
-    return beside_source if beside_source.is_dir() and not REFERENCE.is_dir() else REFERENCE
+    """The reference target: below the working directory, or in the source tree that this package runs from.
+
+    RequestError where there is neither: an installed package has no model of its own.
+    """
+    from forerun.errors import RequestError
+
+    places = (REFERENCE, Path(__file__).parents[3] / REFERENCE)
+    found = next((place for place in places if place.is_dir()), None)
+    if found is None:
+        raise RequestError("there is no models/target here: name a model, a folder or a hub id, after `forerun demo`")
+    return found
 
 
 def _given(drafters: list[str]) -> dict[str, str]:
@@ -163,129 +245,164 @@ def _bytes(folder: Path) -> int:
 
 
 def _engines(
-    model: str, specs: Mapping[str, str], machine: Machine, acceptance: str, strict: bool
+    model: str, asked: Mapping[str, str], fitting: Mapping[str, str], machine: Machine, acceptance: str
 ) -> dict[str, Engine]:
-    """Plain decoding and the drafters, on one target. Without `strict`, one that cannot be built is
-    left out, and said so."""
+    """Plain decoding and the drafters, on one target. One that fits but cannot be built is left out, and
+    said so; one that was asked for is demanded."""
     from forerun.cli.engines import beside, load
     from forerun.drafting.spec import describe
     from forerun.errors import ForerunError
 
-    for spec in specs.values():
+    for spec in asked.values():
         describe(spec)  # a wrong name is cheaper to find before the model is read
     engines = {"none": load(model, "none", machine, acceptance=acceptance)}
-    for name, spec in list(specs.items())[1:]:
+    for name, spec in {**asked, **fitting}.items():
         try:
             engines[name] = beside(engines["none"], spec, machine)
         except ForerunError as error:
-            if strict:
+            if name in asked:
                 raise
             print(f"without {spec}: {error}", file=sys.stderr)
     return engines
 
 
-def _compare(
-    engines: dict[str, Engine],
-    params: SamplingParams,
-    prompts: int,
-    rounds: int | None,
-    json_file: Path | None,
-    plot: Path | None,
-) -> None:
+def _compare(engines: dict[str, Engine], wish: Wish) -> None:
     from rich.console import Console
 
-    from forerun.bench import suites
-    from forerun.cli.engines import fitted
+    from forerun.cli.engines import fitted, machine_of
     from forerun.cli.narration import on_stdout
 
-    console = Console(stderr=True) if str(json_file) == "-" else on_stdout()
-    plain = engines["none"]
-    network = plain.target.network
-    machine = f"{str(network.dtype).removeprefix('torch.')} on {network.device.type}"
-    chosen = suites.spread(suites.load())[:prompts]
-    texts = [fitted(plain, prompt.prompt, params) for prompt in chosen]
-    _stream(console, engines, chosen[0].source, chosen[0].prompt, texts[0], params)
-    result = _measure(console, engines, texts, params, rounds)
-    amount = f"prompts: {len(texts)}, new tokens each: {params.max_new_tokens}, rounds: {result.rounds}"
-    lossy = "" if all(row.exact for row in result.rows) else "; lossy acceptance"
-    title = f"{amount}; {machine}{lossy}"
-    _print_table(console, result.rows, title)
-    if any(row.identical is False for row in result.rows):
-        console.print(
-            FLIPPED if not network.backend.keeps_bits and network.dtype.itemsize == 2 else WRONG,
-            style="dim",
-            highlight=False,
-        )
-    if json_file:
-        _write_json(json_file, result, {"dtype": str(network.dtype).removeprefix("torch."), "title": title})
-    if plot:
-        _write_plot(plot, result.rows, title)
+    console = Console(stderr=True) if str(wish.json_file) == "-" else on_stdout()
+    plain, params = engines["none"], wish.params
+    texts = [fitted(plain, prompt.prompt, params) for prompt in wish.prompts]
+    shown, pace = _choose(console, engines, texts[0], wish)
+    lanes = _side_by_side(console, shown, texts[0], wish, pace)
+    result = _measure(console, engines, texts, params, wish.rounds)
+    is_clocked = wish.rounds != 0
+    _print_table(console, result.rows, is_clocked)
+    _print_verdict(console, result.rows, plain, wish.model, is_clocked)
+    machine, amount = machine_of(plain.target.network), _amount(result, params, is_clocked)
+    console.print(f"{amount}\n{wish.title} on {machine}", style="dim", highlight=False, markup=False)
+    if wish.json_file:
+        dtype = str(plain.target.network.dtype).removeprefix("torch.")
+        _write_json(wish.json_file, result, {"dtype": dtype, "title": f"{amount}; {machine}"})
+    if wish.plot:
+        _write_plot(wish.plot, result.rows, f"{wish.title}: {amount}\n{machine}")
+    if wish.picture:
+        _write_picture(wish, lanes[-1], result.rows, (amount, machine))
 
 
-def _stream(
-    console: Any,
-    engines: dict[str, Engine],
-    source: str,
-    prompt: str,
-    tokens: list[int],
-    params: SamplingParams,
-) -> None:
-    """The first prompt's continuation by every drafter, as it comes."""
+def _amount(result: Measurement, params: SamplingParams, is_clocked: bool) -> str:
+    """How the figures were measured, in one line."""
+    prompts = len({run.prompt for run in result.runs})
+    new = max(len(run.token_ids) for run in result.runs)
+    how = "greedy" if params.is_greedy else f"temperature {params.temperature:g}"
+    lossy = "" if all(row.exact for row in result.rows) else "lossy acceptance"
+    rounds = f"{'median of ' if result.rounds > 1 else ''}{_many(result.rounds, 'round')}" if is_clocked else ""
+    first = f"{_many(prompts, 'prompt')}, up to {_many(new, 'new token')} each"
+    return ", ".join(filter(None, (first, how, rounds, lossy)))
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _choose(
+    console: Console, engines: Mapping[str, Engine], tokens: list[int], wish: Wish
+) -> tuple[dict[str, Engine], float]:
+    """Plain and the drafter to show beside it, and how many tokens plain makes per second.
+
+    All continue the first prompt a little way; the fastest is shown, unless the user has named one.
+    """
     from dataclasses import replace
 
-    from forerun.cli.narration import DRAFTED, Scribe, summary
+    short = replace(wish.params, max_new_tokens=min(TRIED_TOKENS, wish.params.max_new_tokens or TRIED_TOKENS))
+    plain, *others = _measure(console, engines, [tokens], short, 1, "trying the drafters").rows
+    fastest = max(others, key=lambda row: row.tokens_per_second, default=None)
+    beside = wish.show if wish.show in engines else fastest.drafter if fastest else None
+    return {name: engines[name] for name in ("none", beside) if name}, plain.tokens_per_second
 
-    short = replace(params, max_new_tokens=min(SHOWN_TOKENS, params.max_new_tokens or SHOWN_TOKENS))
-    console.print(f"The model continues {source}, which it has never seen. Its last lines:\n", highlight=False)
-    console.print("\n".join(prompt.splitlines()[-6:]), style="dim", highlight=False, markup=False, soft_wrap=True)
-    marked = f"[{DRAFTED}]marked tokens[/] come from the drafter" if console.is_terminal else "on a terminal, tokens"
-    console.print(
-        f"\n{marked}{'' if console.is_terminal else ' of the drafter are marked'}; the target agreed to each.\n"
-    )
-    for name, engine in engines.items():
-        console.print(f"── {name}", style="bold", highlight=False)
-        scribe = Scribe(console, as_ids=engine.tokenizer is None)
-        outputs = engine.stream([tokens], short).outputs(scribe.show)
-        scribe.close()
-        if any(output.finish_reason == "interrupted" for output in outputs):
-            raise KeyboardInterrupt
-        console.print(summary(outputs, outputs[0].stats.seconds) + "\n", style="dim", highlight=False)
+
+def _side_by_side(
+    console: Console, engines: Mapping[str, Engine], tokens: list[int], wish: Wish, pace: float
+) -> list[Lane]:
+    """The first prompt's continuation, as it comes."""
+    from forerun.cli.race import show
+
+    first = wish.prompts[0]
+    console.print(f"The model continues {first.source}:\n", highlight=False, markup=False)
+    tail = "\n".join(first.prompt.splitlines()[-PROMPT_LINES:])
+    console.print(tail, style="dim", highlight=False, markup=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.print("\n... and goes on:\n")
+    return show(console, engines, tokens, wish.params, pace)
 
 
 def _measure(
-    console: Any, engines: dict[str, Engine], texts: Sequence[list[int]], params: SamplingParams, rounds: int | None
+    console: Console,
+    engines: Mapping[str, Engine],
+    texts: Sequence[list[int]],
+    params: SamplingParams,
+    rounds: int | None,
+    what: str = "measuring",
 ) -> Measurement:
+    """rounds: None, as many as there is patience for; 0, one."""
     from rich.progress import Progress
 
     from forerun.bench.run import measure
 
+    most = ROUNDS if rounds is None else max(1, rounds)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("measuring", total=(rounds or ROUNDS) * len(texts) * len(engines))
-        patience = math.inf if rounds else PATIENCE_SECONDS
-        return measure(engines, texts, params, rounds or ROUNDS, lambda run: progress.advance(task), patience)
+        task = progress.add_task(what, total=most * len(texts) * len(engines))
+        patience = PATIENCE_SECONDS if rounds is None else math.inf
+        return measure(engines, texts, params, most, lambda run: progress.advance(task), patience)
 
 
-def _print_table(console: Any, rows: Sequence[Summary], title: str) -> None:
+def _print_table(console: Console, rows: Sequence[Summary], is_clocked: bool) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("\ndrafter", overflow="fold", min_width=12)
-    for heading in (
-        "tokens\nper s",
-        "\nspeedup",
-        "tokens\nper step",
-        "draft\ns",
-        "verify\ns",
-        "other\ns",
-        "\nidentical",
-    ):
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("drafter", overflow="fold", min_width=12)
+    for heading in (*(("times plain", "tokens per s") if is_clocked else ()), "tokens per step", "identical"):
         table.add_column(heading, justify="right", no_wrap=True)
+    best = max(row.speedup for row in rows)
     for row in rows:
-        seconds = (f"{value:.2f}" for value in (row.draft_seconds, row.verify_seconds, row.other_seconds))
-        speed = f"{row.tokens_per_second:.0f}"
-        table.add_row(row.drafter, speed, f"{row.speedup:.2f}x", f"{row.tokens_per_step:.2f}", *seconds, same(row))
+        style, word = _standing(row, rows[0], best) if is_clocked else ("", "")
+        clock = (Text(f"{word}{row.speedup:.2f}x", style), f"{row.tokens_per_second:,.0f}") if is_clocked else ()
+        equal = Text("-" if row is rows[0] else same(row), "red" if row.identical is False else "")
+        table.add_row(Text(name_of(row), style), *clock, f"{row.tokens_per_step:.2f}", equal)
     console.print(table)
+
+
+def _standing(row: Summary, plain: Summary, best: float) -> tuple[str, str]:
+    """A row's colour and, because colours are not everywhere, a word."""
+    if row is plain:
+        return "", ""
+    if row.speedup < 1:
+        return "red", "a loss: "
+    return ("bold green", "best: ") if row.speedup == best else ("green", "")
+
+
+def name_of(row: Summary) -> str:
+    """What the table calls a drafter."""
+    return "plain" if row.drafter == "none" else row.drafter
+
+
+def _print_verdict(console: Console, rows: Sequence[Summary], plain: Engine, model: str, is_clocked: bool) -> None:
+    """What to do with the table, and what to think of texts that differ."""
+    network, best = plain.target.network, max(rows, key=lambda row: row.speedup)
+    if is_clocked and len(rows) > 1 and best is rows[0]:
+        console.print("Nothing is faster than plain decoding here: use --drafter none.", highlight=False)
+    elif is_clocked and len(rows) > 1:
+        said = {True: ", every token identical", False: "", None: ""}[best.identical]
+        line = f"{best.drafter} is the fastest here: {best.speedup:.2f} times plain{said}. Use it:"
+        command = f'    forerun generate {model} "..." --drafter "{best.drafter}"'
+        console.print(f"{line}\n{command}\n", highlight=False, markup=False, soft_wrap=True)
+    if any(row.identical is False for row in rows):
+        is_tie = not network.backend.keeps_bits and network.dtype.itemsize == 2
+        console.print(FLIPPED if is_tie else WRONG, style="dim", highlight=False)
 
 
 def same(row: Summary) -> str:
@@ -312,3 +429,21 @@ def _write_plot(path: Path, rows: Sequence[Summary], title: str) -> None:
     from forerun.cli.files import write_whole
 
     write_whole(path, draw(rows, title, path.suffix.removeprefix(".") or "png"))
+
+
+def _write_picture(wish: Wish, lane: Lane, rows: Sequence[Summary], footer: Sequence[str]) -> None:
+    from forerun.cli.drafted import Drafted, svg
+    from forerun.cli.files import write_whole
+
+    assert wish.picture is not None
+    drawn = Drafted(
+        title=wish.title if lane.title == "plain" else f"{wish.title} with {lane.title}",
+        account=f"{len(lane.words)} tokens in {lane.steps} steps: each in the colour of who thought of it,"
+        " and the target agreed to all of them",
+        prompt=wish.prompts[0].prompt.splitlines()[-PROMPT_LINES:],
+        words=lane.words,
+        rows=rows,
+        is_clocked=wish.rounds != 0,
+        footer=footer,
+    )
+    write_whole(wish.picture, svg(drawn).encode())
