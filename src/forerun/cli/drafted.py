@@ -98,7 +98,7 @@ def svg(picture: Drafted) -> str:
         y += LINE
     placed = blocks(picture.words)
     parts += [_token(block, y, ink) for block in placed]
-    y += LINE * (1 + max((block.line for block in placed), default=0)) + 20
+    y += LINE * (1 + max((block.line for block in placed if block.text.strip() or block.origin), default=0)) + 20
     legend, y = _legend(ink, y)
     table, y = _table(picture, y + 14)
     footer = [_text(MARGIN, y + 24 + 17 * n, line, SANS, 11.5, QUIET) for n, line in enumerate(picture.footer)]
@@ -131,7 +131,7 @@ def _legend(ink: Ink, y: float) -> tuple[list[str], float]:
     parts, x = [], float(MARGIN)
     for label, colour in (("the prompt", QUIET), (OWN, WORDS)):
         parts.append(_text(x, y + 15, label, SANS, 13, colour))
-        x += 7.0 * len(label) + 18
+        x += 6.6 * len(label) + 18
     for label, paper in ink.legend():
         width = 7.0 * len(label) + 20
         if x + width > WIDTH - MARGIN:
@@ -186,7 +186,7 @@ def _row(picture: Drafted, row: Summary, bar: Bar, y: float) -> Iterator[str]:
     length = bar.unit * bar.value
     yield _text(MARGIN, middle, "plain" if is_plain else _short(row.drafter), SANS, 13.5, WORDS)
     yield f'<rect x="{BAR_AT}" y="{y + 7:.1f}" width="{length:.1f}" height="{ROW - 14}" rx="3" fill="{colour}"/>'
-    yield _text(BAR_AT + length + 8, middle, f"{bar.value:.2f}{unit}", SANS, 13.5, words, weight=600)
+    yield _text(BAR_AT + max(length, bar.unit) + 8, middle, f"{bar.value:.2f}{unit}", SANS, 13.5, words, weight=600)
     if picture.is_clocked:
         yield _text(right - 190, middle, f"{row.tokens_per_second:,.0f}", SANS, 13.5, WORDS, anchor="end")
         yield _text(right - 80, middle, f"{row.tokens_per_step:.2f}", SANS, 13.5, WORDS, anchor="end")
