@@ -292,12 +292,14 @@ def test_without_a_clock_nothing_is_said_about_seconds(ran):
 
 
 def test_what_to_do_with_the_table_is_said(engines):
+    """By the spec, which may not be the name in the table."""
+    wish = command.Wish("MODEL", {"better": "small:a folder"}, GREEDY, [], None, None, None, None, None)
     console = console_of(terminal=False)
-    command._print_verdict(console, ROWS, engines["none"], "MODEL", is_clocked=True)
-    assert 'forerun generate MODEL "..." --drafter "better"' in written(console)
+    command._print_verdict(console, ROWS, engines["none"], wish)
+    assert "    forerun generate MODEL ... --drafter 'small:a folder'\n" in written(console)
     assert "should not happen" in written(console)
     console = console_of(terminal=False)
-    command._print_verdict(console, [row("none"), row("bad", 0.8)], engines["none"], "MODEL", is_clocked=True)
+    command._print_verdict(console, [row("none"), row("bad", 0.8)], engines["none"], wish)
     assert written(console) == "Nothing is faster than plain decoding here: use --drafter none.\n"
 
 

@@ -36,7 +36,7 @@ PROMPT_LINES = 4
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="[MODEL]",
+        metavar="MODEL",
         help="A folder in Hugging Face format, or a hub id; models/target without it.",
         show_default=False,
     ),
@@ -90,9 +90,10 @@ PictureFile = Annotated[
 
 @dataclass(frozen=True)
 class Wish:
-    """What to compare, and where the results go."""
+    """What to compare, and where the results go. specs: drafters by the names that the table has for them."""
 
     model: str
+    specs: Mapping[str, str]
     params: SamplingParams
     prompts: Sequence[Prompt]
     rounds: int | None
@@ -151,9 +152,10 @@ def demo(
     )
     _demand_places(json_file, plot, picture)
     folder = model or str(reference())
-    wish = Wish(folder, params, _prompts(prompts)[:limit], rounds, show, json_file, plot, picture)
     asked = _given([*(drafters or []), *([show] if show else [])])
     fitting = {} if drafters else _beside(Path(folder))
+    specs = {**asked, **fitting}
+    wish = Wish(folder, specs, params, _prompts(prompts)[:limit], rounds, show, json_file, plot, picture)
     _compare(_engines(folder, asked, fitting, Machine(dtype, device, kernels, weights), acceptance), wish)
 
 
@@ -280,7 +282,7 @@ def _compare(engines: dict[str, Engine], wish: Wish) -> None:
     result = _measure(console, engines, texts, params, wish.rounds)
     is_clocked = wish.rounds != 0
     _print_table(console, result.rows, is_clocked)
-    _print_verdict(console, result.rows, plain, wish.model, is_clocked)
+    _print_verdict(console, result.rows, plain, wish)
     machine, amount = machine_of(plain.target.network), _amount(result, params, is_clocked)
     console.print(f"{amount}\n{wish.title} on {machine}", style="dim", highlight=False, markup=False)
     if wish.json_file:
@@ -390,16 +392,19 @@ def name_of(row: Summary) -> str:
     return "plain" if row.drafter == "none" else row.drafter
 
 
-def _print_verdict(console: Console, rows: Sequence[Summary], plain: Engine, model: str, is_clocked: bool) -> None:
+def _print_verdict(console: Console, rows: Sequence[Summary], plain: Engine, wish: Wish) -> None:
     """What to do with the table, and what to think of texts that differ."""
+    from shlex import join
+
     network, best = plain.target.network, max(rows, key=lambda row: row.speedup)
-    if is_clocked and len(rows) > 1 and best is rows[0]:
+    has_rivals = wish.rounds != 0 and len(rows) > 1
+    if has_rivals and best is rows[0]:
         console.print("Nothing is faster than plain decoding here: use --drafter none.", highlight=False)
-    elif is_clocked and len(rows) > 1:
+    elif has_rivals:
         said = {True: ", every token identical", False: "", None: ""}[best.identical]
         line = f"{best.drafter} is the fastest here: {best.speedup:.2f} times plain{said}. Use it:"
-        command = f'    forerun generate {model} "..." --drafter "{best.drafter}"'
-        console.print(f"{line}\n{command}\n", highlight=False, markup=False, soft_wrap=True)
+        command = join(["forerun", "generate", wish.model, "...", "--drafter", wish.specs[best.drafter]])
+        console.print(f"{line}\n    {command}\n", highlight=False, markup=False, soft_wrap=True)
     if any(row.identical is False for row in rows):
         is_tie = not network.backend.keeps_bits and network.dtype.itemsize == 2
         console.print(FLIPPED if is_tie else WRONG, style="dim", highlight=False)
