@@ -237,6 +237,18 @@ def test_elsewhere_a_text_is_written_once_with_all_who_said_it(ran):
     assert [name for name, _ in accounts] == ["plain", "lookup"] and accounts[0][1] == "6"
 
 
+def test_ctrl_c_ends_the_race(family, forerun, monkeypatch):
+    steps = race.race
+
+    def broken(*arguments):
+        yield next(steps(*arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(race, "race", broken)
+    code, out, err = forerun("demo", family / "target", *SMALL, "--drafter", "lookup")
+    assert code == 130 and err.endswith("forerun: interrupted\n") and "identical" not in out
+
+
 def test_the_one_that_is_shown_may_be_named(ran, family):
     small = f"small:{family / 'small'}"
     assert f"  {small}: 6 tokens" in ran("--show", small)

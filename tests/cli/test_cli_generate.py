@@ -223,6 +223,15 @@ def test_drafted_tokens_are_marked_on_a_terminal_and_nowhere_else():
     assert re.sub(r"\x1b\[[1-9][\d;]*m(.)\x1b\[0m", r"<\1>", shown) == "<a><b>cd\n"
 
 
+def test_who_thought_of_a_token_shows_in_its_colour():
+    file = io.StringIO()
+    scribe = Scribe(Console(file=file, force_terminal=True, color_system="truecolor"))
+    scribe.show(Piece(0, 0, 0, [1, 2, 3], ["context", "small", "context"], ["a", "b", "c"], "length"))
+    one, two, three = re.findall(r"\x1b\[([\d;]+)m[abc]\x1b", file.getvalue())
+    assert one == three != two
+    assert [label for label, _ in scribe.ink.legend()] == ["context (this text)", "small"]
+
+
 def test_later_requests_wait_for_earlier_ones():
     pieces = [
         piece(1, ["x"], [False]),
