@@ -92,7 +92,7 @@ def test_what_lies_beside_a_target_is_told_by_its_config(tmp_path):
     assert (found["a"], found["b"]) == (f"hydra:{tmp_path / 'a'}", f"small:{tmp_path / 'b'}")
 
 
-@pytest.mark.parametrize("text", ["drafter: verified\ncheckpoint: ./nowhere\n", "services:\n  web: {image: x}\n"])
+@pytest.mark.parametrize("text", ["drafter: verified\ncheckpoint: ./nowhere\n", "drafter: nobody\n", "- {a: ["])
 def test_what_lies_there_and_cannot_be_built_is_left_out_aloud(family, forerun, tmp_path, text):
     """A file of another program too, which may be no drafter at all."""
     shutil.copytree(family / "target", tmp_path / "target")
