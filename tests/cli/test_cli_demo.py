@@ -16,7 +16,8 @@ from rich.console import Console
 from forerun.bench.run import Summary
 from forerun.bench.suites import Prompt, spread
 from forerun.cli import drafted, race
-from forerun.cli.demo import _beside, _print_table, reference, same
+from forerun.cli.demo import _print_table, reference, same
+from forerun.cli.fitting import beside
 from forerun.cli.ink import PAPERS, Ink
 from forerun.cli.race import Lane, frame, show
 from forerun.engine.load import load
@@ -87,7 +88,7 @@ def test_what_lies_beside_a_target_is_told_by_its_config(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
         (tmp_path / name / "model.safetensors").write_bytes(b"0" * size)
-    found = _beside(tmp_path / "target")
+    found = beside(tmp_path / "target")
     assert list(found) == ["lookup", "hierarchy", "b", "a"]
     assert (found["a"], found["b"]) == (f"hydra:{tmp_path / 'a'}", f"small:{tmp_path / 'b'}")
 

@@ -6,7 +6,6 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -139,6 +138,7 @@ def demo(
     and `forerun check` tells a tie from a mistake.
     """
     from forerun.cli.engines import Machine
+    from forerun.cli.fitting import beside, given
     from forerun.sampling import SamplingParams
 
     params = SamplingParams(
@@ -152,8 +152,8 @@ def demo(
     )
     _demand_places(json_file, plot, picture)
     folder = model or str(reference())
-    asked = _given([*(drafters or []), *([show] if show else [])])
-    fitting = {} if drafters else _beside(Path(folder))
+    asked = given([*(drafters or []), *([show] if show else [])])
+    fitting = {} if drafters else beside(Path(folder))
     specs = {**asked, **fitting}
     wish = Wish(folder, specs, params, _prompts(prompts)[:limit], rounds, show, json_file, plot, picture)
     _compare(_engines(folder, asked, fitting, Machine(dtype, device, kernels, weights), acceptance), wish)
@@ -199,51 +199,6 @@ def reference() -> Path:
     if found is None:
         raise RequestError("there is no models/target here: name a model, a folder or a hub id, after `forerun demo`")
     return found
-
-
-def _given(drafters: list[str]) -> dict[str, str]:
-    """The drafters asked for, by the words they were asked with."""
-    parts = chain.from_iterable([one] if one.lstrip().startswith("{") else one.split(",") for one in drafters)
-    return {part.strip(): part.strip() for part in parts if part.strip() not in ("none", "")}
-
-
-def _beside(target: Path) -> dict[str, str]:
-    """What needs nothing, and what lies beside the target, by name."""
-    family = sorted(target.parent.glob("*/config.json"))
-    kinds = {path.parent: _kind(path, target) for path in family}
-    there = sorted((kind != "small", folder) for folder, kind in kinds.items() if kind)
-    return (
-        {"lookup": "lookup", "hierarchy": "hierarchy"}
-        | {folder.name: f"{kinds[folder]}:{folder}" for _, folder in there}
-        | {path.stem: str(path) for path in sorted(target.parent.glob("*.yaml"))}
-    )
-
-
-def _kind(config: Path, target: Path) -> str:
-    """The drafter that a folder holds: trained heads, or a smaller model with as many tokens; empty
-    if none for this target."""
-    from forerun.drafting.registry import names
-    from forerun.sources.folder import CONFIG
-
-    found, own = _settings(config), _settings(target / CONFIG)
-    if "drafter" in found:
-        return str(found["drafter"]) if found["drafter"] in names() else ""
-    is_smaller = _bytes(config.parent) < _bytes(target)
-    return "small" if is_smaller and found.get("vocab_size") == own.get("vocab_size") else ""
-
-
-def _settings(config: Path) -> dict[str, Any]:
-    import json
-
-    try:
-        found = json.loads(config.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def _engines(
