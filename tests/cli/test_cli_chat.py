@@ -16,7 +16,6 @@ from rich.console import Console
 
 import forerun as library
 from forerun.cli.chat import Talk, Text
-from forerun.cli.credit import Credited
 from forerun.cli.engines import Machine
 from forerun.engine.engine import Engine
 from forerun.sampling import SamplingParams
@@ -123,22 +122,6 @@ def test_ctrl_c_ends_an_answer_and_not_the_talk(chatty, talked, monkeypatch):
 
 
 # ---- colours
-
-
-def test_tokens_are_credited_to_the_part_that_proposed_them(family):
-    engine = library.load(family / "target", f"hierarchy | small:{family / 'small'}", dtype="fp32")
-    credit = Credited(engine.drafter)
-    prompt = "def f(x):\n    return x\n" * 4
-    params = SamplingParams(max_new_tokens=60, ignore_eos=True)
-    pieces = list(engine.beside(credit, max_rows=1).stream(prompt, params))
-    drafted = [flag for piece in pieces for flag in piece.drafted]
-    assert {place for place in credit.whose if place < len(drafted)} == {n for n, flag in enumerate(drafted) if flag}
-    assert set(credit.whose.values()) <= {"hierarchy", "small"} and credit.whose
-    tallies = {tally.name: sum(tally.accepted) for tally in credit.tallies()}
-    for name in ("hierarchy", "small"):
-        assert sum(whose == name for whose in credit.whose.values()) == tallies[f"fallback, {name}"]
-    plain = library.load(family / "target", dtype="fp32").generate(prompt, params)[0]
-    assert [token for piece in pieces for token in piece.token_ids] == plain.token_ids
 
 
 def test_every_drafter_has_its_colour_and_the_legend_says_which(family, monkeypatch):
