@@ -21,7 +21,7 @@ LEVELS = (
     ("drafters",),
     ("train",),  # uses of the engine
     ("plan", "bench", "check", "serve"),
-    ("cli",),
+    ("integrations", "cli"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 STRANGERS = [("engine", "drafters"), ("drafters", "engine"), ("drafting", "engine"), ("layouts", "engine")]
