@@ -34,7 +34,7 @@ COPY constraints.txt /tmp/constraints.txt
 RUN pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} -c /tmp/constraints.txt torch
 COPY --from=build /wheels /tmp/wheels
 RUN pip install -c /tmp/constraints.txt /tmp/wheels/*.whl
-USER forerun
+USER 1000
 WORKDIR /work
 ENTRYPOINT ["forerun"]
 CMD ["--help"]

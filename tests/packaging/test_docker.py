@@ -69,7 +69,7 @@ def test_every_version_is_the_pinned_one() -> None:
 
 def test_kernels_are_demanded_and_nobody_is_root() -> None:
     text = dict(instructions())  # of equal keywords the last
-    assert text["USER"] == "forerun" and text["ENTRYPOINT"] == '["forerun"]'
+    assert text["USER"] == "1000" and text["ENTRYPOINT"] == '["forerun"]'
     assert any(keyword == "RUN" and "ls /wheels/*-none-linux_*.whl" in rest for keyword, rest in instructions())
 
 
