@@ -129,9 +129,9 @@ def test_prompts_of_ones_own_end_where_the_model_ends_them(ran, tmp_path, monkey
 
 
 def test_the_prompts_of_a_file_are_continued(ran, tmp_path):
-    (tmp_path / "mine.txt").write_text("import argparse\nparser = argparse.")
-    out = ran("--drafter", "lookup", "--prompts", tmp_path / "mine.txt")
-    assert "mine.txt, line 1" in out and "parser = argparse." in out and "1 prompt, " in out
+    (tmp_path / "mine.py").write_text("import argparse\nparser = argparse.")
+    out = ran("--drafter", "lookup", "--prompts", tmp_path / "mine.py")
+    assert "mine.py" in out and "parser = argparse." in out and "1 prompt, " in out
 
 
 def test_the_object_may_go_to_stdout_alone(ran):
