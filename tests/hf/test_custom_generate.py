@@ -71,6 +71,9 @@ def test_rows_that_end_early_are_padded(padding: int | None) -> None:
         {"no_repeat_ngram_size": 2},
         {"suppress_tokens": [3, 4, 5, 20, 21]},
         {"bad_words_ids": [[3], [9, 8]]},
+        {"sequence_bias": {(5,): 3.0, (20,): 2.0, (9, 8): 4.0}, "repetition_penalty": 1.5},
+        {"logits_processor": [transformers.RepetitionPenaltyLogitsProcessor(factor) for factor in (1.5, 1.2)]},
+        {"logits_processor": [transformers.TemperatureLogitsWarper(0.5), transformers.TopKLogitsWarper(5)]},
         {"renormalize_logits": True, "return_dict_in_generate": True},
         {"prompt_lookup_num_tokens": 3},
     ],
@@ -105,6 +108,9 @@ def test_sampled_text_follows_the_law_and_torchs_seed() -> None:
     assert stats.chisquare([counts[token] for token in law], [2000 * share for share in law.values()]).pvalue > 1e-3
 
 
+SAMPLED = {"do_sample": True, "temperature": 0.5}
+
+
 class Stop(transformers.StoppingCriteria):  # type: ignore[misc]
     pass
 
@@ -116,6 +122,9 @@ class Stop(transformers.StoppingCriteria):  # type: ignore[misc]
         ({"logits_processor": [lambda ids, scores: scores]}, "the logits processor function may depend"),
         ({"min_new_tokens": 3}, "the logits processor Min"),
         ({"guidance_scale": 2.0}, "the logits processor UnbatchedClassifierFreeGuidanceLogitsProcessor"),
+        ({"logits_processor": [transformers.RepetitionPenaltyLogitsProcessor(1.5, 7)]}, "the logits processor Repet"),
+        ({"logits_processor": [transformers.TopPLogitsWarper(0.5, min_tokens_to_keep=3)]}, "the logits processor TopP"),
+        ({"logits_processor": [transformers.TopPLogitsWarper(0.5)], **SAMPLED}, "the logits processor Temperature"),
         ({"stopping_criteria": [Stop()]}, "the stopping criterion Stop"),
         ({"max_time": 1.0}, "the stopping criterion MaxTimeCriteria"),
         ({"output_scores": True, "return_dict_in_generate": True}, "output_scores is not kept"),

@@ -179,7 +179,9 @@ def test_windows_by_the_order_of_the_cache(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_hides_no_window(dtype: torch.dtype, tmp_path: Path) -> None:
-    folder = saved(small_model("gpt_neo", attention_types=[[["global", "local", "global"], 1]], window_size=20), tmp_path)
+    folder = saved(
+        small_model("gpt_neo", attention_types=[[["global", "local", "global"], 1]], window_size=20), tmp_path
+    )
     with pytest.raises(CheckpointError, match="beyond its window_size of 20"):
         load(folder, dtype)
 

@@ -28,15 +28,14 @@ from forerun.errors import RequestError
 from forerun.sampling import SamplingParams
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
-OURS: dict[type, Callable[[Any], dict[str, Any]]] = {
+WARPERS: dict[type, Callable[[Any], dict[str, Any]]] = {
     processing.TemperatureLogitsWarper: lambda one: {"temperature": float(one.temperature)},
     processing.TopKLogitsWarper: lambda one: {"top_k": int(one.top_k)},
     processing.TopPLogitsWarper: lambda one: {"top_p": float(one.top_p)},
     processing.MinPLogitsWarper: lambda one: {"min_p": float(one.min_p)},
-    processing.RepetitionPenaltyLogitsProcessor: lambda one: {"repetition_penalty": float(one.penalty)},
     processing.LogitNormalization: lambda one: {},  # a law is normalised anyway
 }
-"""Processors that are sampling parameters of ours."""
+"""Processors that are sampling parameters of ours, in the order in which these are applied."""
 PURE = (
     processing.NoRepeatNGramLogitsProcessor,
     processing.NoBadWordsLogitsProcessor,
@@ -44,7 +43,8 @@ PURE = (
     processing.SuppressTokensLogitsProcessor,
     processing.InfNanRemoveLogitsProcessor,
 )
-"""Processors of transformers that look at a row's text and scores alone, so that they can be asked at every node."""
+"""Processors of transformers that look at a row's text and scores alone, so that they can be asked
+at every node, before the warpers."""
 UNHEEDED = frozenset("use_cache logits_to_keep attention_mask position_ids past_key_values".split())
 """Arguments of a forward that are looked at here, or change nothing."""
 ENGINES = "_forerun_engines"
@@ -68,7 +68,7 @@ def generate(
 
     drafter, kernels: as of `forerun.load`. Greedy text is the model's own, and sampled text follows
     the same law, with torch's generator as its only seed. Rows may be padded on the left; each says
-    what it says alone, so a repetition penalty does not see the padding (transformers' does).
+    what it says alone.
 
     The engine is made at the first call and belongs to the model object from then on: it goes when
     the model goes, and is made anew when weights have changed. transformers does not hand streamers
@@ -79,7 +79,8 @@ def generate(
     """
     _demand_plain(generation_config, model_kwargs)
     prompts = _prompts(input_ids, model_kwargs)
-    wish = _wish(logits_processor, stopping_criteria, generation_config, input_ids.shape[1])
+    padding = [input_ids.shape[1] - len(prompt) for prompt in prompts]
+    wish = _wish(_parted(logits_processor, padding), stopping_criteria, generation_config, input_ids.shape[1])
     engine = _engine_of(model, drafter, kernels)
     longest = max(map(len, prompts)) + (wish.max_new_tokens or 0)
     if longest > engine.target.max_length:
@@ -126,31 +127,62 @@ def _prompts(input_ids: Tensor, model_kwargs: Mapping[str, Any]) -> list[list[in
 
 
 def _wish(
-    processors: Sequence[Any], criteria: Sequence[Any], config: transformers.GenerationConfig, width: int
+    parts: tuple[list[Any], list[Any]], criteria: Sequence[Any], config: transformers.GenerationConfig, width: int
 ) -> SamplingParams:
-    """What transformers has made of its settings, in our words. width: of the padded prompts."""
-    found: dict[str, Any] = {"temperature": 1.0 if config.do_sample else 0.0, "ignore_eos": True, "processors": []}
-    for one in processors:
-        if type(one) in OURS:
-            found |= OURS[type(one)](one)
-        elif type(one) in PURE:
-            found["processors"].append(one)
-        else:
-            raise RequestError(
-                f"the logits processor {type(one).__name__} may depend on more than a row's own text: "
-                "leave it out, or give it to forerun.load(model).generate as processors"
-            )
+    """What transformers has made of its settings, in our words. parts: see `_parted`; width: of the padded prompts."""
+    found: dict[str, Any] = {"temperature": 1.0 if config.do_sample else 0.0, "ignore_eos": True}
+    found["processors"], warpers = parts
+    for one in warpers if config.do_sample else ():  # they change no best token
+        found |= WARPERS[type(one)](one)
     for one in criteria:
         if type(one) is stopping.MaxLengthCriteria:
-            found["max_new_tokens"] = one.max_length - width
+            found["max_new_tokens"] = min(one.max_length - width, found.get("max_new_tokens", one.max_length))
         elif type(one) is stopping.EosTokenCriteria:
-            found["stop_token_ids"] = one.eos_token_id.tolist()
+            found["stop_token_ids"] = [*found.get("stop_token_ids", ()), *one.eos_token_id.tolist()]
         else:
             raise RequestError(
                 f"the stopping criterion {type(one).__name__} cannot be asked within an accepted block: "
                 "use max_new_tokens and eos_token_id, or forerun.load(model).generate with stop"
             )
     return SamplingParams(**found)
+
+
+def _parted(processors: Sequence[Any], padding: Sequence[int]) -> tuple[list[Any], list[Any]]:
+    """Those that are asked at every node, and the warpers behind them. RequestError for any other,
+    and for an order that is not ours: the law would be another. padding: before each row."""
+    pure: list[Any] = []
+    warpers: list[Any] = []
+    order = list(WARPERS)
+    for one in processors:
+        kind = type(one)
+        if kind in WARPERS and _is_usual(one) and all(order.index(kind) > order.index(type(w)) for w in warpers):
+            warpers.append(one)
+        elif kind is processing.RepetitionPenaltyLogitsProcessor and not warpers and _ignores_only(padding, one):
+            pure.append(processing.RepetitionPenaltyLogitsProcessor(one.penalty))  # our prefixes have no padding
+        elif kind in PURE and not warpers:
+            pure.append(one)
+        elif kind in (*WARPERS, *PURE, processing.RepetitionPenaltyLogitsProcessor):
+            raise RequestError(
+                f"the logits processor {kind.__name__} stands where, or as, transformers would not put it by itself: "
+                "give its setting to generate instead, or to forerun.load(model).generate"
+            )
+        else:
+            raise RequestError(
+                f"the logits processor {kind.__name__} may depend on more than a row's own text: "
+                "leave it out, or give it to forerun.load(model).generate as processors"
+            )
+    return pure, warpers
+
+
+def _is_usual(warper: Any) -> bool:
+    """It removes all that its setting says, for good."""
+    return getattr(warper, "min_tokens_to_keep", 1) == 1 and getattr(warper, "filter_value", -torch.inf) == -torch.inf
+
+
+def _ignores_only(padding: Sequence[int], penalty: Any) -> bool:
+    """As a repetition penalty that transformers makes by itself."""
+    ignored = getattr(penalty, "prompt_ignore_length", None)
+    return ignored is None or (isinstance(ignored, Tensor) and ignored.tolist() == list(padding))
 
 
 def _seeded(wish: SamplingParams, rows: int) -> list[SamplingParams]:
