@@ -130,3 +130,14 @@ def test_a_drafter_from_a_folder_beside_a_model_in_memory(tmp_path: Path) -> Non
     folder = saved(small_model("llama"), tmp_path / "small")
     model = small_model("qwen2")
     assert said(forerun.load(model, drafter=f"small:{folder}")) == greedy(model)
+
+
+def test_a_shared_model_that_is_trained_later_says_so() -> None:
+    model = small_model("gpt_neox")
+    engine = forerun.load(model)
+    engine.generate([3, 4], max_new_tokens=2)
+    model.train()
+    with pytest.raises(CheckpointError, match="is in training mode"):
+        engine.generate([3, 4], max_new_tokens=2)
+    model.eval()
+    assert len(engine.generate([3, 4], max_new_tokens=2)[0].token_ids) == 2

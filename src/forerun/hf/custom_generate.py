@@ -2,12 +2,13 @@
 
 transformers reads the arguments, this module reads what transformers has made of them: the logits
 processors and stopping criteria say what is wanted, whatever the names of the settings were.
-What cannot be honoured is refused; nothing is left out in silence.
+What cannot be honoured is refused; of what transformers hands on, nothing is left out in silence.
 """
 
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,10 +22,11 @@ from transformers.generation import stopping_criteria as stopping
 
 from forerun.drafting.spec import Description
 from forerun.engine.engine import Engine
-from forerun.engine.load import load
+from forerun.engine.load import drafter_for, load
 from forerun.engine.prompts import tokens_of
 from forerun.engine.requests import Output
 from forerun.errors import RequestError
+from forerun.nn.foreign.network import demand_evaluation
 from forerun.sampling import SamplingParams
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
@@ -48,6 +50,8 @@ at every node, before the warpers."""
 UNHEEDED = frozenset("use_cache logits_to_keep attention_mask position_ids past_key_values".split())
 """Arguments of a forward that are looked at here, or change nothing."""
 ENGINES = "_forerun_engines"
+SAMPLED = 64
+"""Numbers of a weight that are looked at to see whether it has changed."""
 ROWS = 64
 """Of a batch, side by side; others wait."""
 
@@ -71,8 +75,9 @@ def generate(
     what it says alone.
 
     The engine is made at the first call and belongs to the model object from then on: it goes when
-    the model goes, and is made anew when weights have changed. transformers does not hand streamers
-    on: use `forerun.load(model).stream` for that.
+    the model goes, and is made anew when weights, hooks or forwards have changed. transformers
+    hands on neither streamers, whose end then never comes (use `forerun.load(model).stream`), nor
+    assistant models.
 
     Raises RequestError, a ValueError, for what cannot be honoured: beams, processors and stopping
     criteria of the caller, scores and states as outputs, a cache that was begun.
@@ -81,13 +86,13 @@ def generate(
     prompts = _prompts(input_ids, model_kwargs)
     padding = [input_ids.shape[1] - len(prompt) for prompt in prompts]
     wish = _wish(_parted(logits_processor, padding), stopping_criteria, generation_config, input_ids.shape[1])
-    engine = _engine_of(model, drafter, kernels)
     longest = max(map(len, prompts)) + (wish.max_new_tokens or 0)
-    if longest > engine.target.max_length:
-        raise RequestError(
-            f"{longest} tokens are asked for and the context holds {engine.target.max_length}: set max_new_tokens lower"
-        )
-    outputs = engine.stream(prompts, _seeded(wish, len(prompts)), text=False).outputs()
+    with _engines_of(model).guard:
+        engine = _engine_of(model, drafter, kernels)
+        if longest > (room := engine.target.max_length):
+            raise RequestError(f"{longest} tokens are asked for and the context holds {room}: set max_new_tokens lower")
+        session = engine.stream(prompts, _seeded(wish, len(prompts)), text=False)
+    outputs = session.outputs()
     if len(outputs) < len(prompts) or any(output.finish_reason == "interrupted" for output in outputs):
         raise KeyboardInterrupt
     padding = generation_config.pad_token_id
@@ -204,27 +209,65 @@ def _sequences(input_ids: Tensor, outputs: Sequence[Output], padding: int) -> Te
 
 @dataclass
 class _Engines:
-    """Those that were made for a model object, and of which weights. Its copies and pickles begin with none."""
+    """Those that were made for a model object as it was in this state: one for each choice of
+    kernels, with the drafter that was asked for last. Its copies and pickles begin with none."""
 
-    weights: tuple[tuple[int, int], ...] = ()
-    by_settings: dict[str, Engine] = field(default_factory=dict)
+    state: _State | None = None
+    by_kernels: dict[str, tuple[str, Engine]] = field(default_factory=dict)
+    guard: threading.Lock = field(default_factory=threading.Lock)
+    """Held until the requests of a call are the engine's: who asks for another drafter sees that it is busy."""
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return _Engines, ()
 
 
+def _engines_of(model: transformers.PreTrainedModel) -> _Engines:
+    """Kept on the model itself: engines and model hold each other, and go together."""
+    found: _Engines = model.__dict__.setdefault(ENGINES, _Engines())
+    return found
+
+
 def _engine_of(model: transformers.PreTrainedModel, drafter: str | Description, kernels: str) -> Engine:
-    """Kept on the model itself: engine and model hold each other, and go together."""
-    kept = model.__dict__.setdefault(ENGINES, _Engines())
-    if (now := _state_of(model)) != kept.weights:
-        kept.weights, kept.by_settings = now, {}
-    settings = json.dumps([drafter, kernels], sort_keys=True, default=str)
-    if settings not in kept.by_settings:
-        kept.by_settings[settings] = load(model, drafter, max_rows=ROWS, kernels=kernels)
-    engine: Engine = kept.by_settings[settings]
+    """An engine with another drafter takes the network over, which may be a copy of all weights,
+    unless it is at work: one engine at a time may drive a network."""
+    demand_evaluation(model, type(model).__name__)
+    kept = _engines_of(model)
+    if (now := _State.of(model)) != kept.state:
+        kept.state, kept.by_kernels = now, {}
+    described = json.dumps(drafter, sort_keys=True, default=str)
+    before, engine = kept.by_kernels.get(kernels, ("", None))
+    if engine is None or (described != before and engine.is_busy):
+        engine = load(model, drafter, max_rows=ROWS, kernels=kernels)
+    elif described != before:
+        engine = engine.beside(drafter_for(engine.target.network, drafter, kernels))
+    kept.by_kernels[kernels] = described, engine
     return engine
 
 
-def _state_of(model: transformers.PreTrainedModel) -> tuple[tuple[int, int], ...]:
-    """Where the weights are and how often they were written to; kernels that copied them must know."""
-    return tuple((one.data_ptr(), 0 if one.is_inference() else one._version) for one in model.parameters())
+@dataclass(frozen=True)
+class _State:
+    """What tells that a model has changed, for kernels that copied it: where its weights are, how
+    often they were written to, a sample of them (writing to `.data` is not counted), and what was
+    hung on its modules."""
+
+    weights: tuple[tuple[int, int, bytes], ...]
+    hangings: tuple[tuple[int, ...], ...]
+
+    @staticmethod
+    def of(model: torch.nn.Module) -> _State:
+        weights = (
+            (one.data_ptr(), 0 if one.is_inference() else one._version, _sample(one)) for one in model.parameters()
+        )
+        hangings = (
+            (*module._forward_hooks, *module._forward_pre_hooks, id(module.__dict__.get("forward")))
+            for module in model.modules()
+        )
+        return _State(tuple(weights), tuple(hangings))
+
+
+def _sample(weight: Tensor) -> bytes:
+    """Some of its numbers, from end to end. Elsewhere than on a CPU nobody copies weights."""
+    if weight.device.type != "cpu":
+        return b""
+    some = weight.detach().flatten()[:: max(1, weight.numel() // SAMPLED)]
+    return some.contiguous().view(torch.uint8).numpy().tobytes()

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 import transformers
 
-from forerun.errors import CheckpointError, ForerunError
+from forerun.errors import ForerunError
 from forerun.nn.backends.native.transformer import PackedTransformer
 from forerun.nn.cache import Cache
 from forerun.nn.feed import Feed
 from forerun.nn.foreign.load import adopt
+from forerun.nn.foreign.network import demand_evaluation
 from forerun.nn.foreign.rehearsal import HALF_TOLERANCE, TOLERANCE
 from forerun.nn.load import demand_words, pack, why_torch
 from forerun.nn.network import Network
@@ -43,8 +44,7 @@ def network_of(
     dtype that it cannot have.
     """
     name = f"{type(model).__name__} ({model.config.model_type})"
-    if model.training:
-        raise CheckpointError(f"the model {name} is in training mode, in which it may drop out: call model.eval()")
+    demand_evaluation(model, name)
     if device != model.device:
         raise ForerunError(f"the model {name} is on {model.device}, not on {device}: move it first, or name no device")
     demand_words(kernels, weights)
