@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import forerun
 from forerun.errors import CheckpointError, ForerunError
@@ -104,6 +105,19 @@ def test_a_model_in_training_mode_or_elsewhere_is_refused() -> None:
         forerun.load(small_model("llama").train())
     with pytest.raises(ForerunError, match="move it first"):
         forerun.load(small_model("llama").to("meta"), device="cpu")
+
+
+@pytest.mark.parametrize("given", [None, 7, b"models/target", torch.nn.Linear(2, 2), ["models/target"]], ids=type)
+def test_what_is_no_model_is_refused_in_one_sentence(given: Any) -> None:
+    with pytest.raises(CheckpointError, match=f"cannot be of type {type(given).__name__}: give a folder"):
+        forerun.load(given)
+
+
+@pytest.mark.parametrize("kind", ["LlamaModel", "LlamaForSequenceClassification"])
+def test_a_model_of_no_language_is_refused(kind: str) -> None:
+    config = small_model("llama").config
+    with pytest.raises(CheckpointError, match=f"{kind} .* load it with AutoModelForCausalLM"):
+        forerun.load(getattr(transformers, kind)(config).eval())
 
 
 def test_a_tokenizer_goes_with_it() -> None:

@@ -192,7 +192,10 @@ def _first_forward(name: str, model: transformers.PreTrainedModel) -> tuple[list
         for layer in cache.layers:
             _demand_plain(name, layer)
         out = model(input_ids=token, past_key_values=cache, use_cache=True, return_dict=True)
-    return list(cache.layers), int(out.logits.shape[-1])
+    logits = getattr(out, "logits", None)
+    if logits is None or logits.ndim < 3:
+        raise CheckpointError(f"{name} says nothing about the next token: load it with AutoModelForCausalLM")
+    return list(cache.layers), int(logits.shape[-1])
 
 
 def _demand_plain(name: str, layer: object) -> None:
