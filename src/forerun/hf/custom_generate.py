@@ -27,6 +27,7 @@ from forerun.engine.prompts import tokens_of
 from forerun.engine.requests import Output
 from forerun.errors import RequestError
 from forerun.nn.foreign.network import demand_evaluation
+from forerun.nn.memory import hangings
 from forerun.sampling import SamplingParams
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
@@ -258,11 +259,7 @@ class _State:
         weights = (
             (one.data_ptr(), 0 if one.is_inference() else one._version, _sample(one)) for one in model.parameters()
         )
-        hangings = (
-            (*module._forward_hooks, *module._forward_pre_hooks, id(module.__dict__.get("forward")))
-            for module in model.modules()
-        )
-        return _State(tuple(weights), tuple(hangings))
+        return _State(tuple(weights), tuple(map(hangings, model.modules())))
 
 
 def _sample(weight: Tensor) -> bytes:
