@@ -44,7 +44,7 @@ def separate(prompts: Prompts) -> list[Prompt]:
         return [[prompts]] if _is_message(prompts) else _rows_of_encoding(prompts)
     if isinstance(prompts, torch.Tensor | np.ndarray):
         return list(_rows(prompts))
-    if isinstance(prompts, bytes | bytearray) or not isinstance(prompts, Iterable):
+    if isinstance(prompts, bytes | bytearray | set | frozenset) or not isinstance(prompts, Iterable):
         raise RequestError(f"a prompt cannot be of type {type(prompts).__name__}: give {UNDERSTOOD}")
     items: list[Any] = list(prompts)
     if items and all(map(_is_id, items)):
@@ -150,6 +150,9 @@ def _through_template(messages: Sequence[Message], tokenizer: Any) -> list[int]:
     """With the beginning of the answer behind it; where the last message is the assistant's own, it is gone on with."""
     if not getattr(tokenizer, "chat_template", None):
         raise RequestError("this model has no chat template: give the prompt as text, or load one with a template")
+    for message in messages:
+        if message.get("content") is None and not message.get("tool_calls"):
+            raise RequestError(f"a message of {message['role']!r} has no content: give it some text")
     goes_on = messages[-1]["role"] == "assistant"
     try:
         encoding = tokenizer.apply_chat_template(
