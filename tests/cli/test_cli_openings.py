@@ -93,7 +93,7 @@ def test_every_command_with_prompts_reads_them_so(chatty, forerun, family):
     for command in (
         ("generate", chatty),
         ("check", chatty, "--drafter", "lookup", "--tokens", 8, "--batch-size", "1", "--samples", 0),
-        ("demo", "--model", chatty, "--drafters", "lookup", "--rounds", 1),
+        ("demo", chatty, "--drafters", "lookup", "--rounds", 1),
         ("distill", chatty, "--out", chatty / "answers.jsonl"),
     ):
         code, out, err = forerun(*command, *short)
@@ -101,4 +101,4 @@ def test_every_command_with_prompts_reads_them_so(chatty, forerun, family):
 
 
 def test_demo_says_what_became_of_the_number_of_prompts(refused, family):
-    assert "--limit 4" in refused("demo", "--model", family / "target", "--prompts", 4)
+    assert "--limit 4" in refused("demo", family / "target", "--prompts", 4)
