@@ -20,7 +20,6 @@ from forerun.errors import ForerunError, RequestError
 from forerun.sampling import SamplingParams
 from forerun.sources.fingerprint import digest
 
-
 BEGINNING = b'{"id": '
 """Of every row."""
 
