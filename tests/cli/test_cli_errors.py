@@ -66,6 +66,25 @@ def test_an_unknown_drafter_with_the_nearest_names(refused, family):
     assert "lookup" in refused("demo", family / "target", "--drafters", "none,lokup")
 
 
+def test_what_names_no_drafter(refused, family):
+    base = ("generate", family / "target", "x", "--drafter")
+    folder = family / "small"
+    assert f"write small:{folder} for a draft model" in refused(*base, folder)
+    for spec in ("", "lookup |", "| lookup"):
+        assert "on both sides of a bar" in refused(*base, spec)
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_streams_that_are_closed(family, closed):
+    line = f'exec "$@" {closed}'
+    command = [sys.executable, "-m", "forerun", "generate", family / "target", "x", "-", "-n", "3"]
+    done = subprocess.run(
+        ["sh", "-c", line, "sh", *command], stdin=subprocess.DEVNULL, capture_output=True, check=False
+    )
+    assert done.returncode == 2 and b"Traceback" not in done.stderr  # the second prompt is empty
+    assert (b"empty" in done.stderr) == ("2>&-" not in closed)
+
+
 def test_a_drafter_without_its_checkpoint_or_with_a_strange_setting(refused, family, tmp_path):
     assert "small:PATH" in refused("generate", family / "target", "x", "--drafter", "small")
     assert str(tmp_path / "no.yaml") in refused("generate", family / "target", "x", "--drafter", tmp_path / "no.yaml")
