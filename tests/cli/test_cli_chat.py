@@ -134,3 +134,23 @@ def test_every_drafter_has_its_colour_and_the_legend_says_which(family, monkeypa
     colours = {name: re.search(rf"\x1b\[([\d;]+)m {name} \d+ ", shown) for name in ("lookup", "small")}
     assert all(colours.values()) and colours["lookup"][1] != colours["small"][1]
     assert shown.count("tokens per step") == 2
+
+
+def test_ctrl_c_where_nothing_is_said_does_not_end_the_conversation(chatty, forerun, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    typed = iter([KeyboardInterrupt, "/stats", EOFError])
+
+    def asked(prompt: str) -> str:
+        now = next(typed)
+        if isinstance(now, str):
+            return now
+        raise now
+
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr("builtins.input", asked)
+    code, out, err = forerun("chat", chatty, *SHORT)
+    assert code == 0 and "interrupted" not in err
+    assert out.index("Ctrl-D ends the conversation") < out.index("nothing has been said yet")

@@ -184,10 +184,15 @@ class Talk:
 
         while True:
             try:
-                yield input(">>> ")
+                line = input(">>> ")
+            except KeyboardInterrupt:  # one too many, behind an answer: what was said is worth more
+                print()
+                self._note("Ctrl-D ends the conversation")
+                continue
             except EOFError:
                 print()
                 return
+            yield line
 
     def _command(self, word: str, rest: str) -> None:
         if word not in self._commands:
