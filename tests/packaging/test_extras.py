@@ -22,7 +22,7 @@ def train_a_tokenizer() -> None:
 
 
 def draw_a_picture() -> None:
-    from forerun.bench.picture import demand_matplotlib
+    from forerun.plots.style import demand_matplotlib
 
     demand_matplotlib()
 

@@ -183,7 +183,7 @@ def _demand_places(json_file: Path | None, plot: Path | None, picture: Path | No
     for path in (json_file, plot, picture):
         demand_place(path)
     if plot:
-        from forerun.bench.picture import demand_matplotlib
+        from forerun.plots.style import demand_matplotlib
 
         demand_matplotlib()
     if picture and picture.suffix != ".svg":
@@ -260,7 +260,7 @@ def _compare(engines: dict[str, Engine], wish: Wish) -> None:
         dtype = str(plain.target.network.dtype).removeprefix("torch.")
         _write_json(wish.json_file, result, {"dtype": dtype, "title": f"{amount}; {machine}"})
     if wish.plot:
-        _write_plot(wish.plot, result.rows, f"{wish.title}: {amount}\n{machine}")
+        _write_plot(wish.plot, result.rows, f"{wish.title}, plain and drafted", f"{amount}; {machine}")
     if wish.picture:
         _write_picture(wish, lanes[-1], result.rows, (amount, machine))
 
@@ -400,11 +400,11 @@ def _write_json(path: Path, result: Measurement, about: dict[str, Any]) -> None:
         write_whole(path, json.dumps(value, indent=1).encode() + b"\n")
 
 
-def _write_plot(path: Path, rows: Sequence[Summary], title: str) -> None:
-    from forerun.bench.picture import draw
-    from forerun.cli.files import write_whole
+def _write_plot(path: Path, rows: Sequence[Summary], title: str, under: str) -> None:
+    from forerun.bench.picture import drawing
+    from forerun.plots.style import write
 
-    write_whole(path, draw(rows, title, path.suffix.removeprefix(".") or "png"))
+    write(drawing(rows, title, under), path)
 
 
 def _write_picture(wish: Wish, lane: Lane, rows: Sequence[Summary], footer: Sequence[str]) -> None:
