@@ -128,7 +128,7 @@ def test_every_drafter_has_its_colour_and_the_legend_says_which(family, monkeypa
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{'a b ' * 8}\n/drafter small:{family / 'target'}\nc\n"))
     engine = library.load(family / "target", "lookup", dtype="fp32")
     talk = Talk(engine, Text(engine), SamplingParams(max_new_tokens=40, ignore_eos=True), Machine(dtype="fp32"))
-    talk._console = Console(file=io.StringIO(), force_terminal=True, color_system="256", width=100)
+    talk._console = Console(file=io.StringIO(), force_terminal=True, color_system="truecolor", width=100)
     talk.run()
     shown = talk._console.file.getvalue()
     colours = {name: re.search(rf"\x1b\[([\d;]+)m {name} \d+ ", shown) for name in ("lookup", "small")}

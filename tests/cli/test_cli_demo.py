@@ -64,7 +64,7 @@ def test_the_table_and_its_file(ran, family, tmp_path):
     assert found["rows"][0]["speedup"] == 1 and found["rows"][0]["tokens_per_step"] == 1
     assert found["dtype"] == "float32" and len(found["runs"]) == 3 * 2
     assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.json", "rows.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows-dark.png", "rows.json", "rows.png"]
     assert "float32" in out and "identical" in out and "times plain" in out
 
 

@@ -208,7 +208,7 @@ def piece(request: int, texts: list[str], drafted: list[bool], end: str | None =
 def written(pieces: list[Piece], terminal: bool, **options) -> str:
     file = io.StringIO()
     scribe = Scribe(
-        Console(file=file, force_terminal=terminal, color_system="standard" if terminal else None), **options
+        Console(file=file, force_terminal=terminal, color_system="truecolor" if terminal else None), **options
     )
     for one in pieces:
         scribe.show(one)

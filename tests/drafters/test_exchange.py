@@ -462,7 +462,9 @@ def test_files_that_hold_no_heads(tmp_path):
 def test_pickled_heads_from_the_hub(tmp_path, monkeypatch):
     folder, asked = put(tmp_path / "a", medusa_config(), medusa_heads().state_dict(), "medusa_lm_head.pt"), []
 
-    def download(name: str, allow_patterns: list[str], ignore_patterns: list[str] | None = None) -> str:
+    def download(
+        name: str, allow_patterns: list[str], ignore_patterns: list[str] | None = None, revision: str | None = None
+    ) -> str:
         asked.append(allow_patterns)
         return str(folder)
 

@@ -82,7 +82,12 @@ JsonFile = Annotated[
 ]
 PlotFile = Annotated[
     Path | None,
-    typer.Option("--plot", metavar="FILE", help="Draw the table (.png, .svg, .pdf).", rich_help_panel=options.OUTPUT),
+    typer.Option(
+        "--plot",
+        metavar="FILE",
+        help="Draw the table, light and dark (.png, .svg, .pdf).",
+        rich_help_panel=options.OUTPUT,
+    ),
 ]
 PictureFile = Annotated[
     Path | None,
