@@ -1,7 +1,7 @@
 # forerun on the CPU, with its native kernels and the pinned dependencies.
 #
 #     docker build -t forerun .
-#     docker run --rm -v "$PWD/models:/work/models:ro" forerun generate models/target "def main():" --drafter lookup
+#     docker run --rm -v "$PWD/models:/data/models:ro" forerun generate models/target "def main():" --drafter lookup
 #
 # On x86-64 the usual index gives torch with CUDA, which is large and not used here. For a small image name an index
 # of CPU builds: --build-arg TORCH_INDEX=ADDRESS
@@ -35,6 +35,6 @@ RUN pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} -c /tmp/constraints.t
 COPY --from=build /wheels /tmp/wheels
 RUN pip install -c /tmp/constraints.txt /tmp/wheels/*.whl
 USER 1000
-WORKDIR /work
+WORKDIR /data
 ENTRYPOINT ["forerun"]
 CMD ["--help"]

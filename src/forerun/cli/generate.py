@@ -145,11 +145,10 @@ def generate(
     reader = openings.Reader(engine, manner)
     job = Job(engine, asked, reader.all_ids(asked), params)
     if out:
-        whole = _to_file(job, out, _settings(model, engine, machine, params, spec, acceptance, reader))
+        is_whole = _to_file(job, out, _settings(model, engine, machine, params, spec, acceptance, reader))
     else:
-        outputs = _as_json(job) if as_json else _compared(job, machine) if compare else _as_text(job)
-        whole = len(outputs) == len(asked) * n and all(one.finish_reason != "interrupted" for one in outputs)
-    if not whole:
+        is_whole = job.is_whole(_as_json(job) if as_json else _compared(job, machine) if compare else _as_text(job))
+    if not is_whole:
         raise typer.Exit(130)
 
 
@@ -161,6 +160,12 @@ class Job:
     openings: Sequence[Opening]
     ids: Sequence[list[int]]
     params: SamplingParams
+
+    def is_whole(self, outputs: Sequence[Output]) -> bool:
+        """Everything was answered to its end."""
+        return len(outputs) == len(self.ids) * self.params.n and all(
+            one.finish_reason != "interrupted" for one in outputs
+        )
 
 
 def _demand_sense(out: Path | None, compare: bool, as_json: bool, logprobs: int | None) -> None:

@@ -70,33 +70,32 @@ def load(
         DrafterError: an unknown drafter, or one that does not fit the target.
         ForerunError: a device, a dtype, kernels or threads that cannot be had.
     """
-    if not isinstance(model, str | os.PathLike | transformers.PreTrainedModel):
-        raise CheckpointError(
-            f"a model cannot be of type {type(model).__name__}: give a folder, a hub id, or a causal language model of "
-            "transformers"
-        )
     lossy, count = lossy_of(acceptance), use_threads(threads)
     given = None if tokenizer is None else fast(tokenizer, "the tokenizer given")
-    if isinstance(model, transformers.PreTrainedModel):
-        target, beside, ends = _in_memory(model, dtype, device, kernels, weights), None, tuple(end_tokens_of(model))
-    else:
-        place = device_of(device)
-        source = Source.of(model if isinstance(model, str) else Path(model))
-        target = load_network(source, dtype_of(dtype, place), place, kernels, weights)
-        beside, ends = source.tokenizer if given is None else None, source.ends
-    log.debug(
-        "%s: %d parameters on %s",
-        model if isinstance(model, str) else type(model).__name__,
-        target.footprint.parameters,
-        target.footprint.runs_on,
-    )
+    target, words, ends = _target(model, given, dtype, device, kernels, weights)
+    log.debug("target: %d parameters on %s", target.footprint.parameters, target.footprint.runs_on)
     if target.device.type == "cpu":
         warn_if_busy(count)
-    words = given or beside
     forbid_what_is_no_token(target, words, ends)
     made = drafter_for(target, drafter, kernels, weights, words)
     log.debug("drafter %s: at most %d tokens ahead, %s", made.name, made.max_nodes, drafter)
     return Engine(target, made, words, ends, max_rows, lossy)
+
+
+def _target(
+    model: object, given: HuggingFaceTokenizer | None, dtype: str, device: str, kernels: str, weights: str
+) -> tuple[Network, HuggingFaceTokenizer | None, tuple[int, ...]]:
+    """The network, the tokenizer (the one given, else the one beside the weights), and the tokens that end a text."""
+    if isinstance(model, transformers.PreTrainedModel):
+        return _in_memory(model, dtype, device, kernels, weights), given, tuple(end_tokens_of(model))
+    if not isinstance(model, str | os.PathLike):
+        raise CheckpointError(
+            f"a model cannot be of type {type(model).__name__}: give a folder, a hub id, or a causal language model of "
+            "transformers"
+        )
+    place, source = device_of(device), Source.of(model if isinstance(model, str) else Path(model))
+    target = load_network(source, dtype_of(dtype, place), place, kernels, weights)
+    return target, given or source.tokenizer, tuple(source.ends)
 
 
 def _in_memory(model: transformers.PreTrainedModel, dtype: str, device: str, kernels: str, weights: str) -> Network:
