@@ -1,8 +1,8 @@
-// The product of tile.h on the processor's matrix unit (AMX): sixteen tokens times sixteen outputs in one instruction. Its sums go on by
-// `unit` words at a time, whatever the heights, so that a result depends no more on its neighbours than in tile.h.
-
-// Above a unit's inner sums nothing is promised, so the unit is part of what a result is: a caller that splits its words splits them there.
-constexpr int32_t UNIT = 16;
+// The product of tile.h on the processor's matrix unit (AMX): sixteen tokens times sixteen outputs in one instruction.
+//
+// An instruction sums `unit` words in an order of its own and adds them to what was there. So the unit is part of what a result is: a
+// product that may come in pieces (attention's values, by blocks of keys) must be cut at units. Heights do not matter: a result depends no
+// more on its neighbours than in tile.h.
 
 struct alignas(64) UnitConfig {
     uint8_t palette = 1, start = 0, unused[14] = {};

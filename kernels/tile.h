@@ -1,4 +1,5 @@
-// One small product: T tokens times NV * 16 outputs, every output summed over the inputs in ascending order into one accumulator.
+// One small product: T tokens times NV * 16 outputs, every output summed over the inputs in ascending order into one accumulator (on a
+// matrix unit by units of words, see matrix_unit.h).
 // Linear layers, attention scores and attention sums are all made of it, which is why a result cannot depend on how tokens and outputs
 // were grouped.
 

@@ -183,7 +183,7 @@ def _of_file(data: Path, count: int, temperature: float) -> tuple[list[Sample], 
 
 
 def _watched(engine: Engine, module: HeadsModule, samples: list[Sample], stopwatch: Stopwatch) -> Calibration:
-    from forerun.cli.bars import bar
+    from forerun.cli.narration import bar
     from forerun.plan.calibrate import calibrate as measure
 
     with bar("timing trees") as watch:

@@ -330,12 +330,14 @@ def _to_file(job: Job, path: Path, settings: dict[str, Any]) -> bool:
     outputs: list[Output] = []
     started = time.perf_counter()
     try:
-        with bar("texts", len(job.ids) * job.params.n, known) as advance:
+        with bar("texts") as watch:
+            done, total = known, len(job.ids) * job.params.n
             for piece in job.engine.stream([job.ids[index] for index in left], job.params) if left else ():
                 if piece.output and piece.output.finish_reason != "interrupted":
                     outputs.append(piece.output)
                     if rows.enter(left[piece.prompt_index], piece.output, record(piece.output)):
-                        advance()
+                        done += 1
+                        watch(done, total)
     except KeyboardInterrupt:
         log.warning("%s holds %d texts; the same command goes on", path, known + len(outputs))
         raise

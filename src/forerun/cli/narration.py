@@ -110,12 +110,12 @@ def parts(tallies: Sequence[Tally]) -> list[str]:
 
 
 @contextmanager
-def bar(what: str, total: int, done: int = 0) -> Iterator[Callable[[], None]]:
-    """A bar on stderr, if that is a terminal and anybody wants one; what it gives advances it by one."""
+def bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, if that is a terminal and anybody wants one. It is told how much of how much is done."""
     console = on_stderr()
     with Progress(*COLUMNS, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=total, completed=done)
-        yield lambda: progress.advance(task)
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def on_stderr() -> Console:

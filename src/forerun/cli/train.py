@@ -115,7 +115,7 @@ def lm(
     """
     _demand_sense(build_corpus, run, out, init_from, init_layers, grow_from)
 
-    from forerun.cli.bars import bar
+    from forerun.cli.narration import bar
     from forerun.cli.pictures import picture
     from forerun.nn.dtype import device_of
     from forerun.train import recipe
