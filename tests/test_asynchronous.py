@@ -152,6 +152,25 @@ def test_an_error_reaches_whoever_waits_and_the_engine_goes_on(place: str, monke
     assert run(work, engine)[0].token_ids == plain(TARGET, PROMPTS[2], 5)
 
 
+def test_a_thread_that_is_told_to_exit_leaves_nobody_waiting() -> None:
+    def leave(ids: Any, scores: Any) -> Any:
+        raise SystemExit
+
+    async def ask(one: AsyncEngine) -> type[BaseException] | None:
+        try:
+            await one.generate(PROMPTS[0], processors=[leave], max_new_tokens=5)
+        except SystemExit as error:  # asyncio would end with it
+            return type(error)
+        return None
+
+    async def work(one: AsyncEngine) -> list[Output]:
+        assert await asyncio.wait_for(ask(one), 20) is SystemExit
+        return await asyncio.wait_for(one.generate(PROMPTS[1], max_new_tokens=5), 20)
+
+    (output,) = run(work, made())
+    assert output.token_ids == plain(TARGET, PROMPTS[1], 5)
+
+
 def test_closing_ends_what_runs_and_refuses_what_comes() -> None:
     engine = made()
 

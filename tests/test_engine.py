@@ -647,7 +647,7 @@ def test_the_pieces_of_a_stream_are_the_output(name: str) -> None:
     outputs = one().generate(PROMPTS, WISHES)
     pieces: dict[int, list[Piece]] = {}
     for piece in one().stream(PROMPTS, WISHES):
-        assert len(piece.token_ids) == len(piece.drafted) == len(piece.texts) > 0
+        assert len(piece.token_ids) == len(piece.origins) == len(piece.texts) > 0
         pieces.setdefault(piece.prompt_index, []).append(piece)
     for index, output in enumerate(outputs):
         mine = pieces[index]

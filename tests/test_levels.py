@@ -22,7 +22,7 @@ LEVELS = (
     ("train",),  # uses of the engine
     ("plots",),
     ("plan", "bench", "check", "serve", "hf"),
-    ("cli",),
+    ("integrations", "cli"),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -118,3 +118,10 @@ def test_without_a_tokenizer_nothing_is_masked(folder: Path, tmp_path: Path) -> 
         if not path.name.startswith("tokenizer"):
             (tmp_path / path.name).symlink_to(path)
     assert loaded(tmp_path, "torch").target.network.no_tokens is None
+
+
+def test_a_draft_model_proposes_tokens_alone(folder: Path) -> None:
+    """The same model as the target: whatever it drafts is accepted, if both know the same tokens."""
+    (output,) = loaded(folder, "torch", "small:MODEL").generate([3, 4, 5], max_new_tokens=20, ignore_eos=True)
+    stats = output.stats
+    assert stats.drafted_tokens > 0 and stats.accepted_tokens == stats.drafted_tokens

@@ -77,6 +77,7 @@ def test_a_batch_of_any_form_comes_apart(given: Any, expected: Any) -> None:
         (None, "type NoneType"),
         (7, "type int"),
         (b"hi", "type bytes"),
+        ({1, 2}, "type set"),
         ([1, "hi"], "type int"),
         (["hi", None], "type NoneType"),
         (["hi", b"hi"], "type bytes"),
@@ -132,7 +133,9 @@ def test_a_conversation_goes_through_the_template() -> None:
     [
         (None, TALK, "has no chat template"),
         (TEMPLATE, [{"role": "tool", "content": "hi"}], "no tools here"),
-        (TEMPLATE, [*TALK, {"role": "assistant"}], "chat template refuses"),
+        (TEMPLATE, [{"role": "user", "text": "hi"}, *TALK], "a message of 'user' has no content"),
+        (TEMPLATE, [*TALK, {"role": "assistant"}], "a message of 'assistant' has no content"),
+        (TEMPLATE.replace("content", "content.text"), [*TALK, TALK[0] | {"role": "tool"}], "chat template refuses"),
     ],
 )
 def test_what_the_template_refuses_is_refused_in_one_sentence(template: Any, talk: Any, says: str) -> None:

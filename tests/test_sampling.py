@@ -379,3 +379,10 @@ def edit_nothing(tokens: Tensor, scores: Tensor) -> Tensor:
 def test_what_is_no_set_of_parameters_is_refused(given: Any) -> None:
     with pytest.raises(RequestError, match="sampling parameters cannot be"):
         SamplingParams.of(given)
+
+
+@pytest.mark.parametrize("name", ["stop", "stop_token_ids", "processors"])
+def test_what_can_be_read_only_once_is_refused(name: str) -> None:
+    """Looked at, it would be empty when it is wanted."""
+    with pytest.raises(RequestError, match=f"{name}=<generator"):
+        SamplingParams.of({name: (one for one in ())})

@@ -40,6 +40,12 @@ def test_a_number_of_threads_that_makes_no_sense(wrong: object) -> None:
         threads.use_threads(wrong)  # type: ignore[arg-type]
 
 
+def test_more_threads_than_any_machine_has_use_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: pytest.fail("the process would end here"))
+    with pytest.raises(ForerunError, match="or fewer"):
+        threads.use_threads(100_000)
+
+
 @pytest.mark.parametrize("wrong", ["0", "many", "-1", "1.5"])
 def test_an_environment_that_makes_no_sense(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(threads.VARIABLE, wrong)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Any
@@ -45,7 +45,8 @@ def _is_number(value: object) -> bool:
 
 
 def _are(values: object, fit: Callable[[Any], bool]) -> bool:
-    return isinstance(values, Iterable) and not isinstance(values, str) and all(map(fit, values))
+    """What can be looked at once only, such as a generator, would be empty afterwards."""
+    return isinstance(values, Collection) and not isinstance(values, str) and all(map(fit, values))
 
 
 _KINDS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from fakes import Near, TableNetwork, engine_of
-from forerun.bench.picture import draw
+from forerun.bench.picture import drawing
 from forerun.bench.run import Timing, common, measure, table
 from forerun.engine.requests import Stats
 from forerun.errors import ForerunError, RequestError
+from forerun.plots.style import DARK, LIGHT
 from forerun.sampling import SamplingParams
 
 PROMPTS = [[1, 2, 3], [0, 4]]
@@ -91,10 +92,14 @@ def test_ctrl_c_ends_the_measurement(monkeypatch):
         measure(made, PROMPTS, SamplingParams(max_new_tokens=5), rounds=1)
 
 
-def test_a_picture():
+@pytest.mark.parametrize("theme", [LIGHT, DARK])
+def test_a_picture(theme):
     pytest.importorskip("matplotlib")
     rows = measure(engines(), PROMPTS, SamplingParams(max_new_tokens=4), rounds=1).rows
-    assert draw(rows, "two drafters").startswith(b"\x89PNG")
-    assert b"<svg" in draw(rows, "two drafters", "svg")
+    sheet = drawing(rows, "two drafters", "on a machine")(theme)
+    assert sheet.content().startswith(b"\x89PNG") and b"<svg" in sheet.content("svg")
+    bars = [patch.get_width() for patch in sheet.panels[0].patches]
+    assert bars == [row.tokens_per_second for row in rows]
+    assert [text.get_text() for text in sheet.panels[0].texts] == [f"{row.speedup:.2f}x" for row in rows]
     with pytest.raises(ForerunError, match="svg"):
-        draw(rows, "two drafters", "docx")
+        sheet.content("docx")

@@ -38,7 +38,7 @@ def heldout(tmp_path):
     """Enough made-up documents to fill every category, and one whose licence keeps it out."""
     names = [f"module{n}" for n in range(30)]
     homes = ["python-stdlib" if n % 3 == 0 else f"package{n}" for n in range(30)]
-    rows = [module(name, 90) | {"distribution": home} for name, home in zip(names, homes, strict=True)]
+    rows = [module(name, 75) | {"distribution": home} for name, home in zip(names, homes, strict=True)]
     rows.append(module("copyleft", 90) | {"distribution": "python-stdlib", "licence": "MPL-2.0"})
     path = tmp_path / "heldout.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -16,7 +16,6 @@ from rich.console import Console
 
 import forerun as library
 from forerun.cli.chat import Talk, Text
-from forerun.cli.credit import Credited
 from forerun.cli.engines import Machine
 from forerun.engine.engine import Engine
 from forerun.sampling import SamplingParams
@@ -125,22 +124,6 @@ def test_ctrl_c_ends_an_answer_and_not_the_talk(chatty, talked, monkeypatch):
 # ---- colours
 
 
-def test_tokens_are_credited_to_the_part_that_proposed_them(family):
-    engine = library.load(family / "target", f"hierarchy | small:{family / 'small'}", dtype="fp32")
-    credit = Credited(engine.drafter)
-    prompt = "def f(x):\n    return x\n" * 4
-    params = SamplingParams(max_new_tokens=60, ignore_eos=True)
-    pieces = list(engine.beside(credit, max_rows=1).stream(prompt, params))
-    drafted = [flag for piece in pieces for flag in piece.drafted]
-    assert {place for place in credit.whose if place < len(drafted)} == {n for n, flag in enumerate(drafted) if flag}
-    assert set(credit.whose.values()) <= {"hierarchy", "small"} and credit.whose
-    tallies = {tally.name: sum(tally.accepted) for tally in credit.tallies()}
-    for name in ("hierarchy", "small"):
-        assert sum(whose == name for whose in credit.whose.values()) == tallies[f"fallback, {name}"]
-    plain = library.load(family / "target", dtype="fp32").generate(prompt, params)[0]
-    assert [token for piece in pieces for token in piece.token_ids] == plain.token_ids
-
-
 def test_every_drafter_has_its_colour_and_the_legend_says_which(family, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{'a b ' * 8}\n/drafter small:{family / 'target'}\nc\n"))
     engine = library.load(family / "target", "lookup", dtype="fp32")
@@ -151,3 +134,23 @@ def test_every_drafter_has_its_colour_and_the_legend_says_which(family, monkeypa
     colours = {name: re.search(rf"\x1b\[([\d;]+)m {name} \d+ ", shown) for name in ("lookup", "small")}
     assert all(colours.values()) and colours["lookup"][1] != colours["small"][1]
     assert shown.count("tokens per step") == 2
+
+
+def test_ctrl_c_where_nothing_is_said_does_not_end_the_conversation(chatty, forerun, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    typed = iter([KeyboardInterrupt, "/stats", EOFError])
+
+    def asked(prompt: str) -> str:
+        now = next(typed)
+        if isinstance(now, str):
+            return now
+        raise now
+
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr("builtins.input", asked)
+    code, out, err = forerun("chat", chatty, *SHORT)
+    assert code == 0 and "interrupted" not in err
+    assert out.index("Ctrl-D ends the conversation") < out.index("nothing has been said yet")

@@ -118,3 +118,21 @@ def test_strangers(refused, tmp_path, content):
     for name in ("thing.json", "thing.yaml"):
         (tmp_path / name).write_bytes(content)
         refused("inspect", tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "word"),
+    [
+        ("t.json", '{"paths": 3}', "t.json"),
+        ("t.json", '{"paths": [[0], [0, "a"]]}', "is not a path"),
+        ("a.jsonl", '{"forerun": ["distilled"]}\n', "nothing that forerun knows"),
+        ("a.jsonl", '{"settings": 3, "prompt_index": 1, "token_ids": []}\n', "nothing that forerun knows"),
+        ("config.json", '{"model_type": "llama"}', "give that"),
+        ("folder/config.json", b"\xff\xfe", "not UTF-8"),
+    ],
+)
+def test_what_only_looks_like_something(refused, tmp_path, name, content, word):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    assert word in refused("inspect", path.parent if path.parent != tmp_path else path)

@@ -63,7 +63,26 @@ def test_a_prompt_longer_than_the_context(refused, family):
 def test_an_unknown_drafter_with_the_nearest_names(refused, family):
     assert "lookup" in refused("generate", family / "target", "x", "--drafter", "lokup")
     assert "lookup" in refused("check", family / "target", "--drafter", "lokup")
-    assert "lookup" in refused("demo", "--model", family / "target", "--drafters", "none,lokup")
+    assert "lookup" in refused("demo", family / "target", "--drafters", "none,lokup")
+
+
+def test_what_names_no_drafter(refused, family):
+    base = ("generate", family / "target", "x", "--drafter")
+    folder = family / "small"
+    assert f"write small:{folder} for a draft model" in refused(*base, folder)
+    for spec in ("", "lookup |", "| lookup"):
+        assert "on both sides of a bar" in refused(*base, spec)
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_streams_that_are_closed(family, closed):
+    line = f'exec "$@" {closed}'
+    command = [sys.executable, "-m", "forerun", "generate", family / "target", "x", "-", "-n", "3"]
+    done = subprocess.run(
+        ["sh", "-c", line, "sh", *command], stdin=subprocess.DEVNULL, capture_output=True, check=False
+    )
+    assert done.returncode == 2 and b"Traceback" not in done.stderr  # the second prompt is empty
+    assert (b"empty" in done.stderr) == ("2>&-" not in closed)
 
 
 def test_a_drafter_without_its_checkpoint_or_with_a_strange_setting(refused, family, tmp_path):
@@ -146,7 +165,7 @@ def test_a_result_file_that_finds_no_room(family, forerun, tmp_path, monkeypatch
     result.write_text("old")
     monkeypatch.setattr("os.fsync", full)
     options = ("--drafters", "none", "--limit", 1, "--rounds", 1, "--max-new-tokens", 2, "--json", result)
-    code, _, err = forerun("demo", "--model", family / "target", *options)
+    code, _, err = forerun("demo", family / "target", *options)
     assert (
         code == 2
         and err == f"forerun: cannot write {result} (No space left on device): make room, or name another place\n"
@@ -156,8 +175,8 @@ def test_a_result_file_that_finds_no_room(family, forerun, tmp_path, monkeypatch
 
 def test_a_result_file_without_a_folder_is_refused_before_the_work(refused, family, tmp_path):
     path = tmp_path / "missing" / "result.json"
-    assert str(path) in refused("demo", "--model", family / "target", "--json", path)
-    assert str(path) in refused("demo", "--model", family / "target", "--plot", path)
+    assert str(path) in refused("demo", family / "target", "--json", path)
+    assert str(path) in refused("demo", family / "target", "--plot", path)
 
 
 # ---- the boundary itself

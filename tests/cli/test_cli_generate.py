@@ -202,7 +202,7 @@ def test_interrupted_text_stays_on_the_screen(family):
 
 
 def piece(request: int, texts: list[str], drafted: list[bool], end: str | None = None) -> Piece:
-    return Piece(request, request, 0, list(range(len(texts))), drafted, texts, end)
+    return Piece(request, request, 0, list(range(len(texts))), ["lookup" if one else "" for one in drafted], texts, end)
 
 
 def written(pieces: list[Piece], terminal: bool, **options) -> str:
@@ -221,6 +221,15 @@ def test_drafted_tokens_are_marked_on_a_terminal_and_nowhere_else():
     assert written(pieces, terminal=False) == "abcd\n"
     shown = written(pieces, terminal=True)
     assert re.sub(r"\x1b\[[1-9][\d;]*m(.)\x1b\[0m", r"<\1>", shown) == "<a><b>cd\n"
+
+
+def test_who_thought_of_a_token_shows_in_its_colour():
+    file = io.StringIO()
+    scribe = Scribe(Console(file=file, force_terminal=True, color_system="truecolor"))
+    scribe.show(Piece(0, 0, 0, [1, 2, 3], ["context", "small", "context"], ["a", "b", "c"], "length"))
+    one, two, three = re.findall(r"\x1b\[([\d;]+)m[abc]\x1b", file.getvalue())
+    assert one == three != two
+    assert [label for label, _ in scribe.ink.legend()] == ["context (this text)", "small"]
 
 
 def test_later_requests_wait_for_earlier_ones():

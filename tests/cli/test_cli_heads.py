@@ -422,15 +422,15 @@ def test_typical_acceptance_is_said_to_be_lossy(trained, family, forerun, said):
 
 def test_the_demo_says_it_too(trained, family, forerun, tmp_path):
     folder, *_ = trained("medusa", "heads")
-    base = ("demo", "--model", family / "target", "--limit", 1, "--rounds", 1, "--max-new-tokens", 8, *FP32)
+    base = ("demo", family / "target", "--limit", 1, "--rounds", 1, "--max-new-tokens", 8, *FP32)
     drafters = ("--drafters", f"lookup,medusa:{folder}", "--temperature", 0.9)
     code, out, err = forerun(*base, *drafters, "--acceptance", "typical", "--json", tmp_path / "rows.json")
-    assert code == 0 and " ".join(out.split()).count("typical acceptance (lossy), lossy") == 3, err
+    assert code == 0 and "lossy acceptance" in out, err
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [row["exact"] for row in rows] == [False] * 3
 
 
 @pytest.mark.parametrize("word", ["sloppy", "lenient:1", "typical:1", "typical:2,0.3", "typical:x,y", ""])
 def test_acceptances_that_there_are_not(refused, family, word):
-    for command in (("generate", family / "target", "x"), ("demo", "--model", family / "target")):
+    for command in (("generate", family / "target", "x"), ("demo", family / "target")):
         assert "use exact, typical, typical:EPSILON,DELTA" in refused(*command, "--acceptance", word)

@@ -52,7 +52,7 @@ def test_without_native_kernels_the_reason_is_told(family, said, forerun, monkey
 @pytest.mark.parametrize("option", ["--kernels", "--weights"])
 @pytest.mark.parametrize("command", ["inspect", "generate", "check", "demo"])
 def test_unknown_kernels_or_weights_are_refused(family, forerun, command, option):
-    model = {"inspect": [family / "target"], "demo": ["--model", family / "target"]}.get(command, [family / "target"])
+    model = [family / "target"]
     text = {"generate": ["text"], "check": ["--drafter", "lookup"]}.get(command, [])
     for given in ([], model) if command == "inspect" else (model,):
         code, _, err = forerun(command, *given, *text, option, "fast")

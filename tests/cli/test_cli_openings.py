@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import transformers
 
+import forerun as library
 from forerun.cli.openings import Opening, read
 from forerun.errors import RequestError
 
@@ -52,6 +53,31 @@ def test_kinds_of_files(tmp_path):
     assert found[1].messages == ({"role": "user", "content": "Hi"},) and found[2].is_said
 
 
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.txt", "one\r\ntwo"), ("a.jsonl", '{"prompt": "one"}\r\n'), ("a", "one")]
+)
+def test_a_mark_of_the_encoding_is_no_text(tmp_path, name, content):
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
+    assert read(tmp_path / name)[0].text == "one"
+
+
+def test_half_characters_are_refused(chatty, refused):
+    wrong = rows(chatty / "h.jsonl", {"prompt": "x\ud800"})
+    assert "line 1: " in (sentence := refused("generate", chatty, "--prompts", wrong)) and "UTF-8" in sentence
+    assert "prompt 1: " in (sentence := refused("generate", chatty, "x\udcff")) and "UTF-8" in sentence
+    assert "UTF-8" in refused("generate", chatty, "x\udcff", "--chat")
+    with pytest.raises(RequestError, match="UTF-8"):
+        library.load(chatty).chat([{"role": "user", "content": "x\ud800"}])
+
+
+def test_a_template_that_no_prompt_needs_is_refused(chatty, refused, tmp_path):
+    template = ("--chat-template", chatty / "chat_template.jinja")
+    assert "add --chat" in refused("generate", chatty, "x", *template)
+    assert "add --chat" in refused("check", chatty, "--drafter", "lookup", *template)
+    plain = rows(tmp_path / "p.jsonl", {"prompt": "x"})
+    assert "add --chat" in refused("distill", chatty, "--prompts", plain, "--out", tmp_path / "o.jsonl", *template)
+
+
 @pytest.mark.parametrize("row", [{"turns": []}, {"turns": "x"}, {"turns": [""]}, {"turns": ["x"], "prompt": "x"}, {}])
 def test_rows_that_are_no_prompts_are_named(tmp_path, row):
     with pytest.raises(RequestError, match="line 1"):
@@ -93,7 +119,7 @@ def test_every_command_with_prompts_reads_them_so(chatty, forerun, family):
     for command in (
         ("generate", chatty),
         ("check", chatty, "--drafter", "lookup", "--tokens", 8, "--batch-size", "1", "--samples", 0),
-        ("demo", "--model", chatty, "--drafters", "lookup", "--rounds", 1),
+        ("demo", chatty, "--drafters", "lookup", "--rounds", 1),
         ("distill", chatty, "--out", chatty / "answers.jsonl"),
     ):
         code, out, err = forerun(*command, *short)
@@ -101,4 +127,4 @@ def test_every_command_with_prompts_reads_them_so(chatty, forerun, family):
 
 
 def test_demo_says_what_became_of_the_number_of_prompts(refused, family):
-    assert "--limit 4" in refused("demo", "--model", family / "target", "--prompts", 4)
+    assert "--limit 4" in refused("demo", family / "target", "--prompts", 4)

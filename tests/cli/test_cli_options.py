@@ -23,7 +23,8 @@ HEADS = (
     " --kernels --floor --start-batches"
 )
 OPTIONS = {
-    "demo": f"{SAMPLING} {MACHINE} {PROMPTS} --acceptance --model --drafter --drafters --limit --rounds --json --plot",
+    "demo": f"{SAMPLING} {MACHINE} {PROMPTS} --acceptance --drafter --drafters --show --limit --rounds --json --plot"
+    " --picture",
     "generate": f"{SAMPLING} {MACHINE} {PROMPTS} {CHAT} --acceptance --drafter --repetition-penalty"
     " --presence-penalty --frequency-penalty --n --stop --ignore-eos --max-rows --batch-size --logprobs --json --out"
     " --compare --revision --num-speculative-tokens --speculative-config",

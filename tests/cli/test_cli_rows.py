@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import signal
 from pathlib import Path
@@ -136,6 +138,43 @@ def test_changed_settings_prompts_and_strangers_are_refused(target, prompts, for
     assert "no file" in refused(*base[:-1], tmp_path, "-n", 6)
     assert "exclude" in refused(*base, "--json")
     assert "exclude" in refused(*base, "--compare")
+
+
+def test_a_last_line_without_its_end(target, prompts, forerun, refused, tmp_path):
+    out = tmp_path / "o.jsonl"
+    base = ("generate", target, "--prompts", prompts, *SHORT, "--out", out)
+    assert forerun(*base)[0] == 0
+    whole = out.read_bytes()
+    out.write_bytes(whole[:-1])  # an editor has dropped the end of the last line
+    assert forerun(*base)[1] == f"{out}: 0 new texts, 5 from before\n" and out.read_bytes() == whole
+    for cut in (1, 5, 20):  # killed in the middle of the first row
+        out.write_bytes(whole[:cut])
+        assert forerun(*base)[1] == f"{out}: 5 new texts, 0 from before\n"
+    prompt = '{"id": "q1", "prompt": "somebody\'s only prompt"}'
+    out.write_text(prompt)
+    assert "not from forerun generate" in refused(*base)
+    assert out.read_text() == prompt, "what is no row of ours is never cut away"
+
+
+def test_a_file_that_cannot_be_written_is_found_before_the_work(target, prompts, refused, tmp_path, monkeypatch):
+    out = tmp_path / "o.jsonl"
+    base = ("generate", target, "--prompts", prompts, *SHORT, "--out", out)
+    monkeypatch.setattr(Engine, "stream", lambda *_: pytest.fail("a text was asked for"))
+    for number, mend in ((errno.EROFS, "name another --out"), (errno.ENOSPC, "make room")):
+
+        def refusing(path, content, number=number):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("forerun.files.append", refusing)
+        assert f"({os.strerror(number)}): " in (sentence := refused(*base)) and mend in sentence
+        assert ("make room" in sentence) == (number == errno.ENOSPC)
+
+
+def test_a_name_of_half_a_character(target, forerun, tmp_path):
+    out, prompts = tmp_path / "o.jsonl", tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "x", "id": "é\\ud800"}\n')
+    assert forerun("generate", target, "--prompts", prompts, *SHORT, "--out", out)[0] == 0
+    assert rows_of(out)[0]["id"] == "é\ud800"
 
 
 def test_a_prompt_file_may_grow(target, prompts, forerun, tmp_path):

@@ -91,6 +91,10 @@ def test_vllm_s_words_that_mean_nothing_here(refused, family):
     assert "give one of them" in refused(*base, "--drafter", "lookup", "--speculative-config", '{"method": "ngram"}')
     assert "is not vLLM's" in refused(*base, "--speculative-config", "ngram")
     assert "is not vLLM's" in refused(*base, "--speculative-config", "{}")
+    strange = {"method": "draft_model", "model": {"a": 1}}
+    assert "a folder or a hub id" in refused(*base, "--speculative-config", json.dumps(strange))
+    strange = {"model": str(family / "small"), "draft_sample_method": "x"}
+    assert "'greedy' or 'probabilistic'" in refused(*base, "--speculative-config", json.dumps(strange))
     assert "leave it out" in refused(*base, "--num-speculative-tokens", 3)
     assert "at least 1" in refused(*base, "--drafter", "lookup", "--num-speculative-tokens", 0)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from enumeration import distance, plain_law
 from fakes import Near, TableNetwork, Wild, engine_of, plain
 from forerun.drafters.cascade import Cascade, Part
+from forerun.drafters.verified import Verified
 from forerun.drafting.drafter import Context, Drafter, Tally
 from forerun.drafting.method import Method
 from forerun.drafting.registry import REGISTRY
@@ -210,6 +211,17 @@ def test_a_part_with_nothing_more_to_say_gives_way_to_the_next() -> None:
     assert once.asked == 2 and piece.token_ids == [1, 1, 1]
     first, second = cascade.tallies()
     assert (first.asked, first.hits, first.drafted) == (2, 1, 2) and (second.asked, second.drafted) == (2, 6)
+
+
+def test_a_piece_names_who_thought_of_each_token_in_a_cascade_of_levels() -> None:
+    """A level names its own words, and those below it theirs; the target's own has no name."""
+    below = Once(1, 2)
+    below.name = "once"
+    engine = engine_of(One(), Cascade([Part(Verified(Model(One(), 3), below, 1), 4), Part(Saying(1, 2), 6)]))
+    engine.add([0], SamplingParams(max_new_tokens=50))
+    (piece,) = engine.step()
+    assert piece.origins == ["once", "once", "verified", "verified", "saying", "saying", ""]
+    assert piece.drafted == [True] * 6 + [False] and piece.token_ids == [1] * 7
 
 
 def test_the_most_tokens_of_a_cascade_are_what_its_parts_may_overshoot_by() -> None:

@@ -220,6 +220,16 @@ def test_tallies_name_the_source_that_answered_and_add_up() -> None:
     assert (second.asked, second.hits, second.drafted, second.accepted) == (2, 2, 6, [2, 2, 2])
 
 
+def test_every_row_names_the_source_that_answered_for_it() -> None:
+    one, context = (
+        Fallback([Stub("a", [2, 0, 0]), Fallback([Stub("b", [0, 3, 0]), Stub("c", [1, 1, 1])])]),
+        context_of(3),
+    )
+    one.propose(context)
+    assert [one.origins(row, path) for row, path in enumerate([[0, 1, 2], [0, 1], [0]])] == [["a", "a"], ["b"], []]
+    assert one.origins(2, [0, 1]) == ["c"]
+
+
 def test_what_the_sources_had_accepted_is_what_the_engine_had() -> None:
     target = TableNetwork(4, 3, 12)
     networks = {"target": target, "small": Near(target, 0.5, 1)}

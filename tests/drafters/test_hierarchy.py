@@ -173,6 +173,14 @@ def test_tallies_say_what_each_store_did() -> None:
     assert one.seconds > 0 and "accepted" in one.as_dict()
 
 
+def test_every_node_names_the_store_that_said_it_first() -> None:
+    first, second = Said([1, 2]), Said([1, 3])
+    drafter, _, tree = asked(first, second)
+    assert paths_of(tree) == [[1], [1, 2], [1, 3]]
+    assert drafter.origins(0, [0, 1, 3]) == [first.name, second.name]
+    assert drafter.origins(0, [0, 1, 2]) == [first.name] * 2 and drafter.origins(0, [0]) == []
+
+
 def test_a_store_without_answers_is_asked_ever_less_often() -> None:
     first, silent = Said(), Said()
     drafter, row, _ = asked(first, silent)

@@ -200,11 +200,11 @@ def test_files_may_be_yaml_or_json(folder: Path) -> None:
 # ---- what is said of bad ones
 
 BAD = {
-    "": "unknown drafter ''",
+    "": "a drafter has no name: write one",
     "loookup": "did you mean lookup",
     "smal:x": "did you mean small",
-    "lookup |": "unknown drafter ''",
-    "| lookup": "unknown drafter ''",
+    "lookup |": "a drafter has no name: write one",
+    "| lookup": "a drafter has no name: write one",
     "lookup | nobody": "unknown drafter 'nobody'",
     "verified:m(smal:x)": "did you mean small",
     "verified:m(lookup": r"brackets of the drafter 'verified:m\(lookup' do not match",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import re
 import weakref
 from collections import Counter
 from functools import partial
@@ -23,6 +24,11 @@ IDS = torch.tensor([[0, 0, 3, 4, 5, 3, 4], [9, 8, 7, 6, 9, 8, 7], [0, 0, 0, 0, 0
 MASK = (IDS != 0).long()
 BATCH = {"input_ids": IDS, "attention_mask": MASK}
 ONE = {"input_ids": IDS[1:2], "attention_mask": MASK[1:2]}
+
+
+def named(value: object) -> str:
+    """The same in every process that collects tests."""
+    return re.sub(r" at 0x\w+", "", str(value))
 
 
 def model_of(kind: str = "llama", **choices: Any) -> Any:
@@ -71,10 +77,13 @@ def test_rows_that_end_early_are_padded(padding: int | None) -> None:
         {"no_repeat_ngram_size": 2},
         {"suppress_tokens": [3, 4, 5, 20, 21]},
         {"bad_words_ids": [[3], [9, 8]]},
+        {"sequence_bias": {(5,): 3.0, (20,): 2.0, (9, 8): 4.0}, "repetition_penalty": 1.5},
+        {"logits_processor": [transformers.RepetitionPenaltyLogitsProcessor(factor) for factor in (1.5, 1.2)]},
+        {"logits_processor": [transformers.TemperatureLogitsWarper(0.5), transformers.TopKLogitsWarper(5)]},
         {"renormalize_logits": True, "return_dict_in_generate": True},
         {"prompt_lookup_num_tokens": 3},
     ],
-    ids=str,
+    ids=named,
 )
 def test_settings_that_are_honoured(settings: dict[str, Any]) -> None:
     model = model_of()
@@ -105,6 +114,9 @@ def test_sampled_text_follows_the_law_and_torchs_seed() -> None:
     assert stats.chisquare([counts[token] for token in law], [2000 * share for share in law.values()]).pvalue > 1e-3
 
 
+SAMPLED = {"do_sample": True, "temperature": 0.5}
+
+
 class Stop(transformers.StoppingCriteria):  # type: ignore[misc]
     pass
 
@@ -116,6 +128,9 @@ class Stop(transformers.StoppingCriteria):  # type: ignore[misc]
         ({"logits_processor": [lambda ids, scores: scores]}, "the logits processor function may depend"),
         ({"min_new_tokens": 3}, "the logits processor Min"),
         ({"guidance_scale": 2.0}, "the logits processor UnbatchedClassifierFreeGuidanceLogitsProcessor"),
+        ({"logits_processor": [transformers.RepetitionPenaltyLogitsProcessor(1.5, 7)]}, "the logits processor Repet"),
+        ({"logits_processor": [transformers.TopPLogitsWarper(0.5, min_tokens_to_keep=3)]}, "the logits processor TopP"),
+        ({"logits_processor": [transformers.TopPLogitsWarper(0.5)], **SAMPLED}, "the logits processor Temperature"),
         ({"stopping_criteria": [Stop()]}, "the stopping criterion Stop"),
         ({"max_time": 1.0}, "the stopping criterion MaxTimeCriteria"),
         ({"output_scores": True, "return_dict_in_generate": True}, "output_scores is not kept"),
@@ -124,7 +139,7 @@ class Stop(transformers.StoppingCriteria):  # type: ignore[misc]
         ({"max_new_tokens": 400}, "the context holds 256"),
         ({"drafter": "lookout"}, "did you mean lookup"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_what_cannot_be_honoured_is_refused_in_one_sentence(settings: dict[str, Any], says: str) -> None:
     settings = {"max_new_tokens": 8, "eos_token_id": 2} | settings
@@ -154,17 +169,35 @@ def test_a_cache_that_was_begun_is_refused() -> None:
 # ---- the engine of a model
 
 
-def test_an_engine_is_made_once_per_drafter_and_saves_forwards() -> None:
+def engines(model: Any) -> list[Any]:
+    return [engine for _, engine in model.__dict__[ENGINES].by_kernels.values()]
+
+
+def test_an_engine_is_made_once_and_saves_forwards() -> None:
     model = model_of("gpt_neox")  # which soon repeats itself, so that lookup drafts well
     ask = partial(model.generate, **ONE, max_new_tokens=80, custom_generate=forerun.hf.generate, eos_token_id=None)
     ask()
-    (engine,) = model.__dict__[ENGINES].by_settings.values()
+    (engine,) = engines(model)
     begun = engine.target.passes
     ask()
-    assert list(model.__dict__[ENGINES].by_settings.values()) == [engine]
+    assert engines(model) == [engine]
     assert 0 < engine.target.passes - begun < 50  # of 80
-    ask(drafter={"drafter": "lookup", "nodes": 3})
-    assert len(model.__dict__[ENGINES].by_settings) == 2
+
+
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_another_drafter_takes_the_network_over_from_one_that_rests(is_busy: bool) -> None:
+    model = model_of()
+    ask = partial(model.generate, **ONE, max_new_tokens=4, custom_generate=forerun.hf.generate)
+    expected = ask()
+    (engine,) = engines(model)
+    if is_busy:
+        engine.add([1, 2, 3])
+    assert torch.equal(ask(drafter="none"), expected)
+    (other,) = engines(model)
+    assert other is not engine and other.drafter.name == "none"
+    assert (other.target.network is engine.target.network) != is_busy
+    ask(kernels="torch")
+    assert len(engines(model)) == 2
 
 
 def test_a_model_that_was_trained_in_between_says_the_new_text() -> None:
@@ -180,13 +213,39 @@ def test_a_model_that_was_trained_in_between_says_the_new_text() -> None:
     assert torch.equal(ours, theirs) and torch.equal(ours, before)
 
 
+@pytest.mark.parametrize("change", ["data", "hook", "forward"])
+def test_changes_that_no_version_tells_are_seen(change: str) -> None:
+    model = model_of()
+    before, _ = both(model, ONE, max_new_tokens=20, do_sample=False, eos_token_id=None)
+    head = model.lm_head
+    if change == "data":
+        head.weight.data.copy_(head.weight.flip(0))
+    elif change == "hook":
+        head.register_forward_hook(lambda module, given, said: -said)
+    else:
+        own = head.forward
+        head.forward = lambda *given: -own(*given)
+    ours, theirs = both(model, ONE, max_new_tokens=20, do_sample=False, eos_token_id=None)
+    assert torch.equal(ours, theirs) and not torch.equal(ours, before)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_a_model_that_is_being_trained_is_refused(kernels: str) -> None:
+    model = model_of()
+    ask = {**ONE, "max_new_tokens": 4, "custom_generate": forerun.hf.generate, "kernels": kernels}
+    model.generate(**ask)
+    model.train()
+    with pytest.raises(forerun.ForerunError, match=r"is in training mode.* call model.eval\(\)"):
+        model.generate(**ask)
+
+
 @pytest.mark.parametrize("kernels", ["auto", "torch"])
 def test_a_model_goes_when_nobody_holds_it_and_can_be_copied(kernels: str) -> None:
     model = model_of()
     ask = {**ONE, "max_new_tokens": 4, "custom_generate": forerun.hf.generate, "kernels": kernels}
     model.generate(**ask)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert twin.__dict__[ENGINES].by_settings == {}
+        assert twin.__dict__[ENGINES].by_kernels == {}
         assert torch.equal(twin.generate(**ask), model.generate(**ask))
     gone = weakref.ref(model)
     del model, twin

@@ -177,6 +177,15 @@ def test_windows_by_the_order_of_the_cache(tmp_path: Path) -> None:
     refuse(saved(theirs, tmp_path), "(gpt_neo)", "beyond its window_size of 20", "choose another model")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_hides_no_window(dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = saved(
+        small_model("gpt_neo", attention_types=[[["global", "local", "global"], 1]], window_size=20), tmp_path
+    )
+    with pytest.raises(CheckpointError, match="beyond its window_size of 20"):
+        load(folder, dtype)
+
+
 def test_no_longest_text(tmp_path: Path) -> None:
     theirs = small_model("gpt_neox")
     folder = saved(theirs, tmp_path)

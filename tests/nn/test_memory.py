@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import forerun
 from forerun.errors import CheckpointError, ForerunError
@@ -90,6 +91,26 @@ def test_a_model_that_was_changed_runs_as_it_is(change: str) -> None:
 
 
 @native
+@pytest.mark.parametrize("change", ["nothing", "listener", "hook", "layer", "method"])
+def test_rounding_hides_no_change(change: str) -> None:
+    """A change that is smaller than what bf16 may be off by is still no copy."""
+    model = small_model("llama").to(torch.bfloat16)
+    mlp = model.model.layers[1].mlp
+    if change == "listener":
+        model(torch.tensor([PROMPT]), output_hidden_states=True)  # transformers hangs hooks on its layers
+        assert any(module._forward_hooks for module in model.modules())
+    elif change == "hook":
+        mlp.register_forward_hook(lambda module, given, out: out * 1.01)
+    elif change == "layer":
+        mlp.act_fn = torch.nn.GELU()
+    elif change == "method":
+        forward = mlp.forward
+        mlp.forward = lambda x: forward(x) * 1.01
+    is_copied = isinstance(forerun.load(model, kernels="auto").target.network, PackedTransformer)
+    assert is_copied == (change in ("nothing", "listener"))
+
+
+@native
 def test_another_number_format_is_a_copy_or_refused() -> None:
     model = small_model("llama")
     assert forerun.load(model, dtype="bf16", kernels="native").target.network.dtype == torch.bfloat16
@@ -104,6 +125,19 @@ def test_a_model_in_training_mode_or_elsewhere_is_refused() -> None:
         forerun.load(small_model("llama").train())
     with pytest.raises(ForerunError, match="move it first"):
         forerun.load(small_model("llama").to("meta"), device="cpu")
+
+
+@pytest.mark.parametrize("given", [None, 7, b"models/target", torch.nn.Linear(2, 2), ["models/target"]], ids=type)
+def test_what_is_no_model_is_refused_in_one_sentence(given: Any) -> None:
+    with pytest.raises(CheckpointError, match=f"cannot be of type {type(given).__name__}: give a folder"):
+        forerun.load(given)
+
+
+@pytest.mark.parametrize("kind", ["LlamaModel", "LlamaForSequenceClassification"])
+def test_a_model_of_no_language_is_refused(kind: str) -> None:
+    config = small_model("llama").config
+    with pytest.raises(CheckpointError, match=f"{kind} .* load it with AutoModelForCausalLM"):
+        forerun.load(getattr(transformers, kind)(config).eval())
 
 
 def test_a_tokenizer_goes_with_it() -> None:
@@ -130,3 +164,14 @@ def test_a_drafter_from_a_folder_beside_a_model_in_memory(tmp_path: Path) -> Non
     folder = saved(small_model("llama"), tmp_path / "small")
     model = small_model("qwen2")
     assert said(forerun.load(model, drafter=f"small:{folder}")) == greedy(model)
+
+
+def test_a_shared_model_that_is_trained_later_says_so() -> None:
+    model = small_model("gpt_neox")
+    engine = forerun.load(model)
+    engine.generate([3, 4], max_new_tokens=2)
+    model.train()
+    with pytest.raises(CheckpointError, match="is in training mode"):
+        engine.generate([3, 4], max_new_tokens=2)
+    model.eval()
+    assert len(engine.generate([3, 4], max_new_tokens=2)[0].token_ids) == 2

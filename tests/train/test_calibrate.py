@@ -262,6 +262,11 @@ def test_a_speed_up_above_the_tokens_per_step_is_not_believed():
     assert [one["speedup"] for one in found.as_dict({})["candidates"]] == [found.best.speedup]
 
 
+@pytest.mark.parametrize(("drafted", "is_believed"), [(0.99, False), (1.0, True)])
+def test_a_step_with_a_tree_takes_as_long_as_a_plain_one_or_longer(drafted, is_believed):
+    assert candidate((1.0, drafted), (1.0, drafted), (1.0, 5.0)).is_believed == is_believed
+
+
 def test_drafting_must_beat_plain_decoding_in_every_pair():
     assert verdict(candidate((1.0, 1.4), (1.0, 1.4), (1.0, 1.4))).best is not None
     wavering = verdict(candidate((1.0, 1.2), (1.0, 1.2), (1.0, 1.6)))

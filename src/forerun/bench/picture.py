@@ -1,67 +1,65 @@
-"""A measurement as a picture: how fast every drafter is, and where its seconds go."""
+"""A measurement as a picture: how fast every drafter is, and where its time goes."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from forerun.bench.run import Summary
-from forerun.errors import ForerunError
+from forerun.plots.style import Sheet, Theme
 
-PARTS = (("draft", "#8fbf7f"), ("verify", "#4878a8"), ("other", "#b0b0b0"))
-
-
-def demand_matplotlib() -> None:
-    """ForerunError where matplotlib is missing; ask before the measuring begins."""
-    _figure_class()
+PARTS = ("draft", "verify", "other")
+INCH_PER_ROW, INCH_PER_LETTER, MOST_LETTERS = 0.36, 0.075, 36
 
 
-def draw(rows: Sequence[Summary], title: str, kind: str = "png") -> bytes:
-    """The picture's file (png, svg or pdf). Left: tokens per second, with the range over rounds;
-    right: seconds per token."""
-    figure = _figure_class()(figsize=(10, 1.6 + 0.55 * len(rows)), layout="constrained")
-    speed, cost = figure.subplots(1, 2, sharey=True)
-    _draw_speed(speed, rows)
-    _draw_cost(cost, rows)
-    figure.suptitle(title, fontsize=10)
-    content = io.BytesIO()
-    try:
-        figure.savefig(content, format=kind, dpi=150)
-    except ValueError:
-        raise ForerunError(f"a picture cannot be written as {kind!r}: name the file .png, .svg or .pdf") from None
-    return content.getvalue()
+def drawing(rows: Sequence[Summary], title: str, under: str) -> Callable[[Theme], Sheet]:
+    """Left: tokens per second, with the range over rounds, and how many times plain that is; right:
+    milliseconds per token. Plain decoding is the first row."""
+    names = [_short(row.drafter) for row in rows]
+
+    def draw(theme: Theme) -> Sheet:
+        left = 0.3 + INCH_PER_LETTER * max(map(len, names))
+        size = (max(3.0, INCH_PER_ROW * len(rows) + 1.4), left)
+        sheet = Sheet(theme, title, under, ["Tokens per second", "Time per token, ms"], *size)
+        for axes in sheet.panels:
+            axes.grid(visible=False, axis="y")
+            axes.grid(axis="x", color=theme.faint, linewidth=0.8)
+            axes.spines["bottom"].set_visible(False)
+            axes.set_yticks(range(len(rows)), names if axes is sheet.panels[0] else [""] * len(rows))
+            axes.set_ylim(len(rows) - 0.5, -0.5)
+        _speeds(sheet.panels[0], rows, theme)
+        _costs(sheet.panels[1], rows, theme)
+        return sheet
+
+    return draw
 
 
-def _draw_speed(axes: Any, rows: Sequence[Summary]) -> None:
-    speeds = [row.tokens_per_second for row in rows]
-    reach = [
-        [row.tokens_per_second - row.spread[0] for row in rows],
-        [row.spread[1] - row.tokens_per_second for row in rows],
-    ]
-    bars = axes.barh([row.drafter for row in rows], speeds, xerr=reach, color="#4878a8", capsize=3)
-    axes.bar_label(bars, [f"{row.speedup:.2f}x" for row in rows], padding=4)
-    axes.set_xlim(right=1.2 * max(row.spread[1] for row in rows))
-    axes.invert_yaxis()
-    axes.set_xlabel("tokens per second: median, slowest and fastest round", fontsize=8)
+def _short(name: str) -> str:
+    return name if len(name) <= MOST_LETTERS else name[: MOST_LETTERS - 3] + "..."
 
 
-def _draw_cost(axes: Any, rows: Sequence[Summary]) -> None:
-    starts = [0.0] * len(rows)
-    for name, colour in PARTS:
+def _speeds(axes: Any, rows: Sequence[Summary], theme: Theme) -> None:
+    for place, row in enumerate(rows):
+        colour = theme["plain"] if place == 0 else theme["accepted"] if row.speedup >= 1 else theme["loser"]
+        axes.barh(place, row.tokens_per_second, 0.62, color=colour)
+        axes.plot(row.spread, [place, place], color=theme.ink, linewidth=1, solid_capstyle="butt")
+        axes.annotate(f"{row.speedup:.2f}x", (row.spread[1], place), (6, 0), **_word(theme))
+    axes.set_xlim(0, 1.18 * max(row.spread[1] for row in rows))
+
+
+def _costs(axes: Any, rows: Sequence[Summary], theme: Theme) -> None:
+    ends = [0.0] * len(rows)
+    for name in PARTS:
         widths = [1e3 * getattr(row, f"{name}_seconds") / max(1, row.new_tokens) for row in rows]
-        axes.barh([row.drafter for row in rows], widths, left=starts, color=colour, label=name)
-        starts = [start + width for start, width in zip(starts, widths, strict=True)]
-    for place, (row, end) in enumerate(zip(rows, starts, strict=True)):
-        axes.annotate(f" {row.tokens_per_step:.2f} tokens per step", (end, place), va="center", fontsize=8)
-    axes.set_xlim(right=1.6 * max(starts))
-    axes.set_xlabel("milliseconds per token", fontsize=8)
-    axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(PARTS), frameon=False)
+        axes.barh(range(len(rows)), widths, 0.62, left=ends, color=theme[name], label=name)
+        ends = [end + width for end, width in zip(ends, widths, strict=True)]
+    for place, (row, end) in enumerate(zip(rows, ends, strict=True)):
+        axes.annotate(f"{row.tokens_per_step:.2f} tokens per step", (end, place), (6, 0), **_word(theme))
+    axes.set_xlim(0, 1.5 * max(ends))
+    legend = axes.legend(loc="lower right", bbox_to_anchor=(1.12, 1.0), ncols=len(PARTS), frameon=False, fontsize=8)
+    for text in legend.get_texts():
+        text.set_color(theme.quiet)
 
 
-def _figure_class() -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ForerunError("a picture needs matplotlib: install it with pip install 'forerun[plots]'") from None
-    return Figure
+def _word(theme: Theme) -> dict[str, Any]:
+    return {"textcoords": "offset points", "va": "center", "size": 8, "color": theme.quiet}

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -66,6 +67,7 @@ def _forerun(
 
 def main() -> None:
     """The entry point of the `forerun` command."""
+    _open_streams()
     sys.exit(run(sys.argv[1:]))
 
 
@@ -102,6 +104,13 @@ def _logging() -> Iterator[None]:
     finally:
         LOGGER.removeHandler(handler)
         LOGGER.setLevel(logging.NOTSET)
+
+
+def _open_streams() -> None:
+    """Streams that whoever started us has closed are empty ones, and nobody need ask whether there are any."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def _drop_output() -> None:

@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from forerun.cli import openings, options, speculation
+from forerun.cli.ink import Ink, label
 from forerun.errors import ForerunError, RequestError
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ Raw = Annotated[
 ]
 
 DRAFTER = "lookup"
-COLOURS = "light_green", "sky_blue1", "light_goldenrod1", "plum2", "light_salmon1", "pale_turquoise1"
-"""Backgrounds, in the order in which drafters first have their say."""
 HELP = """/stats          what the last answer and the conversation cost, and who drafted what
 /drafter SPEC   draft with something else: none, lookup, small:MODEL, ...
 /system TEXT    begin anew with this system message (without TEXT: with none)
@@ -150,8 +149,7 @@ class Talk:
 
         self._console: Console = on_stdout()
         self._machine, self._params, self._history = machine, params, history
-        self._engine, self._credit = credited(engine)
-        self._colours: dict[str, str] = {}
+        self._engine, self._ink = engine, Ink()
         self._outputs: list[Output] = []
         self._credits: list[Counter[str]] = []
         self._commands: dict[str, Callable[[str], None]] = {
@@ -186,10 +184,15 @@ class Talk:
 
         while True:
             try:
-                yield input(">>> ")
+                line = input(">>> ")
+            except KeyboardInterrupt:  # one too many, behind an answer: what was said is worth more
+                print()
+                self._note("Ctrl-D ends the conversation")
+                continue
             except EOFError:
                 print()
                 return
+            yield line
 
     def _command(self, word: str, rest: str) -> None:
         if word not in self._commands:
@@ -202,15 +205,12 @@ class Talk:
             pieces = self._engine.stream(ids, self._params)
         except RequestError as error:
             raise RequestError(f"{error} (/reset begins a new conversation)") from None
-        credit, place = Counter[str](), 0
+        credit = Counter[str]()
 
         def show(piece: Piece) -> None:
-            nonlocal place
-            for text, drafted in zip(piece.texts, piece.drafted, strict=True):
-                whose = self._credit.whose.get(place, self._engine.drafter.name) if drafted else ""
-                credit[whose] += 1
-                place += 1
-                self._print(text, whose)
+            for text, origin in zip(piece.texts, piece.origins, strict=True):
+                credit[origin] += 1
+                self._print(text, origin)
             self._console.file.flush()
 
         outputs = pieces.outputs(show)
@@ -222,18 +222,13 @@ class Talk:
         self._history.answered(text, outputs[0].text or "")
         self._legend(credit)
 
-    def _print(self, text: str, whose: str) -> None:
+    def _print(self, text: str, origin: str) -> None:
         if self._console.is_terminal:
             from rich.text import Text as Styled
 
-            self._console.print(Styled(text, self._colour(whose)), end="", soft_wrap=True)
+            self._console.print(Styled(text, self._ink.style(origin)), end="", soft_wrap=True)
         else:
             self._console.file.write(text)
-
-    def _colour(self, whose: str) -> str:
-        if whose and whose not in self._colours:
-            self._colours[whose] = f"black on {COLOURS[len(self._colours) % len(COLOURS)]}"
-        return self._colours.get(whose, "")
 
     def _legend(self, credit: Counter[str]) -> None:
         """What the colours mean, and what the answer cost: on a terminal, below it."""
@@ -242,7 +237,7 @@ class Talk:
         from rich.text import Text as Styled
 
         stats = self._outputs[-1].stats
-        parts = [(f" {name} {count} ", self._colour(name)) for name, count in credit.items() if name]
+        parts = [(f" {label(name)} {count} ", self._ink.style(name)) for name, count in credit.items() if name]
         cost = f" {stats.tokens_per_second:.0f} tokens/s, {stats.tokens_per_step:.2f} tokens per step"
         self._console.print(Styled.assemble(*parts, (cost, "dim")), highlight=False)
 
@@ -263,7 +258,7 @@ class Talk:
         ):
             self._note(f"{title}: {summary(outputs, sum(one.stats.seconds for one in outputs))}")
             total = sum(credits, Counter[str]())
-            self._note("  " + ", ".join(f"{name or 'the model itself'} {n} tokens" for name, n in total.most_common()))
+            self._note("  " + ", ".join(f"{label(name)} {n} tokens" for name, n in total.most_common()))
         for line in parts(self._engine.drafter.tallies()):
             self._note(line)
 
@@ -272,7 +267,7 @@ class Talk:
 
         if not spec:
             raise RequestError(f"the drafter is {self._engine.drafter.name}: name another, as in /drafter lookup")
-        self._engine, self._credit = credited(engines.beside(self._engine, spec, self._machine))
+        self._engine = engines.beside(self._engine, spec, self._machine)
         self._note(f"drafter {self._engine.drafter.name}")
 
     def _system(self, text: str) -> None:
@@ -284,11 +279,3 @@ class Talk:
     def _reset(self, _: str) -> None:
         self._history.reset()
         self._note("a new conversation")
-
-
-def credited(engine: Engine) -> tuple[Engine, Any]:
-    """The engine with a drafter that notes who proposed what, and that drafter."""
-    from forerun.cli.credit import Credited
-
-    credit = Credited(engine.drafter)
-    return engine.beside(credit, max_rows=1), credit

@@ -78,7 +78,7 @@ def check(
     machine = engines.Machine(dtype, device, kernels, weights, threads)
     plain = engines.load(options.at(model, revision), "none", machine)
     reader = openings.Reader(plain, manner)
-    report = examine(plain, engines.beside(plain, spec, machine), [reader.ids(one) for one in asked], plan)
+    report = examine(plain, engines.beside(plain, spec, machine), reader.all_ids(asked), plan)
     if as_json:
         print_json(report.as_dict())
     else:

@@ -9,6 +9,7 @@ import typer
 from forerun.errors import ForerunError
 
 USAGE_ERROR = typer.BadParameter.__bases__  # typer does not export its parent, the error of every wrong command line
+NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 MEND_MEMORY = "choose a smaller model, a smaller --dtype, fewer rows or shorter texts"
 
 
@@ -33,7 +34,7 @@ def _message(error: Exception) -> str:
 def _of_the_system(error: OSError) -> str:
     what = error.strerror or str(error) or type(error).__name__
     where = f"{error.filename}: " if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in NO_ROOM:
         return f"{where}{what}: make room, or write to another place"
     return f"{where}{what}"
 

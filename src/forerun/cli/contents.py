@@ -36,7 +36,7 @@ def heads_in(folder: Path) -> Facts | None:
     """What the draft heads in a folder are, in any layout; None if it holds none."""
     from forerun.drafting.checkpoint import TREE
 
-    config = _parsed((folder / CONFIG).read_text()) if (folder / CONFIG).is_file() else {}
+    config = _parsed(_text(folder / CONFIG)) if (folder / CONFIG).is_file() else {}
     if not _are_heads(folder, config):
         return None
     from forerun.layouts import exchange
@@ -94,7 +94,7 @@ def _described(path: Path) -> dict[str, Facts]:
         return {"tree": {"path": str(path), **_tree(path)}}
     found = describe(str(path))
     if not isinstance(found.get("drafter"), str):
-        raise ForerunError(f"{path} is neither a tree nor a drafter: it names none")
+        raise ForerunError(f"{path} is neither a tree nor a drafter: if it is part of a folder, give that")
     return {
         "drafter": {"path": str(path), "names": list(dict.fromkeys(_names(found))), "description": json.dumps(found)}
     }
@@ -113,11 +113,13 @@ def _names(value: Any) -> Iterator[str]:
 
 
 def _tree(path: Path) -> Facts:
-    content = _parsed(_text(path))
+    from forerun.drafting.checkpoint import read_tree
+
+    paths, content = read_tree(path).paths, _parsed(_text(path))
     machine = content.get("machine") or {}
     found = {
-        "tree_nodes": len(content.get("paths", [])),
-        "tree_depth": max((len(one) for one in content.get("paths", [])), default=0),
+        "tree_nodes": len(paths),
+        "tree_depth": max(map(len, paths), default=0),
         "projected_speedup": content.get("speedup"),
         "measured_rows": content.get("rows"),
         "measured_answers": content.get("answers"),
@@ -147,10 +149,11 @@ def _rows(path: Path) -> dict[str, Facts]:
     with path.open("rb") as file:
         first = _parsed(file.readline(1 << 20))
     kinds: dict[str, Callable[[Path, Facts], dict[str, Facts]]] = {"distilled": _answers, "said": _said}
-    if first.get("forerun") in kinds:
-        return kinds[first["forerun"]](path, first)
-    if {"settings", "prompt_index", "token_ids"} <= first.keys():
-        settings = first["settings"]
+    kind = first.get("forerun")
+    if isinstance(kind, str) and kind in kinds:
+        return kinds[kind](path, first)
+    settings = first.get("settings")
+    if isinstance(settings, dict) and {"prompt_index", "token_ids"} <= first.keys():
         return {
             "texts": {"path": str(path), "texts": _count(path), **{name: str(one) for name, one in settings.items()}}
         }

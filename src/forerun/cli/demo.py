@@ -1,11 +1,11 @@
-"""`forerun demo`: plain decoding and every drafter at hand on held-out source files, side by side."""
+"""`forerun demo`: plain decoding and the fastest drafter side by side, and a table of what every drafter gives."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,8 +15,11 @@ from forerun.cli import openings, options
 from forerun.cli.openings import Opening
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from forerun.bench.run import Measurement, Summary
     from forerun.cli.engines import Machine
+    from forerun.cli.race import Lane
     from forerun.engine.engine import Engine
     from forerun.sampling import SamplingParams
 
@@ -26,12 +29,18 @@ REFERENCE = Path("models/target")
 ROUNDS, PATIENCE_SECONDS = 3, 120.0
 FLIPPED = "A near-tie between two tokens can flip in half precision: `forerun check` tells a tie from a mistake."
 WRONG = "Here this should not happen: see what `forerun check` says."
-SHOWN_TOKENS = 96
-"""New tokens of the text that is streamed for every drafter; the measurement generates more."""
+TRIED_TOKENS = 48
+"""New tokens by which the drafter is chosen that is shown beside plain decoding."""
+PROMPT_LINES = 4
+"""Of the prompt, before the text that is shown."""
 
 Model = Annotated[
     str,
-    typer.Option("--model", metavar="MODEL", help="The model to speed up.", show_default="the reference family's"),
+    typer.Argument(
+        metavar="MODEL",
+        help="A folder in Hugging Face format, or a hub id.",
+        show_default="models/target",
+    ),
 ]
 Drafters = Annotated[
     list[str] | None,
@@ -39,52 +48,85 @@ Drafters = Annotated[
         "--drafter",
         "--drafters",
         metavar="SPEC",
-        help="What to compare with plain decoding; several with commas, or repeated.",
-        show_default="lookup, hierarchy, and what lies beside the model",
+        help="What to compare with plain; several with commas.",
+        show_default="what fits the model",
     ),
 ]
-Limit = Annotated[
-    int,
-    typer.Option(min=1, help="How many prompts to measure on.", rich_help_panel=options.PROMPTS),
-]
-PromptFile = Annotated[
+Show = Annotated[
     str | None,
+    typer.Option(metavar="SPEC", show_default="the fastest", help="The one to show beside plain."),
+]
+Prompts = Annotated[
+    Path | None,
     typer.Option(
         "--prompts",
         "--prompt-file",
         metavar="FILE",
-        help="Prompts of your own (.txt, .jsonl) instead of the built-in suite's.",
+        show_default="built in",
+        help="Prompts of your own (.txt, .jsonl).",
         rich_help_panel=options.PROMPTS,
     ),
 ]
+Limit = Annotated[int, typer.Option(min=1, help="Measure on so many of the prompts.", rich_help_panel=options.PROMPTS)]
 Rounds = Annotated[
     int | None,
     typer.Option(
-        min=1,
-        show_default="3, or fewer where they would take longer than two minutes",
-        help="Figures are medians over them.",
+        min=0,
+        show_default="3, or what two minutes allow",
+        help="Medians over them count; 0: once, without a clock.",
     ),
 ]
-
-EXAMPLES = """
-forerun demo
-forerun demo --model MODEL --drafters lookup,small:DRAFT_MODEL --prompts mine.jsonl
-"""
-
 JsonFile = Annotated[
     Path | None,
     typer.Option("--json", metavar="FILE", help="Write the table there; - is stdout.", rich_help_panel=options.OUTPUT),
 ]
 PlotFile = Annotated[
     Path | None,
-    typer.Option("--plot", metavar="FILE", help="Draw it (.png, .svg, .pdf).", rich_help_panel=options.OUTPUT),
+    typer.Option("--plot", metavar="FILE", help="Draw the table (.png, .svg, .pdf).", rich_help_panel=options.OUTPUT),
 ]
+PictureFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--picture",
+        metavar="FILE",
+        help="Draw the text in the colours of who thought of what (.svg).",
+        rich_help_panel=options.OUTPUT,
+    ),
+]
+
+
+EXAMPLES = """
+forerun demo
+forerun demo MODEL --drafters lookup,small:DRAFT_MODEL --prompts mine.jsonl
+forerun demo MODEL --show hierarchy --picture drafted.svg
+"""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What to compare, and where the results go. specs: drafters by the names that the table has for them."""
+
+    model: str
+    specs: Mapping[str, str]
+    params: SamplingParams
+    prompts: Sequence[Opening]
+    rounds: int | None
+    show: str | None
+    json_file: Path | None
+    plot: Path | None
+    picture: Path | None
+
+    @property
+    def title(self) -> str:
+        """What the model is called: as it was asked for, but not where it lies on this machine."""
+        return Path(self.model).name if Path(self.model).is_absolute() else self.model
 
 
 def demo(
     model: Model = "",
     drafters: Drafters = None,
-    prompts: PromptFile = None,
+    show: Show = None,
+    prompts: Prompts = None,
     limit: Limit = 4,
     rounds: Rounds = None,
     max_new_tokens: options.MaxNewTokens = 128,
@@ -101,20 +143,20 @@ def demo(
     threads: options.Threads = None,
     json_file: JsonFile = None,
     plot: PlotFile = None,
+    picture: PictureFile = None,
 ) -> None:
-    """Generate with plain decoding and with each drafter: the text, then a table of what it cost.
+    """Plain decoding and the fastest drafter side by side, then a table of what every drafter gives.
 
-    `identical` compares token ids with plain decoding. With native kernels (see `forerun inspect`)
-    and in fp32 every drafter is identical. On torch in bf16 a near-tie can flip, because a forward
-    of several tokens rounds differently from one of a single token; then the table says how many
-    tokens were equal before, and `forerun check` tells a tie from a mistake.
+    Works on any model: without --drafter it takes what fits. `identical` compares token ids with
+    plain decoding. With native kernels (see `forerun inspect`) and in fp32 every drafter is
+    identical. On torch in bf16 a near-tie can flip, because a forward of several tokens rounds
+    differently from one of a single token; then the table says how many tokens were equal before,
+    and `forerun check` tells a tie from a mistake.
     """
     from forerun.cli.engines import Machine
-    from forerun.cli.files import demand_place
+    from forerun.cli.fitting import beside, given
     from forerun.sampling import SamplingParams
 
-    machine = Machine(dtype, device, kernels, weights, threads)
-    asked = _prompts(prompts, limit)
     params = SamplingParams(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -122,227 +164,221 @@ def demo(
         top_p=top_p,
         min_p=min_p,
         seed=seed,
-        ignore_eos=True,
+        ignore_eos=prompts is None,  # the suite's prompts break off within a file
     )
-    demand_place(json_file)
-    demand_place(plot)
-    if plot:
-        from forerun.bench.picture import demand_matplotlib
-
-        demand_matplotlib()
-    folder = model or _reference()
-    specs = {"none": "none"} | (_given(drafters) if drafters else _beside(Path(folder)))
-    engines = _engines(folder, specs, machine, acceptance, strict=bool(drafters))
-    _compare(engines, params, asked, rounds, json_file, plot)
+    _demand_places(json_file, plot, picture)
+    folder = model or str(reference())
+    asked = given([*(drafters or []), *([show] if show else [])])
+    fitting = {} if drafters else beside(Path(folder))
+    specs = {**asked, **fitting}
+    wish = Wish(folder, specs, params, _prompts(prompts, limit), rounds, show, json_file, plot, picture)
+    _compare(_engines(folder, asked, fitting, Machine(dtype, device, kernels, weights, threads), acceptance), wish)
 
 
-def _reference() -> str:
-    """The family's target, where it is at hand: a wheel brings no models."""
+def _demand_places(json_file: Path | None, plot: Path | None, picture: Path | None) -> None:
+    """Refuse what could not be written before anything is measured."""
+    from forerun.cli.files import demand_place
     from forerun.errors import RequestError
 
-    if not reference().is_dir():
-        raise RequestError(
-            "the models that come with the source are not here: name one with --model, any model will do"
-        )
-    return str(reference())
+    for path in (json_file, plot, picture):
+        demand_place(path)
+    if plot:
+        from forerun.plots.style import demand_matplotlib
+
+        demand_matplotlib()
+    if picture and picture.suffix != ".svg":
+        raise RequestError(f"a drafted text is drawn as SVG, not as {picture.name}: name the file .svg")
 
 
-def _prompts(file: str | None, limit: int) -> list[Opening]:
-    """The first so many of a file, or a fair selection of the built-in suite."""
+def _prompts(file: Path | None, limit: int) -> list[Opening]:
+    """The first so many of the user's own, or of the built-in suite's, spread over its categories."""
     from forerun.bench import suites
     from forerun.errors import RequestError
 
-    if file and file.isdecimal():
+    if file and str(file).isdecimal():
         raise RequestError(f"--prompts is a file of prompts; how many of them is --limit {file}")
     if file:
-        return openings.read(Path(file))[:limit]
+        return openings.read(file)[:limit]
     return [Opening(one.source, one.prompt) for one in suites.spread(suites.load())[:limit]]
 
 
 def reference() -> Path:
-    """The reference target: below the working directory, or in the source tree that this package runs from."""
-    beside_source = Path(__file__).parents[3] / REFERENCE
-    return beside_source if beside_source.is_dir() and not REFERENCE.is_dir() else REFERENCE
+    """The reference target: below the working directory, or in the source tree that this package runs from.
 
+    RequestError where there is neither: an installed package has no model of its own.
+    """
+    from forerun.errors import RequestError
 
-def _given(drafters: list[str]) -> dict[str, str]:
-    """The drafters asked for, by the words they were asked with."""
-    parts = chain.from_iterable([one] if one.lstrip().startswith("{") else one.split(",") for one in drafters)
-    return {part.strip(): part.strip() for part in parts if part.strip() not in ("none", "")}
-
-
-def _beside(target: Path) -> dict[str, str]:
-    """What needs nothing, and what lies beside the target, by name."""
-    family = sorted(target.parent.glob("*/config.json"))
-    kinds = {path.parent: _kind(path, target) for path in family}
-    there = sorted((kind != "small", folder) for folder, kind in kinds.items() if kind)
-    return (
-        {"lookup": "lookup", "hierarchy": "hierarchy"}
-        | {folder.name: f"{kinds[folder]}:{folder}" for _, folder in there}
-        | {path.stem: str(path) for path in sorted(target.parent.glob("*.yaml"))}
-    )
-
-
-def _kind(config: Path, target: Path) -> str:
-    """The drafter that a folder holds: trained heads, or a smaller model with as many tokens; empty
-    if none for this target."""
-    from forerun.drafting.registry import names
-    from forerun.sources.folder import CONFIG
-
-    found, own = _settings(config), _settings(target / CONFIG)
-    if "drafter" in found:
-        return str(found["drafter"]) if found["drafter"] in names() else ""
-    is_smaller = _bytes(config.parent) < _bytes(target)
-    return "small" if is_smaller and found.get("vocab_size") == own.get("vocab_size") else ""
-
-
-def _settings(config: Path) -> dict[str, Any]:
-    import json
-
-    try:
-        found = json.loads(config.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    places = (REFERENCE, Path(__file__).parents[3] / REFERENCE)
+    found = next((place for place in places if place.is_dir()), None)
+    if found is None:
+        raise RequestError("there is no models/target here: name a model, a folder or a hub id, after `forerun demo`")
+    return found
 
 
 def _engines(
-    model: str, specs: Mapping[str, str], machine: Machine, acceptance: str, strict: bool
+    model: str, asked: Mapping[str, str], fitting: Mapping[str, str], machine: Machine, acceptance: str
 ) -> dict[str, Engine]:
-    """Plain decoding and the drafters, on one target. Without `strict`, one that cannot be built is
-    left out, and said so."""
+    """Plain decoding and the drafters, on one target. One that fits but cannot be built is left out, and
+    said so; one that was asked for is demanded."""
     from forerun.cli.engines import beside, load
     from forerun.drafting.spec import describe
     from forerun.errors import ForerunError
 
-    for spec in specs.values():
+    for spec in asked.values():
         describe(spec)  # a wrong name is cheaper to find before the model is read
     engines = {"none": load(model, "none", machine, acceptance=acceptance)}
-    for name, spec in list(specs.items())[1:]:
+    for name, spec in {**asked, **fitting}.items():
         try:
             engines[name] = beside(engines["none"], spec, machine)
         except ForerunError as error:
-            if strict:
+            if name in asked:
                 raise
             log.warning("without %s: %s", spec, error)
     return engines
 
 
-def _compare(
-    engines: dict[str, Engine],
-    params: SamplingParams,
-    asked: list[Opening],
-    rounds: int | None,
-    json_file: Path | None,
-    plot: Path | None,
-) -> None:
+def _compare(engines: dict[str, Engine], wish: Wish) -> None:
     from rich.console import Console
 
-    from forerun.cli.engines import fitted
+    from forerun.cli.engines import fitted, machine_of
     from forerun.cli.narration import on_stdout
 
-    console = Console(stderr=True) if str(json_file) == "-" else on_stdout()
-    plain = engines["none"]
-    network = plain.target.network
-    machine = f"{str(network.dtype).removeprefix('torch.')} on {network.device.type}"
+    console = Console(stderr=True) if str(wish.json_file) == "-" else on_stdout()
+    plain, params = engines["none"], wish.params
     reader = openings.Reader(plain, openings.Manner())
-    texts = [fitted(plain, reader.ids(one), params) for one in asked]
-    _stream(console, engines, asked[0], texts[0], params)
-    result = _measure(console, engines, texts, params, rounds)
-    amount = f"prompts: {len(texts)}, new tokens each: {params.max_new_tokens}, rounds: {result.rounds}"
-    lossy = "" if all(row.exact for row in result.rows) else "; lossy acceptance"
-    title = f"{amount}; {machine}{lossy}"
-    _print_table(console, result.rows, title)
-    if any(row.identical is False for row in result.rows):
-        console.print(
-            FLIPPED if not network.backend.keeps_bits and network.dtype.itemsize == 2 else WRONG,
-            style="dim",
-            highlight=False,
-        )
-    if json_file:
-        _write_json(json_file, result, {"dtype": str(network.dtype).removeprefix("torch."), "title": title})
-    if plot:
-        _write_plot(plot, result.rows, title)
+    texts = [fitted(plain, reader.ids(one), params) for one in wish.prompts]
+    shown, pace = _choose(console, engines, texts[0], wish)
+    lanes = _side_by_side(console, shown, texts[0], wish, pace)
+    result = _measure(console, engines, texts, params, wish.rounds)
+    is_clocked = wish.rounds != 0
+    _print_table(console, result.rows, is_clocked)
+    _print_verdict(console, result.rows, plain, wish)
+    machine, amount = machine_of(plain.target.network), _amount(result, params, is_clocked)
+    console.print(f"{amount}\n{wish.title} on {machine}", style="dim", highlight=False, markup=False)
+    if wish.json_file:
+        dtype = str(plain.target.network.dtype).removeprefix("torch.")
+        _write_json(wish.json_file, result, {"dtype": dtype, "title": f"{amount}; {machine}"})
+    if wish.plot:
+        _write_plot(wish.plot, result.rows, f"{wish.title}, plain and drafted", f"{amount}; {machine}")
+    if wish.picture:
+        _write_picture(wish, lanes[-1], result.rows, (amount, machine))
 
 
-def _stream(
-    console: Any,
-    engines: dict[str, Engine],
-    opening: Opening,
-    tokens: list[int],
-    params: SamplingParams,
-) -> None:
-    """The first prompt's continuation by every drafter, as it comes."""
+def _amount(result: Measurement, params: SamplingParams, is_clocked: bool) -> str:
+    """How the figures were measured, in one line."""
+    prompts = len({run.prompt for run in result.runs})
+    new = max(len(run.token_ids) for run in result.runs)
+    how = "greedy" if params.is_greedy else f"temperature {params.temperature:g}"
+    lossy = "" if all(row.exact for row in result.rows) else "lossy acceptance"
+    rounds = f"{'median of ' if result.rounds > 1 else ''}{_many(result.rounds, 'round')}" if is_clocked else ""
+    first = f"{_many(prompts, 'prompt')}, up to {_many(new, 'new token')} each"
+    return ", ".join(filter(None, (first, how, rounds, lossy)))
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _choose(
+    console: Console, engines: Mapping[str, Engine], tokens: list[int], wish: Wish
+) -> tuple[dict[str, Engine], float]:
+    """Plain and the drafter to show beside it, and how many tokens plain makes per second.
+
+    All continue the first prompt a little way; the fastest is shown, unless the user has named one.
+    """
     from dataclasses import replace
 
-    from forerun.cli.narration import DRAFTED, Scribe, summary
+    short = replace(wish.params, max_new_tokens=min(TRIED_TOKENS, wish.params.max_new_tokens or TRIED_TOKENS))
+    plain, *others = _measure(console, engines, [tokens], short, 1, "trying the drafters").rows
+    fastest = max(others, key=lambda row: row.tokens_per_second, default=None)
+    beside = wish.show if wish.show in engines else fastest.drafter if fastest else None
+    return {name: engines[name] for name in ("none", beside) if name}, plain.tokens_per_second
 
-    short = replace(params, max_new_tokens=min(SHOWN_TOKENS, params.max_new_tokens or SHOWN_TOKENS))
-    console.print(f"The model continues {opening.where}. Its last lines:\n", highlight=False)
-    console.print(
-        "\n".join(opening.shown.splitlines()[-6:]), style="dim", highlight=False, markup=False, soft_wrap=True
-    )
-    marked = f"[{DRAFTED}]marked tokens[/] come from the drafter" if console.is_terminal else "on a terminal, tokens"
-    console.print(
-        f"\n{marked}{'' if console.is_terminal else ' of the drafter are marked'}; the target agreed to each.\n"
-    )
-    for name, engine in engines.items():
-        console.print(f"── {name}", style="bold", highlight=False)
-        scribe = Scribe(console, as_ids=engine.tokenizer is None)
-        outputs = engine.stream([tokens], short).outputs(scribe.show)
-        scribe.close()
-        if any(output.finish_reason == "interrupted" for output in outputs):
-            raise KeyboardInterrupt
-        console.print(summary(outputs, outputs[0].stats.seconds) + "\n", style="dim", highlight=False)
+
+def _side_by_side(
+    console: Console, engines: Mapping[str, Engine], tokens: list[int], wish: Wish, pace: float
+) -> list[Lane]:
+    """The first prompt's continuation, as it comes."""
+    from forerun.cli.race import show
+
+    first = wish.prompts[0]
+    console.print(f"The model continues {first.where}:\n", highlight=False, markup=False)
+    tail = "\n".join(first.shown.splitlines()[-PROMPT_LINES:])
+    console.print(tail, style="dim", highlight=False, markup=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.print("\n... and goes on:\n")
+    return show(console, engines, tokens, wish.params, pace)
 
 
 def _measure(
-    console: Any, engines: dict[str, Engine], texts: Sequence[list[int]], params: SamplingParams, rounds: int | None
+    console: Console,
+    engines: Mapping[str, Engine],
+    texts: Sequence[list[int]],
+    params: SamplingParams,
+    rounds: int | None,
+    what: str = "measuring",
 ) -> Measurement:
+    """rounds: None, as many as there is patience for; 0, one."""
     from rich.progress import Progress
 
     from forerun.bench.run import measure
 
+    most = ROUNDS if rounds is None else max(1, rounds)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("measuring", total=(rounds or ROUNDS) * len(texts) * len(engines))
-        patience = math.inf if rounds else PATIENCE_SECONDS
-        return measure(engines, texts, params, rounds or ROUNDS, lambda run: progress.advance(task), patience)
+        task = progress.add_task(what, total=most * len(texts) * len(engines))
+        patience = PATIENCE_SECONDS if rounds is None else math.inf
+        return measure(engines, texts, params, most, lambda run: progress.advance(task), patience)
 
 
-def _print_table(console: Any, rows: Sequence[Summary], title: str) -> None:
+def _print_table(console: Console, rows: Sequence[Summary], is_clocked: bool) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("\ndrafter", overflow="fold", min_width=12)
-    for heading in (
-        "tokens\nper s",
-        "\nspeedup",
-        "tokens\nper step",
-        "draft\ns",
-        "verify\ns",
-        "other\ns",
-        "\nidentical",
-    ):
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("drafter", overflow="fold", min_width=12)
+    for heading in (*(("times plain", "tokens per s") if is_clocked else ()), "tokens per step", "identical"):
         table.add_column(heading, justify="right", no_wrap=True)
+    best = max(row.speedup for row in rows)
     for row in rows:
-        seconds = (f"{value:.2f}" for value in (row.draft_seconds, row.verify_seconds, row.other_seconds))
-        speed = f"{row.tokens_per_second:.0f}"
-        figures = speed, f"{row.speedup:.2f}x", f"{row.tokens_per_step:.2f}", *seconds, same(row)
-        table.add_row(row.drafter, *figures, style=_colour(row, rows))
+        style, word = _standing(row, rows[0], best) if is_clocked else ("", "")
+        clock = (Text(f"{word}{row.speedup:.2f}x", style), f"{row.tokens_per_second:,.0f}") if is_clocked else ()
+        equal = Text("-" if row is rows[0] else same(row), "red" if row.identical is False else "")
+        table.add_row(Text(name_of(row), style), *clock, f"{row.tokens_per_step:.2f}", equal)
     console.print(table)
 
 
-def _colour(row: Summary, rows: Sequence[Summary]) -> str:
-    """Green for what is faster than plain decoding, the best of it bold, red for what is slower."""
-    if row.speedup == 1:
-        return ""
-    best = row.speedup == max(one.speedup for one in rows)
-    return "red" if row.speedup < 1 else "bold green" if best else "green"
+def _standing(row: Summary, plain: Summary, best: float) -> tuple[str, str]:
+    """A row's colour and, because colours are not everywhere, a word."""
+    if row is plain:
+        return "", ""
+    if row.speedup < 1:
+        return "red", "a loss: "
+    return ("bold green", "best: ") if row.speedup == best else ("green", "")
+
+
+def name_of(row: Summary) -> str:
+    """What the table calls a drafter."""
+    return "plain" if row.drafter == "none" else row.drafter
+
+
+def _print_verdict(console: Console, rows: Sequence[Summary], plain: Engine, wish: Wish) -> None:
+    """What to do with the table, and what to think of texts that differ."""
+    from shlex import join
+
+    network, best = plain.target.network, max(rows, key=lambda row: row.speedup)
+    has_rivals = wish.rounds != 0 and len(rows) > 1
+    if has_rivals and best is rows[0]:
+        console.print("Nothing is faster than plain decoding here: use --drafter none.", highlight=False)
+    elif has_rivals:
+        said = {True: ", every token identical", False: "", None: ""}[best.identical]
+        line = f"{best.drafter} is the fastest here: {best.speedup:.2f} times plain{said}. Use it:"
+        command = join(["forerun", "generate", wish.model, "...", "--drafter", wish.specs[best.drafter]])
+        console.print(f"{line}\n    {command}\n", highlight=False, markup=False, soft_wrap=True)
+    if any(row.identical is False for row in rows):
+        is_tie = not network.backend.keeps_bits and network.dtype.itemsize == 2
+        console.print(FLIPPED if is_tie else WRONG, style="dim", highlight=False)
 
 
 def same(row: Summary) -> str:
@@ -364,8 +400,26 @@ def _write_json(path: Path, result: Measurement, about: dict[str, Any]) -> None:
         write_whole(path, json.dumps(value, indent=1).encode() + b"\n")
 
 
-def _write_plot(path: Path, rows: Sequence[Summary], title: str) -> None:
-    from forerun.bench.picture import draw
+def _write_plot(path: Path, rows: Sequence[Summary], title: str, under: str) -> None:
+    from forerun.bench.picture import drawing
+    from forerun.plots.style import write
+
+    write(drawing(rows, title, under), path)
+
+
+def _write_picture(wish: Wish, lane: Lane, rows: Sequence[Summary], footer: Sequence[str]) -> None:
+    from forerun.cli.drafted import Drafted, svg
     from forerun.cli.files import write_whole
 
-    write_whole(path, draw(rows, title, path.suffix.removeprefix(".") or "png"))
+    assert wish.picture is not None
+    drawn = Drafted(
+        title=wish.title if lane.title == "plain" else f"{wish.title} with {lane.title}",
+        account=f"{len(lane.words)} tokens in {lane.steps} steps: each in the colour of who thought of it,"
+        " and the target agreed to all of them",
+        prompt=wish.prompts[0].shown.splitlines()[-PROMPT_LINES:],
+        words=lane.words,
+        rows=rows,
+        is_clocked=wish.rounds != 0,
+        footer=footer,
+    )
+    write_whole(wish.picture, svg(drawn).encode())

@@ -132,7 +132,7 @@ def distill(
     if corpus is not None:
         demand_tokenizer(corpus, engine)
     reader = openings.Reader(engine, manner)
-    ids = [reader.ids(opening) for opening in source.openings]
+    ids = reader.all_ids(source.openings)
     header = header_of(target, engine, sampling, source.header, _described(reader, manner))
     questions = deal(ids, sampling, engine.target.max_length)
     _run(engine, questions, sampling, Ledger(out, header))

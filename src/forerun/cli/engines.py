@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
+import torch
 import transformers
 from huggingface_hub.utils.tqdm import enable_progress_bars
 
@@ -12,6 +15,7 @@ from forerun.drafting.spec import Description, describe
 from forerun.engine import load as assembly
 from forerun.engine.engine import Engine
 from forerun.engine.prompts import Prompt
+from forerun.nn.network import Network
 from forerun.sampling import SamplingParams
 
 
@@ -34,6 +38,26 @@ def load(
     lossy_of(acceptance)
     quiet()
     return assembly.load(model, drafter=drafter, max_rows=max_rows, acceptance=acceptance, **asdict(machine))
+
+
+def machine_of(network: Network) -> str:
+    """On what a network runs, for the caption of a figure: processor, threads, kernels, number format."""
+    dtype = str(network.dtype).removeprefix("torch.")
+    if network.device.type == "cuda":
+        return f"{torch.cuda.get_device_name(network.device)}, {dtype}"
+    kernels = "native kernels" if network.backend.keeps_bits else "torch"
+    threads = torch.get_num_threads()
+    return f"{_processor()}, {threads} thread{'' if threads == 1 else 's'}, {kernels}, {dtype}"
+
+
+def _processor() -> str:
+    """Linux keeps its processor's name in a file; elsewhere Python may know it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
 
 
 def fitted(engine: Engine, prompt: Prompt, params: SamplingParams) -> list[int]:

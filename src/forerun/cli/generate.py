@@ -143,7 +143,7 @@ def generate(
     machine, model = engines.Machine(dtype, device, kernels, weights, threads), options.at(model, revision)
     engine = engines.load(model, spec, machine, max_rows, acceptance)
     reader = openings.Reader(engine, manner)
-    job = Job(engine, asked, [reader.ids(one) for one in asked], params)
+    job = Job(engine, asked, reader.all_ids(asked), params)
     if out:
         whole = _to_file(job, out, _settings(model, engine, machine, params, spec, acceptance, reader))
     else:

@@ -1,4 +1,4 @@
-"""Text on the screen while it is generated, with the tokens that a drafter proposed marked."""
+"""Text on the screen while it is generated, drafted tokens in the colour of who thought of them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from forerun.cli.ink import Ink
 from forerun.drafting.drafter import Tally
 from forerun.engine.requests import Output, Piece
 
-DRAFTED = "black on light_green"
-"""A background, because half of what is drafted is blanks and line ends."""
+DRAFTED = Ink().style("anyone")
+"""What is marked without saying who thought of it."""
 WIDTH = 100
 """Columns where no terminal says how wide it is."""
 COLUMNS = TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -26,13 +27,14 @@ class Scribe:
     """Writes the pieces of several requests as if they came one after the other: those of a later request wait.
 
     titles: what to write above each request; none: nothing. samples: of every prompt. as_ids: write
-    token ids, for want of a tokenizer. On a terminal drafted tokens are marked; elsewhere the text
-    goes out as it is.
+    token ids, for want of a tokenizer. On a terminal drafted tokens have colours (`ink` has the legend);
+    elsewhere the text goes out as it is.
     """
 
     def __init__(self, console: Console, titles: Sequence[str] = (), samples: int = 1, as_ids: bool = False):
         self._console, self._titles, self._samples, self._as_ids = console, titles, samples, as_ids
         self._waiting: defaultdict[int, list[Piece]] = defaultdict(list)
+        self.ink = Ink()
         self._turn = 0
         self._begun = -1
 
@@ -67,7 +69,7 @@ class Scribe:
         if not self._console.is_terminal:
             self._console.file.write("".join(texts))
         else:
-            parts = [(text, DRAFTED if drafted else "") for text, drafted in zip(texts, piece.drafted, strict=True)]
+            parts = [(text, self.ink.style(origin)) for text, origin in zip(texts, piece.origins, strict=True)]
             self._console.print(Text.assemble(*parts), end="", soft_wrap=True, highlight=False)
         self._console.file.flush()
 

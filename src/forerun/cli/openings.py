@@ -79,7 +79,7 @@ def text_of(path: Path, what: str = "prompt file") -> str:
     if path.suffix in (".json", ".csv", ".parquet"):
         raise RequestError(f"the {what} {path} is neither text nor .jsonl: convert it to an object per line")
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # Windows' editors begin a file with a mark of its encoding
     except OSError as error:
         raise RequestError(f"cannot read the {what} {path}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -171,6 +171,13 @@ class Reader:
         self.template = manner.template or self._own_template()
         self.used: Template | None = None
 
+    def all_ids(self, openings: Sequence[Opening]) -> list[list[int]]:
+        """RequestError too if a template was given that none of them needs."""
+        found = [self.ids(one) for one in openings]
+        if self._manner.template and not self.used:
+            raise RequestError("--chat-template has no place in plain prompts: add --chat, or leave it out")
+        return found
+
     def ids(self, opening: Opening) -> list[int]:
         """RequestError names the opening's place if the target cannot read it."""
         try:
@@ -195,12 +202,15 @@ class Reader:
 
     def rendered(self, messages: Sequence[Message]) -> list[int]:
         """A conversation, up to where the model answers. The template writes special tokens itself."""
+        from forerun.engine.prompts import demand_characters
         from forerun.sources.folder import brief
 
         if self._tokenizer is None or self.template is None:
             raise RequestError(
                 "the model has no chat template for messages: give --chat-template FILE, or plain prompts"
             )
+        for message in messages:
+            demand_characters(message["content"])
         self.used = self.template
         try:
             ids: list[int] = self._tokenizer.apply_chat_template(

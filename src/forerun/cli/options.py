@@ -116,9 +116,9 @@ Threads = Annotated[
     typer.Option(
         metavar="N",
         min=1,
-        help="Processor threads; without it FORERUN_THREADS, or one per core. On a busy machine 1 is fastest.",
+        help="Processor threads; 1 on a busy machine.",
         rich_help_panel=MACHINE,
-        show_default=False,
+        show_default="one per core",
     ),
 ]
 Acceptance = Annotated[

@@ -14,10 +14,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from forerun import files
+from forerun.cli.complaint import NO_ROOM
 from forerun.cli.openings import Opening
 from forerun.errors import ForerunError, RequestError
 from forerun.sampling import SamplingParams
 from forerun.sources.fingerprint import digest
+
+BEGINNING = b'{"id": '
+"""Of every row."""
 
 
 class Job(Protocol):
@@ -37,7 +41,7 @@ class Rows:
     """The rows of one file. known: texts that were there when it was opened.
 
     A last line that was cut in the middle is forgotten. Rows of other settings, of other prompts,
-    or that are none are refused (RequestError).
+    or that are none are refused (RequestError). A file that cannot be written is found at once (ForerunError).
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], job: Job):
@@ -49,6 +53,7 @@ class Rows:
             raise RequestError(f"cannot write {path}, for it is no file: name a file for --out")
         if path.exists():
             self._resume()
+        self._append(b"")
         self.known = len(self._there)
 
     def left(self) -> list[int]:
@@ -70,26 +75,39 @@ class Rows:
             "prompt": self._prompts[index],
             "settings": self._settings,
         }
-        try:
-            self._path.touch()
-            files.append(self._path, json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        except OSError as error:
-            raise ForerunError(
-                f"cannot write {self._path} ({error.strerror}): make room, and the same command goes on"
-            ) from None
+        # Half a character, which a name in JSON may hold, is written as JSON escapes it.
+        self._append(json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
         self._there.add(place)
         return True
+
+    def _append(self, line: bytes) -> None:
+        try:
+            self._path.touch()
+            files.append(self._path, line)
+        except OSError as error:
+            mend = "make room" if error.errno in NO_ROOM else "mend that, or name another --out"
+            raise ForerunError(
+                f"cannot write {self._path} ({error.strerror}): {mend}, and the same command goes on"
+            ) from None
 
     def _resume(self) -> None:
         content = self._path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         for number, line in enumerate(whole.splitlines(), start=1):
             self._take(line, number)
-        if len(whole) < len(content):
-            if not whole and not content.startswith(b'{"id": '):
-                raise RequestError(self._stranger(1))
-            with self._path.open("r+b") as file:
-                file.truncate(len(whole))
+        if rest := content[len(whole) :]:
+            self._end(rest, whole)
+
+    def _end(self, rest: bytes, whole: bytes) -> None:
+        """A last line without its end: a row that lacks nothing else stays, half a row goes."""
+        if _is_json(rest):
+            self._take(rest, whole.count(b"\n") + 1)
+            self._append(b"\n")
+            return
+        if not whole and not (rest.startswith(BEGINNING) or BEGINNING.startswith(rest)):
+            raise RequestError(self._stranger(1))
+        with self._path.open("r+b") as file:
+            file.truncate(len(whole))
 
     def _take(self, line: bytes, number: int) -> None:
         try:
@@ -117,3 +135,11 @@ class Rows:
 
     def _stranger(self, number: int) -> str:
         return f"{self._path}, line {number} is not from forerun generate: choose another --out"
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True

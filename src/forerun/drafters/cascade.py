@@ -47,11 +47,12 @@ class Part:
 @dataclass
 class _Said:
     """What one row's parts have said so far: tokens, the law of each (None: no chance was
-    involved), and which part it was."""
+    involved), which part it was, and who thought of it there."""
 
     tokens: list[int]
     laws: list[Tensor | None]
     parts: list[int]
+    origins: list[str]
 
 
 class Cascade(Drafter):
@@ -76,7 +77,7 @@ class Cascade(Drafter):
             max(part.until, start) - 1 + part.drafter.max_nodes for start, part in zip(before, parts, strict=False)
         )
         self._tallies = self._new_tallies()
-        self._origins: list[list[int]] = []
+        self._said: list[_Said] = []
 
     def _new_tallies(self) -> list[Tally]:
         return [Tally(f"cascade, part {number}") for number in range(1, len(self.parts) + 1)]
@@ -96,13 +97,13 @@ class Cascade(Drafter):
     def propose(self, context: Context) -> TokenTree:
         rows = context.rows
         most = [min(limits) for limits in zip(context.budgets, context.depths, strict=True)]
-        said = [_Said([row.tokens[-1]], [], []) for row in rows]
+        said = [_Said([row.tokens[-1]], [], [], []) for row in rows]
         with tentatively(rows):
             for number, part in enumerate(self.parts):
                 begun = time.perf_counter()
                 self._segment(replace(context, path=(*context.path, number)), number, part, most, said)
                 self._tallies[number].seconds += time.perf_counter() - begun
-        self._origins = [row.parts for row in said]
+        self._said = said
         return _chain(said, context.device)
 
     def _segment(self, context: Context, number: int, part: Part, most: Sequence[int], said: Sequence[_Said]) -> None:
@@ -130,10 +131,12 @@ class Cascade(Drafter):
 
     def _append(self, number: int, row: Row, said: _Said, tree: TokenTree, index: int, room: int) -> bool:
         """Add the path of first children; False if there is none."""
-        path, laws = _first_path(tree, index)
-        path, laws = path[:room], laws[:room]
+        nodes, laws = _first_path(tree, index)
+        nodes, laws = nodes[:room], laws[:room]
+        path = [tree.tokens[index][node] for node in nodes]
         said.tokens += path
         said.laws += laws
+        said.origins += self.parts[number].drafter.origins(index, [0, *nodes])
         said.parts += [number] * len(path)
         row.tokens += path
         row.tentative += len(path)
@@ -143,10 +146,14 @@ class Cascade(Drafter):
         tally.drafted += len(path)
         return bool(path)
 
+    def origins(self, slot: int, path: Sequence[int]) -> list[str]:
+        """As the parts say."""
+        return [self._said[slot].origins[node - 1] for node in path[1:]]
+
     def observe(self, context: Context, tree: TokenTree, verdict: Verdict, scores: Scores) -> None:
-        for path, origins in zip(verdict.kept, self._origins, strict=True):
+        for path, said in zip(verdict.kept, self._said, strict=True):
             for node in path[1:]:
-                self._tallies[origins[node - 1]].keep(node)
+                self._tallies[said.parts[node - 1]].keep(node)
         self.retract([len(row.tokens) + len(path) - 1 for row, path in zip(context.rows, verdict.kept, strict=True)])
 
     def reset(self) -> None:
@@ -165,16 +172,16 @@ class Cascade(Drafter):
 
 
 def _first_path(tree: TokenTree, row: int) -> tuple[list[int], list[Tensor | None]]:
-    """The tokens below node 0 along first children, and the law that each was drawn from."""
-    tokens: list[int] = []
+    """The nodes below node 0 along first children, and the law that each was drawn from."""
+    nodes: list[int] = []
     laws: list[Tensor | None] = []
     children, node = tree.topology.children[row], 0
     while node in children:
         is_drawn = tree.drawn_BN is not None and tree.drawn_BN[row, node] != Drawn.DETERMINISTIC
         laws.append(tree.laws_BNV[row, node] if is_drawn and tree.laws_BNV is not None else None)
         node = children[node][0]
-        tokens.append(tree.tokens[row][node])
-    return tokens, laws
+        nodes.append(node)
+    return nodes, laws
 
 
 def _chain(said: Sequence[_Said], device: torch.device) -> TokenTree:

@@ -97,6 +97,10 @@ class Fallback(Drafter):
         answering = (number for number, tree in self._trees.items() if self._answers(tree, row))
         return next(answering, max(self._trees, key=lambda number: (self._trees[number].sizes[row], -number)))
 
+    def origins(self, slot: int, path: Sequence[int]) -> list[str]:
+        """As the source says that answered for this row."""
+        return self.sources[self._chosen[slot]].origins(slot, path)
+
     def observe(self, context: Context, tree: TokenTree, verdict: Verdict, scores: Scores) -> None:
         """Sources that read hidden states see what was really kept; the others what was kept of their own proposal.
 

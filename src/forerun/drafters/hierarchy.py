@@ -148,6 +148,10 @@ class Hierarchy(Drafter):
                 break
         return merged
 
+    def origins(self, slot: int, path: Sequence[int]) -> list[str]:
+        """The stores."""
+        return [self.stores[self._seats[slot].origins[node]].name for node in path[1:]]
+
     def observe(self, context: Context, tree: TokenTree, verdict: Verdict, scores: Scores) -> None:
         for seat, path in zip(self._seats, verdict.kept, strict=True):
             if len(seat.origins) == 1:

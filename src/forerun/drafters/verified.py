@@ -51,6 +51,7 @@ class Verified(Drafter):
         self.model, self.inner, self.length, self.lenient = model, inner, length, lenient
         self.max_nodes = length + inner.max_nodes
         self._tally = self._new_tally()
+        self._origins: list[list[str]] = []
 
     def _new_tally(self) -> Tally:
         return Tally("verified, lenient (lossy)" if self.lenient else "verified")
@@ -88,6 +89,7 @@ class Verified(Drafter):
         most = [min(self.max_nodes, *limits) for limits in zip(context.budgets, context.depths, strict=True)]
         depths = [max(0, min(m, self.model.max_length - s)) for m, s in zip(most, starts, strict=True)]
         spoken: list[list[Tensor]] = [[] for _ in rows]
+        self._origins = [[] for _ in rows]
         number = 0
         with tentatively(rows):
             while any(room := self._room(rows, starts, depths)):
@@ -121,6 +123,7 @@ class Verified(Drafter):
         judgement = judge(tree, scores.logits_BNV, rows, chance, scores.best_BN, self.lenient)
         verdict = judgement.verdict
         self.model.keep(verdict.kept)
+        origins = [[*self.inner.origins(slot, path), self.name] for slot, path in enumerate(verdict.kept)]
         self.inner.observe(within, tree, verdict, scores)
         for index, row in enumerate(rows):
             if not room[index]:
@@ -130,10 +133,15 @@ class Verified(Drafter):
             count = next((place for place, token in enumerate(said, 1) if token in row.ends), len(said))
             row.tokens += said[:count]
             row.tentative += count
+            self._origins[index] += origins[index][:count]
             if judgement.laws_BNV is not None:
                 spoken[index].append(judgement.laws_BNV[index, path[:count]])
             self._tally.asked += 1
             self._tally.drafted += count
+
+    def origins(self, slot: int, path: Sequence[int]) -> list[str]:
+        """Whoever thought of a token below, or this level, where the model itself had to."""
+        return [self._origins[slot][node - 1] for node in path[1:]]
 
     def observe(self, context: Context, tree: TokenTree, verdict: Verdict, scores: Scores) -> None:
         """The level above kept a part: everything behind it never happened."""

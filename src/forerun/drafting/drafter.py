@@ -105,6 +105,14 @@ class Drafter:
         """A tree per row, node 0 being the row's last token."""
         raise NotImplementedError
 
+    def origins(self, slot: int, path: Sequence[int]) -> list[str]:
+        """Who thought of each node of a path of the tree just proposed for this row, node 0 not counted.
+
+        The names are those of the innermost parts: a store, a model, heads. A drafter of one part has
+        thought of everything itself. To be asked before `observe`.
+        """
+        return [self.name] * (len(path) - 1)
+
     def observe(self, context: Context, tree: TokenTree, verdict: Verdict, scores: Scores) -> None:
         """What the model said about the tree just proposed. The rows do not hold the new tokens yet."""
 

@@ -59,12 +59,14 @@ def translated(config: Mapping[str, Any]) -> dict[str, Any]:
     """Our description of what vLLM's configuration asks for. DrafterError for what cannot be had here."""
     rest = {key: value for key, value in config.items() if value is not None}
     named, checkpoint, tokens = rest.pop(METHOD, None), rest.pop(CHECKPOINT, None), rest.pop(TOKENS, None)
+    if not isinstance(checkpoint, str | None):
+        raise DrafterError(f"the model of a speculative config is a folder or a hub id, not {checkpoint!r}")
     name = _method(named, checkpoint)
     found: dict[str, Any] = {"drafter": name}
     if checkpoint is not None and checkpoint not in ALIASES:
         revision = rest.pop("revision", None)
         found["checkpoint"] = f"{checkpoint}@{revision}" if revision else checkpoint
-    greedy = rest.pop("draft_sample_method", "probabilistic") == "greedy"
+    greedy = _draws_greedily(rest.pop("draft_sample_method", "probabilistic"))
     found |= _settings(rest)
     if tokens is not None:
         found = reaching(found, tokens)
@@ -94,6 +96,14 @@ def _method(named: object, checkpoint: object) -> str:
         known = ", ".join(sorted({*ALIASES, *names()}))
         raise DrafterError(f"the method {word!r} of a speculative config is none of ours: use one of {known}")
     return ALIASES.get(word, word)
+
+
+def _draws_greedily(method: object) -> bool:
+    if method not in ("greedy", "probabilistic"):
+        raise DrafterError(
+            f"draft_sample_method in the speculative config is 'greedy' or 'probabilistic', not {method!r}: give one"
+        )
+    return method == "greedy"
 
 
 def _settings(rest: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ that other engines give them (`registry.ALIASES`).
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,7 +59,15 @@ def describe(spec: str | Description) -> dict[str, Any]:
             raise DrafterError(f"cannot read the drafter file {spec}: {error.strerror}") from None
         except UnicodeDecodeError:
             raise DrafterError(f"cannot read the drafter file {spec}: it is not text") from None
-    raise DrafterError(unknown(spec.partition(":")[0].partition("(")[0].strip()))
+    raise DrafterError(_unreadable(spec))
+
+
+def _unreadable(spec: str) -> str:
+    if not spec:
+        return "a drafter has no name: write one, on both sides of a bar, as in lookup | small:PATH"
+    if os.path.isdir(spec):  # noqa: PTH112 - of a name that is too long Path.is_dir raises
+        return f"{spec} is a folder, and does not say what drafts: write small:{spec} for a draft model, or KIND:{spec}"
+    return unknown(spec.partition(":")[0].partition("(")[0].strip())
 
 
 def _ours(description: Description) -> dict[str, Any]:

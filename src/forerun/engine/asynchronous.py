@@ -20,14 +20,14 @@ class _Mail(deque[Piece]):
 
     def __init__(self) -> None:
         super().__init__()
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self._loop, self._arrival = asyncio.get_running_loop(), asyncio.Event()
 
     def append(self, piece: Piece) -> None:
         super().append(piece)
         self._wake()
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         self.error = error
         self._wake()
 
@@ -119,6 +119,12 @@ class AsyncEngine:
             except Exception as error:  # no request could be told of it, so all are
                 for mail in list(self._open.values()):
                     mail.fail(error)
+            except BaseException as error:  # the thread is told to exit: the next one who asks starts another
+                with self._guard:
+                    self._driver, left = None, list(self._open.values())
+                for mail in left:
+                    mail.fail(error)
+                return
             with self._guard:
                 if not self.engine.is_busy:
                     self._driver = None

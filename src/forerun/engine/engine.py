@@ -24,6 +24,7 @@ from typing import Any, Self
 
 import torch
 
+from forerun.accept.exact import Verdict
 from forerun.accept.judge import is_exact, judge, rule_of
 from forerun.accept.lossy import Lossy
 from forerun.chance import key_of
@@ -332,6 +333,7 @@ class Engine:
         kept = judgement.verdict.kept
         self.target.keep(kept)
         judged = time.perf_counter()
+        origins = [self.drafter.origins(slot, path) if len(path) > 1 else [] for slot, path in enumerate(kept)]
         self.drafter.observe(context, tree, judgement.verdict, scores)
         step = Step(
             rows=len(rows),
@@ -348,7 +350,7 @@ class Engine:
             request.stats.add(step)
             if tree.nodes > 1 or not request.stats.rule:
                 request.stats.rule = rule_of(judgement, request.row)
-        self._emit(tree, scores, kept, judgement.verdict.next_tokens)
+        self._emit(tree, scores, judgement.verdict, origins)
 
     def _context(self, rows: Sequence[Row]) -> Context:
         """A lossy rule lets proposals show in the text, so there the clock has no say in them."""
@@ -361,14 +363,14 @@ class Engine:
             prices=None if price is None else [price] * len(rows),
         )
 
-    def _emit(self, tree: TokenTree, scores: Scores, kept: Sequence[Sequence[int]], next_tokens: Sequence[int]) -> None:
+    def _emit(self, tree: TokenTree, scores: Scores, verdict: Verdict, origins: Sequence[Sequence[str]]) -> None:
         for index, request in enumerate(self._running):
-            path = kept[index]
-            said = [*(tree.tokens[index][node] for node in path[1:]), next_tokens[index]]
+            path = verdict.kept[index]
+            said = [*(tree.tokens[index][node] for node in path[1:]), verdict.next_tokens[index]]
             texts = request.commit(said)
             del said[len(texts) :]
             self._note_logprobs(request, scores, index, path[: len(said)], said)
-            request.tell(said, texts, drafted=tree.sizes[index] - 1, accepted=len(path) - 1)
+            request.tell(said, texts, tree.sizes[index] - 1, origins[index])
         for slot in reversed(range(len(self._running))):
             if self._running[slot].is_over:
                 self._release(slot)

@@ -18,7 +18,7 @@ from forerun.drafting.spec import Description
 from forerun.drafting.workshop import Workshop, build
 from forerun.engine.engine import Engine
 from forerun.engine.threads import use_threads, warn_if_busy
-from forerun.errors import DrafterError
+from forerun.errors import CheckpointError, DrafterError
 from forerun.model import Model
 from forerun.nn.dtype import device_of, dtype_of
 from forerun.nn.load import load_network
@@ -70,6 +70,11 @@ def load(
         DrafterError: an unknown drafter, or one that does not fit the target.
         ForerunError: a device, a dtype, kernels or threads that cannot be had.
     """
+    if not isinstance(model, str | os.PathLike | transformers.PreTrainedModel):
+        raise CheckpointError(
+            f"a model cannot be of type {type(model).__name__}: give a folder, a hub id, or a causal language model of "
+            "transformers"
+        )
     lossy, count = lossy_of(acceptance), use_threads(threads)
     given = None if tokenizer is None else fast(tokenizer, "the tokenizer given")
     if isinstance(model, transformers.PreTrainedModel):

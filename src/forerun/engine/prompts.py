@@ -11,6 +11,7 @@ nothing is read as text that is not a string.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, TypeAlias
@@ -27,6 +28,8 @@ Message: TypeAlias = Mapping[str, Any]
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message] | Mapping[str, Any] | torch.Tensor | np.ndarray
 Prompts: TypeAlias = Prompt | Sequence[Prompt]
 
+HALF = re.compile("[\ud800-\udfff]")
+"""How Python keeps what no UTF-8 text can hold."""
 UNDERSTOOD = "text, token ids, what a tokenizer returns, or messages with role and content"
 BESIDE_IDS = frozenset(
     "attention_mask token_type_ids special_tokens_mask offset_mapping length overflow_to_sample_mapping"
@@ -44,7 +47,7 @@ def separate(prompts: Prompts) -> list[Prompt]:
         return [[prompts]] if _is_message(prompts) else _rows_of_encoding(prompts)
     if isinstance(prompts, torch.Tensor | np.ndarray):
         return list(_rows(prompts))
-    if isinstance(prompts, bytes | bytearray) or not isinstance(prompts, Iterable):
+    if isinstance(prompts, bytes | bytearray | set | frozenset) or not isinstance(prompts, Iterable):
         raise RequestError(f"a prompt cannot be of type {type(prompts).__name__}: give {UNDERSTOOD}")
     items: list[Any] = list(prompts)
     if items and all(map(_is_id, items)):
@@ -60,6 +63,7 @@ def tokens_of(prompt: Prompt, tokenizer: HuggingFaceTokenizer | None) -> list[in
     if isinstance(one, str):
         if tokenizer is None:
             raise RequestError("this model has no tokenizer: give the prompt as token ids")
+        demand_characters(one)
         one = tokenizer(one)["input_ids"]
     elif one and _is_message(one[0]):
         one = _through_template(one, tokenizer)
@@ -79,6 +83,12 @@ def conversations(messages: str | Prompts, system: str | None = None) -> list[Pr
             raise RequestError("the messages begin with a system message already: give no other one")
         found.append([*([] if system is None else [{"role": "system", "content": system}]), *talk])
     return list(found)
+
+
+def demand_characters(text: object) -> None:
+    """RequestError for a text that holds half a character: bytes that are not UTF-8, or half of a JSON escape."""
+    if isinstance(text, str) and HALF.search(text):
+        raise RequestError("the text holds bytes or escapes that are no characters: give it as UTF-8")
 
 
 def _alone(prompt: Prompt) -> Prompt:
@@ -150,6 +160,10 @@ def _through_template(messages: Sequence[Message], tokenizer: Any) -> list[int]:
     """With the beginning of the answer behind it; where the last message is the assistant's own, it is gone on with."""
     if not getattr(tokenizer, "chat_template", None):
         raise RequestError("this model has no chat template: give the prompt as text, or load one with a template")
+    for message in messages:
+        if message.get("content") is None and not message.get("tool_calls"):
+            raise RequestError(f"a message of {message['role']!r} has no content: give it some text")
+        demand_characters(message.get("content"))
     goes_on = messages[-1]["role"] == "assistant"
     try:
         encoding = tokenizer.apply_chat_template(

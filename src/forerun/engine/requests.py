@@ -92,9 +92,10 @@ class Output:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one step added to one sample. drafted[i]: token i came from the drafter (and the target agreed).
+    """What one step added to one sample.
 
-    A request's last piece says why it ended and carries its output. That of a request which was
+    origins[i]: who thought of token i, the drafter's part of that name (and the target agreed), or
+    "", the target itself. A request's last piece says why it ended and carries its output. That of a request which was
     cancelled adds no token; error: what went wrong in the step that ended it.
     """
 
@@ -102,11 +103,16 @@ class Piece:
     prompt_index: int
     sample: int
     token_ids: list[int]
-    drafted: list[bool]
+    origins: list[str]
     texts: list[str]
     finish_reason: str | None = None
     output: Output | None = None
     error: Exception | None = None
+
+    @property
+    def drafted(self) -> list[bool]:
+        """Which tokens came from the drafter."""
+        return [bool(origin) for origin in self.origins]
 
     @property
     def text(self) -> str:
@@ -161,16 +167,17 @@ class Request:
             return "stop"
         return "length" if self.row.remaining <= 0 else None
 
-    def tell(self, tokens: list[int], texts: list[str], drafted: int, accepted: int) -> None:
-        """Count a step that has committed these tokens, and hand out the piece."""
+    def tell(self, tokens: list[int], texts: list[str], drafted: int, accepted: Sequence[str]) -> None:
+        """Count a step that has committed these tokens, and hand out the piece. drafted: how many
+        were proposed; accepted: who thought of each that survived."""
         stats, count = self.stats, len(tokens)
         self.row.step += 1
         stats.steps += 1
         stats.drafted_tokens += drafted
-        stats.accepted_tokens += min(accepted, count)
+        stats.accepted_tokens += min(len(accepted), count)
         stats.new_tokens += count
         stats.seconds = time.perf_counter() - self.started
-        self._hand_out(tokens, [place < accepted for place in range(count)], texts)
+        self._hand_out(tokens, [*accepted, ""][:count], texts)
 
     def begin(self) -> None:
         """It is its turn, for the first time or again."""
@@ -200,11 +207,11 @@ class Request:
         self.is_told = True
 
     def _hand_out(
-        self, tokens: list[int], drafted: list[bool], texts: list[str], error: Exception | None = None
+        self, tokens: list[int], origins: list[str], texts: list[str], error: Exception | None = None
     ) -> None:
         output = self._output(self.finish_reason) if self.finish_reason else None
         place = self.number, self.prompt_index, self.sample
-        self.inbox.append(Piece(*place, tokens, drafted, texts, self.finish_reason, output, error))
+        self.inbox.append(Piece(*place, tokens, origins, texts, self.finish_reason, output, error))
         self.is_over = output is not None
 
     def _output(self, finish_reason: str) -> Output:

@@ -12,6 +12,9 @@ from forerun.errors import ForerunError
 VARIABLE = "FORERUN_THREADS"
 """How many, where nobody says it in the program; without it, as torch has it (OMP_NUM_THREADS, or one per core)."""
 
+MOST = 1024
+"""A runtime of threads that cannot start as many as were asked for ends the process."""
+
 log = logging.getLogger(__name__)
 
 
@@ -22,6 +25,10 @@ def use_threads(threads: int | None) -> int:
     if wanted is not None:
         if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
             raise ForerunError(f"threads={wanted!r} makes no sense: give 1 or more")
+        if wanted > MOST:
+            raise ForerunError(
+                f"{wanted} threads are more than any machine has use for: give {available_cpus()} or fewer"
+            )
         torch.set_num_threads(wanted)
     return torch.get_num_threads()
 

@@ -2,12 +2,13 @@
 
 transformers reads the arguments, this module reads what transformers has made of them: the logits
 processors and stopping criteria say what is wanted, whatever the names of the settings were.
-What cannot be honoured is refused; nothing is left out in silence.
+What cannot be honoured is refused; of what transformers hands on, nothing is left out in silence.
 """
 
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,22 +22,23 @@ from transformers.generation import stopping_criteria as stopping
 
 from forerun.drafting.spec import Description
 from forerun.engine.engine import Engine
-from forerun.engine.load import load
+from forerun.engine.load import drafter_for, load
 from forerun.engine.prompts import tokens_of
 from forerun.engine.requests import Output
 from forerun.errors import RequestError
+from forerun.nn.foreign.network import demand_evaluation
+from forerun.nn.memory import hangings
 from forerun.sampling import SamplingParams
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
-OURS: dict[type, Callable[[Any], dict[str, Any]]] = {
+WARPERS: dict[type, Callable[[Any], dict[str, Any]]] = {
     processing.TemperatureLogitsWarper: lambda one: {"temperature": float(one.temperature)},
     processing.TopKLogitsWarper: lambda one: {"top_k": int(one.top_k)},
     processing.TopPLogitsWarper: lambda one: {"top_p": float(one.top_p)},
     processing.MinPLogitsWarper: lambda one: {"min_p": float(one.min_p)},
-    processing.RepetitionPenaltyLogitsProcessor: lambda one: {"repetition_penalty": float(one.penalty)},
     processing.LogitNormalization: lambda one: {},  # a law is normalised anyway
 }
-"""Processors that are sampling parameters of ours."""
+"""Processors that are sampling parameters of ours, in the order in which these are applied."""
 PURE = (
     processing.NoRepeatNGramLogitsProcessor,
     processing.NoBadWordsLogitsProcessor,
@@ -44,10 +46,13 @@ PURE = (
     processing.SuppressTokensLogitsProcessor,
     processing.InfNanRemoveLogitsProcessor,
 )
-"""Processors of transformers that look at a row's text and scores alone, so that they can be asked at every node."""
+"""Processors of transformers that look at a row's text and scores alone, so that they can be asked
+at every node, before the warpers."""
 UNHEEDED = frozenset("use_cache logits_to_keep attention_mask position_ids past_key_values".split())
 """Arguments of a forward that are looked at here, or change nothing."""
 ENGINES = "_forerun_engines"
+SAMPLED = 64
+"""Numbers of a weight that are looked at to see whether it has changed."""
 ROWS = 64
 """Of a batch, side by side; others wait."""
 
@@ -68,25 +73,27 @@ def generate(
 
     drafter, kernels: as of `forerun.load`. Greedy text is the model's own, and sampled text follows
     the same law, with torch's generator as its only seed. Rows may be padded on the left; each says
-    what it says alone, so a repetition penalty does not see the padding (transformers' does).
+    what it says alone.
 
     The engine is made at the first call and belongs to the model object from then on: it goes when
-    the model goes, and is made anew when weights have changed. transformers does not hand streamers
-    on: use `forerun.load(model).stream` for that.
+    the model goes, and is made anew when weights, hooks or forwards have changed. transformers
+    hands on neither streamers, whose end then never comes (use `forerun.load(model).stream`), nor
+    assistant models.
 
     Raises RequestError, a ValueError, for what cannot be honoured: beams, processors and stopping
     criteria of the caller, scores and states as outputs, a cache that was begun.
     """
     _demand_plain(generation_config, model_kwargs)
     prompts = _prompts(input_ids, model_kwargs)
-    wish = _wish(logits_processor, stopping_criteria, generation_config, input_ids.shape[1])
-    engine = _engine_of(model, drafter, kernels)
+    padding = [input_ids.shape[1] - len(prompt) for prompt in prompts]
+    wish = _wish(_parted(logits_processor, padding), stopping_criteria, generation_config, input_ids.shape[1])
     longest = max(map(len, prompts)) + (wish.max_new_tokens or 0)
-    if longest > engine.target.max_length:
-        raise RequestError(
-            f"{longest} tokens are asked for and the context holds {engine.target.max_length}: set max_new_tokens lower"
-        )
-    outputs = engine.stream(prompts, _seeded(wish, len(prompts)), text=False).outputs()
+    with _engines_of(model).guard:
+        engine = _engine_of(model, drafter, kernels)
+        if longest > (room := engine.target.max_length):
+            raise RequestError(f"{longest} tokens are asked for and the context holds {room}: set max_new_tokens lower")
+        session = engine.stream(prompts, _seeded(wish, len(prompts)), text=False)
+    outputs = session.outputs()
     if len(outputs) < len(prompts) or any(output.finish_reason == "interrupted" for output in outputs):
         raise KeyboardInterrupt
     padding = generation_config.pad_token_id
@@ -126,31 +133,62 @@ def _prompts(input_ids: Tensor, model_kwargs: Mapping[str, Any]) -> list[list[in
 
 
 def _wish(
-    processors: Sequence[Any], criteria: Sequence[Any], config: transformers.GenerationConfig, width: int
+    parts: tuple[list[Any], list[Any]], criteria: Sequence[Any], config: transformers.GenerationConfig, width: int
 ) -> SamplingParams:
-    """What transformers has made of its settings, in our words. width: of the padded prompts."""
-    found: dict[str, Any] = {"temperature": 1.0 if config.do_sample else 0.0, "ignore_eos": True, "processors": []}
-    for one in processors:
-        if type(one) in OURS:
-            found |= OURS[type(one)](one)
-        elif type(one) in PURE:
-            found["processors"].append(one)
-        else:
-            raise RequestError(
-                f"the logits processor {type(one).__name__} may depend on more than a row's own text: "
-                "leave it out, or give it to forerun.load(model).generate as processors"
-            )
+    """What transformers has made of its settings, in our words. parts: see `_parted`; width: of the padded prompts."""
+    found: dict[str, Any] = {"temperature": 1.0 if config.do_sample else 0.0, "ignore_eos": True}
+    found["processors"], warpers = parts
+    for one in warpers if config.do_sample else ():  # they change no best token
+        found |= WARPERS[type(one)](one)
     for one in criteria:
         if type(one) is stopping.MaxLengthCriteria:
-            found["max_new_tokens"] = one.max_length - width
+            found["max_new_tokens"] = min(one.max_length - width, found.get("max_new_tokens", one.max_length))
         elif type(one) is stopping.EosTokenCriteria:
-            found["stop_token_ids"] = one.eos_token_id.tolist()
+            found["stop_token_ids"] = [*found.get("stop_token_ids", ()), *one.eos_token_id.tolist()]
         else:
             raise RequestError(
                 f"the stopping criterion {type(one).__name__} cannot be asked within an accepted block: "
                 "use max_new_tokens and eos_token_id, or forerun.load(model).generate with stop"
             )
     return SamplingParams(**found)
+
+
+def _parted(processors: Sequence[Any], padding: Sequence[int]) -> tuple[list[Any], list[Any]]:
+    """Those that are asked at every node, and the warpers behind them. RequestError for any other,
+    and for an order that is not ours: the law would be another. padding: before each row."""
+    pure: list[Any] = []
+    warpers: list[Any] = []
+    order = list(WARPERS)
+    for one in processors:
+        kind = type(one)
+        if kind in WARPERS and _is_usual(one) and all(order.index(kind) > order.index(type(w)) for w in warpers):
+            warpers.append(one)
+        elif kind is processing.RepetitionPenaltyLogitsProcessor and not warpers and _ignores_only(padding, one):
+            pure.append(processing.RepetitionPenaltyLogitsProcessor(one.penalty))  # our prefixes have no padding
+        elif kind in PURE and not warpers:
+            pure.append(one)
+        elif kind in (*WARPERS, *PURE, processing.RepetitionPenaltyLogitsProcessor):
+            raise RequestError(
+                f"the logits processor {kind.__name__} stands where, or as, transformers would not put it by itself: "
+                "give its setting to generate instead, or to forerun.load(model).generate"
+            )
+        else:
+            raise RequestError(
+                f"the logits processor {kind.__name__} may depend on more than a row's own text: "
+                "leave it out, or give it to forerun.load(model).generate as processors"
+            )
+    return pure, warpers
+
+
+def _is_usual(warper: Any) -> bool:
+    """It removes all that its setting says, for good."""
+    return getattr(warper, "min_tokens_to_keep", 1) == 1 and getattr(warper, "filter_value", -torch.inf) == -torch.inf
+
+
+def _ignores_only(padding: Sequence[int], penalty: Any) -> bool:
+    """As a repetition penalty that transformers makes by itself."""
+    ignored = getattr(penalty, "prompt_ignore_length", None)
+    return ignored is None or (isinstance(ignored, Tensor) and ignored.tolist() == list(padding))
 
 
 def _seeded(wish: SamplingParams, rows: int) -> list[SamplingParams]:
@@ -172,27 +210,61 @@ def _sequences(input_ids: Tensor, outputs: Sequence[Output], padding: int) -> Te
 
 @dataclass
 class _Engines:
-    """Those that were made for a model object, and of which weights. Its copies and pickles begin with none."""
+    """Those that were made for a model object as it was in this state: one for each choice of
+    kernels, with the drafter that was asked for last. Its copies and pickles begin with none."""
 
-    weights: tuple[tuple[int, int], ...] = ()
-    by_settings: dict[str, Engine] = field(default_factory=dict)
+    state: _State | None = None
+    by_kernels: dict[str, tuple[str, Engine]] = field(default_factory=dict)
+    guard: threading.Lock = field(default_factory=threading.Lock)
+    """Held until the requests of a call are the engine's: who asks for another drafter sees that it is busy."""
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return _Engines, ()
 
 
+def _engines_of(model: transformers.PreTrainedModel) -> _Engines:
+    """Kept on the model itself: engines and model hold each other, and go together."""
+    found: _Engines = model.__dict__.setdefault(ENGINES, _Engines())
+    return found
+
+
 def _engine_of(model: transformers.PreTrainedModel, drafter: str | Description, kernels: str) -> Engine:
-    """Kept on the model itself: engine and model hold each other, and go together."""
-    kept = model.__dict__.setdefault(ENGINES, _Engines())
-    if (now := _state_of(model)) != kept.weights:
-        kept.weights, kept.by_settings = now, {}
-    settings = json.dumps([drafter, kernels], sort_keys=True, default=str)
-    if settings not in kept.by_settings:
-        kept.by_settings[settings] = load(model, drafter, max_rows=ROWS, kernels=kernels)
-    engine: Engine = kept.by_settings[settings]
+    """An engine with another drafter takes the network over, which may be a copy of all weights,
+    unless it is at work: one engine at a time may drive a network."""
+    demand_evaluation(model, type(model).__name__)
+    kept = _engines_of(model)
+    if (now := _State.of(model)) != kept.state:
+        kept.state, kept.by_kernels = now, {}
+    described = json.dumps(drafter, sort_keys=True, default=str)
+    before, engine = kept.by_kernels.get(kernels, ("", None))
+    if engine is None or (described != before and engine.is_busy):
+        engine = load(model, drafter, max_rows=ROWS, kernels=kernels)
+    elif described != before:
+        engine = engine.beside(drafter_for(engine.target.network, drafter, kernels))
+    kept.by_kernels[kernels] = described, engine
     return engine
 
 
-def _state_of(model: transformers.PreTrainedModel) -> tuple[tuple[int, int], ...]:
-    """Where the weights are and how often they were written to; kernels that copied them must know."""
-    return tuple((one.data_ptr(), 0 if one.is_inference() else one._version) for one in model.parameters())
+@dataclass(frozen=True)
+class _State:
+    """What tells that a model has changed, for kernels that copied it: where its weights are, how
+    often they were written to, a sample of them (writing to `.data` is not counted), and what was
+    hung on its modules."""
+
+    weights: tuple[tuple[int, int, bytes], ...]
+    hangings: tuple[tuple[int, ...], ...]
+
+    @staticmethod
+    def of(model: torch.nn.Module) -> _State:
+        weights = (
+            (one.data_ptr(), 0 if one.is_inference() else one._version, _sample(one)) for one in model.parameters()
+        )
+        return _State(tuple(weights), tuple(map(hangings, model.modules())))
+
+
+def _sample(weight: Tensor) -> bytes:
+    """Some of its numbers, from end to end. Elsewhere than on a CPU nobody copies weights."""
+    if weight.device.type != "cpu":
+        return b""
+    some = weight.detach().flatten()[:: max(1, weight.numel() // SAMPLED)]
+    return some.contiguous().view(torch.uint8).numpy().tobytes()

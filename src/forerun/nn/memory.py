@@ -6,17 +6,19 @@ anything else that can be run                  nn/foreign around the object, whi
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
 import torch
 import transformers
 
-from forerun.errors import CheckpointError, ForerunError
+from forerun.errors import ForerunError
 from forerun.nn.backends.native.transformer import PackedTransformer
 from forerun.nn.cache import Cache
 from forerun.nn.feed import Feed
 from forerun.nn.foreign.load import adopt
+from forerun.nn.foreign.network import demand_evaluation
 from forerun.nn.foreign.rehearsal import HALF_TOLERANCE, TOLERANCE
 from forerun.nn.load import demand_words, pack, why_torch
 from forerun.nn.network import Network
@@ -43,8 +45,7 @@ def network_of(
     dtype that it cannot have.
     """
     name = f"{type(model).__name__} ({model.config.model_type})"
-    if model.training:
-        raise CheckpointError(f"the model {name} is in training mode, in which it may drop out: call model.eval()")
+    demand_evaluation(model, name)
     if device != model.device:
         raise ForerunError(f"the model {name} is on {model.device}, not on {device}: move it first, or name no device")
     demand_words(kernels, weights)
@@ -66,12 +67,13 @@ def _packed_copy(
     config = _family_of(model, name)
     if why_torch(config, dtype, model.device, kernels, weights) is not None or config is None:
         return None
-    table = places(config)
-    tensors = ((key, tensor) for key, tensor in model.state_dict().items() if key in table)
-    packed = pack(config, table, tensors, dtype, torch.int8 if weights == "int8" else dtype, name)
-    exact = weights == "auto" and dtype == model.dtype == torch.float32
-    if _says_the_same(packed, model, TOLERANCE if exact else HALF_TOLERANCE):
-        return packed
+    if _is_as_built(model):
+        table = places(config)
+        tensors = ((key, tensor) for key, tensor in model.state_dict().items() if key in table)
+        packed = pack(config, table, tensors, dtype, torch.int8 if weights == "int8" else dtype, name)
+        exact = weights == "auto" and dtype == model.dtype == torch.float32
+        if _says_the_same(packed, model, TOLERANCE if exact else HALF_TOLERANCE):
+            return packed
     if kernels == "native" or weights == "int8":
         raise ForerunError(
             f"{name} does not say what its weights alone would (a hook, or a changed layer?): use --kernels auto"
@@ -91,6 +93,24 @@ def _family_of(model: transformers.PreTrainedModel, name: str) -> TransformerCon
         held.pop("lm_head.weight", None)
     same = held == {key: torch.Size(place.shape) for key, place in places(config).items()}
     return config if same else None
+
+
+def hangings(module: torch.nn.Module) -> tuple[int, ...]:
+    """What was hung on a module and may change what it says: hooks, and a forward of its own.
+    transformers' own hooks only listen."""
+    hooks = (*module._forward_hooks.items(), *module._forward_pre_hooks.items())
+    found = [key for key, hook in hooks if not str(getattr(hook, "__module__", "")).startswith("transformers.")]
+    own = module.__dict__.get("forward")
+    return tuple(found) if own is None else (*found, id(own))
+
+
+def _is_as_built(model: transformers.PreTrainedModel) -> bool:
+    """Its modules are those that its config makes, and nothing was hung on them. In half precision
+    a comparison of what is said would not show a small difference."""
+    with torch.device("meta"):
+        built = type(model)(deepcopy(model.config))
+    same = [type(module) for module in model.modules()] == [type(module) for module in built.modules()]
+    return same and not any(map(hangings, model.modules()))
 
 
 @torch.inference_mode()

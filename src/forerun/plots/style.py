@@ -51,14 +51,30 @@ LIGHT = Theme(
     "#1c2127",
     "#68717d",
     "#e7eaee",
-    {"plain": "#8a929c", "loss": "#2f6db5", "accepted": "#23875a", "draft": "#d9822b", "verify": "#2f6db5"},
+    {
+        "plain": "#8a929c",
+        "loss": "#2f6db5",
+        "accepted": "#23875a",
+        "draft": "#d9822b",
+        "verify": "#2f6db5",
+        "other": "#c3c9d1",
+        "loser": "#c8453b",
+    },
 )
 DARK = Theme(
     "#14181d",
     "#e8ebef",
     "#98a2ae",
     "#2a3139",
-    {"plain": "#7d8793", "loss": "#6ea8e8", "accepted": "#56c596", "draft": "#f0a35a", "verify": "#6ea8e8"},
+    {
+        "plain": "#7d8793",
+        "loss": "#6ea8e8",
+        "accepted": "#56c596",
+        "draft": "#f0a35a",
+        "verify": "#6ea8e8",
+        "other": "#4a545f",
+        "loser": "#e5776d",
+    },
 )
 THEMES = {"": LIGHT, "-dark": DARK}
 """What a file's name has behind its stem."""
@@ -78,16 +94,27 @@ def figure_class() -> Any:
 
 
 class Sheet:
-    """A picture that is being drawn: a title, a line below it, and panels side by side, two in a row."""
+    """A picture that is being drawn: a title, a line below it, and panels side by side, two in a row.
 
-    def __init__(self, theme: Theme, title: str, under: str, panels: Sequence[str]):
+    panel_height and left (the room for names beside the first panel) are in inches.
+    """
+
+    def __init__(
+        self,
+        theme: Theme,
+        title: str,
+        under: str,
+        panels: Sequence[str],
+        panel_height: float = INCH_PER_PANEL[1],
+        left: float = 0.62,
+    ):
         self.theme, columns = theme, min(2, len(panels))
         rows = -(-len(panels) // columns)
-        width, height = max(6.6, columns * INCH_PER_PANEL[0]), rows * INCH_PER_PANEL[1] + 0.9
+        width, height = max(6.6, columns * INCH_PER_PANEL[0] + left - 0.62), rows * panel_height + 0.9
         self.figure = figure_class()(figsize=(width, height), facecolor=theme.ground)
         inch_x, inch_y = 1 / width, 1 / height
         self.figure.subplots_adjust(
-            left=0.62 * inch_x, right=1 - 0.85 * inch_x, top=1 - 1.25 * inch_y, bottom=0.55 * inch_y
+            left=left * inch_x, right=1 - 0.85 * inch_x, top=1 - 1.25 * inch_y, bottom=0.55 * inch_y
         )
         self.figure.subplots_adjust(wspace=0.34, hspace=0.5)
         self.figure.text(0.62 * inch_x, 1 - 0.38 * inch_y, title, color=theme.ink, size=13, weight="bold")

@@ -31,7 +31,7 @@ class Foreign:
     no_tokens: Tensor | None = None
 
     def __init__(self, model: transformers.PreTrainedModel, name: str):
-        self.model = model
+        self.model, self._name = model, name
         config = model.config.get_text_config(decoder=True)
         self.max_length = _max_length(name, config)
         layers, self.vocab_size = _first_forward(name, model)
@@ -92,6 +92,7 @@ class Foreign:
         """See `Network.forward`. Logits come in the dtype in which the model gives them."""
         if feed.states_BND is not None:
             raise ValueError("a foreign model reads tokens, not states")
+        demand_evaluation(self.model, self._name)
         last = None if feed.last_B is None else torch.from_numpy(feed.last_B).to(feed.device)
         steps = torch.unique(last) if last is not None and self._trims else None
         out = self.model(
@@ -191,7 +192,10 @@ def _first_forward(name: str, model: transformers.PreTrainedModel) -> tuple[list
         for layer in cache.layers:
             _demand_plain(name, layer)
         out = model(input_ids=token, past_key_values=cache, use_cache=True, return_dict=True)
-    return list(cache.layers), int(out.logits.shape[-1])
+    logits = getattr(out, "logits", None)
+    if logits is None or logits.ndim < 3:
+        raise CheckpointError(f"{name} says nothing about the next token: load it with AutoModelForCausalLM")
+    return list(cache.layers), int(logits.shape[-1])
 
 
 def _demand_plain(name: str, layer: object) -> None:
@@ -200,6 +204,12 @@ def _demand_plain(name: str, layer: object) -> None:
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
         kind = type(layer).__name__
         raise CheckpointError(f"{name} has a layer without keys and values of its own ({kind}): choose another model")
+
+
+def demand_evaluation(model: transformers.PreTrainedModel, name: str) -> None:
+    """CheckpointError for a model that is being trained: it may drop out, and says another thing every time."""
+    if model.training:
+        raise CheckpointError(f"the model {name} is in training mode, in which it may drop out: call model.eval()")
 
 
 @contextmanager

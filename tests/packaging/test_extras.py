@@ -1,0 +1,67 @@
+"""Each extra is what something asks for by name when it is missing."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from forerun.errors import ForerunError
+
+EXTRAS = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+
+def train_a_tokenizer() -> None:
+    from forerun.train.tokenizer import train
+
+    train(["text"])
+
+
+def draw_a_picture() -> None:
+    from forerun.plots.style import demand_matplotlib
+
+    demand_matplotlib()
+
+
+def read_a_gguf() -> None:
+    from forerun.cli.contents import _gguf
+
+    _gguf(Path("m.gguf"))
+
+
+def evaluate() -> None:
+    importlib.import_module("forerun.integrations.lm_eval")
+
+
+ASKS: dict[str, tuple[str, Callable[[], None]]] = {
+    "train": ("sentencepiece", train_a_tokenizer),
+    "plots": ("matplotlib", draw_a_picture),
+    "gguf": ("gguf", read_a_gguf),
+    "eval": ("lm_eval", evaluate),
+}
+
+
+def test_every_extra_is_known_here() -> None:
+    assert EXTRAS.keys() - {"dev", "docs"} == ASKS.keys()
+
+
+@pytest.mark.parametrize("extra", ASKS)
+def test_without_its_package_the_sentence_names_the_extra(extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    package, ask = ASKS[extra]
+    for name in [one for one in sys.modules if one.split(".")[0] == package]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "forerun.integrations.lm_eval", raising=False)
+    with pytest.raises(ForerunError, match=rf"pip install 'forerun\[{extra}\]'"):
+        ask()
+
+
+@pytest.mark.parametrize("extra", ASKS)
+def test_an_extra_brings_what_is_imported(extra: str) -> None:
+    package, _ = ASKS[extra]
+    assert any(requirement.startswith(package) for requirement in EXTRAS[extra])
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install 'forerun[{extra}]'")
