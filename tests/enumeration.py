@@ -63,7 +63,8 @@ class Luck:
     def tokens(self, name: Hashable, shares_XV: Floats) -> list[int]:
         """One token for each law, given as running sums, all with the same number."""
         number = self.place(name, sorted(set(shares_XV.ravel().tolist())))
-        return [int(np.searchsorted(shares, number, side="right")) for shares in shares_XV]
+        last = shares_XV.shape[-1] - 1  # a law of nothing names some token too, as `chance.pick` does
+        return [min(int(np.searchsorted(shares, number, side="right")), last) for shares in shares_XV]
 
 
 def shares_of(laws: Tensor) -> Floats:

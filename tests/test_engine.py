@@ -417,6 +417,32 @@ def test_the_law_is_exact_for_trees_of_all_kinds_in_one_batch(seed: int) -> None
     assert distance(law, plain_law(processed(wishes, networks["target"], [1]), 3)) < 1e-9
 
 
+@pytest.mark.parametrize(
+    "name", ["small", "small, sampled tree", "verified, chain", "three models", "cascade, mixed", "fallback"]
+)
+def test_the_law_is_exact_beside_rows_that_ask_for_other_things(name: str) -> None:
+    """A greedy row, a filtered one and a longer text share every step, and keep what is theirs."""
+    networks, prompt = tables(2 if name in ("verified, chain", "three models") else 3, 2, 1.0), [1, 0, 1]
+    wishes = SamplingParams(temperature=1.3, max_new_tokens=3)
+    others = [
+        ([1, 1], SamplingParams(seed=-1, max_new_tokens=4)),
+        ([0], SamplingParams(seed=-2, temperature=0.7, top_k=2, max_new_tokens=2)),
+        ([0, 1, 1, 0], SamplingParams(seed=-3, temperature=1.0, max_new_tokens=3)),
+    ]
+
+    def program(_: list[None], lucks: list[Luck]) -> list[tuple[int, ...]]:
+        one = engine_of(networks["target"], SHORT[name], networks, max_rows=len(lucks) + len(others))
+        each = [wish for _, wish in others] + [replace(wishes, seed=seed) for seed in range(len(lucks))]
+        keys = {key_of(seed): luck for seed, luck in enumerate(lucks)} | {key_of(-1 - n): Luck() for n in range(3)}
+        with ideal_dice(keys):
+            outputs = one.generate([text for text, _ in others] + [prompt] * len(lucks), each)
+        assert outputs[0].token_ids == plain(networks["target"], [1, 1], 4)
+        return [tuple(output.token_ids) for output in outputs[len(others) :]]
+
+    law = law_of(program, at_once=128)
+    assert distance(law, plain_law(processed(wishes, networks["target"], prompt), 3)) < 1e-6
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_verified_model_is_exact_whatever_trees_it_is_given(seed: int) -> None:
     networks, wishes = tables(2, 2, 1.0), SamplingParams(temperature=1.0, max_new_tokens=3)

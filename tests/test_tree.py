@@ -27,6 +27,11 @@ def ancestors(parents: list[int], node: int) -> list[int]:
     return [0] if node == 0 else [*ancestors(parents, parents[node]), node]
 
 
+def visited(children: dict[int, list[int]], node: int) -> list[int]:
+    """Everything below a node, child by child, and the node."""
+    return [*(found for child in children.get(node, []) for found in visited(children, child)), node]
+
+
 @settings(max_examples=100, deadline=None)
 @given(rows_of_parents)
 def test_tables_say_what_walking_says(rows: list[list[int]]) -> None:
@@ -43,6 +48,8 @@ def test_tables_say_what_walking_says(rows: list[list[int]]) -> None:
                 assert topology.path(row, node) == path
                 children = [child for child, parent in enumerate(parents) if parent == node]
                 assert topology.children[row].get(node, []) == children
+            assert topology.parents_BN[row, node] == (max(0, parents[node]) if inside else 0)
+        assert topology.upwards[row] == visited(topology.children[row], 0)
     assert topology.is_chain == all(parents == list(range(-1, len(parents) - 1)) for parents in rows)
 
 

@@ -1,11 +1,13 @@
 """Random streams: one per row and purpose, made by hashing, so that no row can disturb another.
 
 A number is a function of (seed, purpose, place): no state, no order of calls, no dependence on the
-batch. Two places matter:
+batch. Three places matter:
 
 - the last word on the token at position t uses the place t. Plain decoding and speculative decoding of a
   deterministic tree therefore draw the same token from the same law: equal seeds give equal text, with and
   without a drafter;
+- the coins of a step are thrown at the place where it begins, each with a number of its own: acceptance looks at
+  coins of tokens that it then does not keep, and the next step must not see these again;
 - a drafter must never see a number twice. Its keys contain the row's step count (`Dice.deeper`), because a
   token that was drafted and thrown away has already told the drafter's stopping rule about its number.
 """
@@ -37,8 +39,8 @@ class Chance(Protocol):
     """What acceptance may ask of luck. Tests answer these questions in every possible way."""
 
     def coin(self, prob_BX: Tensor, place_BX: Ints, attempt_BX: Ints | None = None) -> Tensor:
-        """True [B, X] with these probabilities; `place` counts tokens after node 0's, `attempt` the
-        siblings tried there."""
+        """True [B, X] with these probabilities; `place` counts tokens after node 0's, `attempt` tells
+        the coins of one place apart."""
 
     def token(self, law_BXV: Tensor, place_BX: Ints) -> Tensor:
         """A token [B, X] from each (unnormalised) law; equal rows and places give equal luck."""

@@ -109,6 +109,12 @@ class Topology:
         return depths
 
     @cached_property
+    def parents_BN(self) -> Ints:
+        """The same as a table. Node 0 and padding: 0."""
+        padded = [(0, *row[1:], *[0] * (self.nodes - len(row))) for row in self.parents]
+        return np.array(padded, dtype=np.int64)
+
+    @cached_property
     def children(self) -> tuple[dict[int, list[int]], ...]:
         """Per row: parent -> its children in drawing order."""
         table: list[dict[int, list[int]]] = []
@@ -118,6 +124,18 @@ class Topology:
                 groups.setdefault(parent, []).append(node)
             table.append(groups)
         return tuple(table)
+
+    @cached_property
+    def upwards(self) -> tuple[list[int], ...]:
+        """Per row: all nodes, every one behind those below it, siblings in drawing order. Node 0 is the last."""
+        orders = []
+        for children in self.children:
+            order, waiting = [], [0]
+            while waiting:
+                order.append(waiting.pop())
+                waiting += children.get(order[-1], [])
+            orders.append(order[::-1])
+        return tuple(orders)
 
     def path(self, row: int, node: int) -> list[int]:
         """Nodes from 0 to `node`, both included."""

@@ -1,23 +1,23 @@
 """Acceptance: which part of a proposed tree the target would have said itself. Pure functions; luck
 comes in as an argument.
 
-Every rule here leaves the law of the output as it is: by construction for `match` (the target's own
-choice decides, the tree only saves time), and by the residual laws of speculative sampling for the
-others (Leviathan et al. 2023, Chen et al. 2023; siblings as in SpecInfer, Miao et al. 2024). The
-tests enumerate every outcome. Rules that change the law are in `lossy`.
+Both rules leave the law of the output as it is: `match` by construction (the target's own choice
+decides, the tree only saves time), `traversal_verification` by what rejected tokens leave of the
+target's law, as in speculative sampling (Leviathan et al. 2023, Chen et al. 2023). The tests
+enumerate every outcome. Rules that change the law are in `lossy`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from forerun.chance import Chance
-from forerun.tree import Drawn, Ints, TokenTree
+from forerun.tree import Drawn, TokenTree
 
 
 @dataclass(frozen=True)
@@ -66,138 +66,150 @@ def sample_choices(laws_BNV: Tensor, tree: TokenTree, chance: Chance) -> Tensor:
     return chance.token(laws_BNV, tree.topology.depths_BN)
 
 
-def speculative_sampling(tree: TokenTree, laws_BNV: Tensor, chance: Chance) -> Verdict:
-    """Sampled chains (Leviathan et al. 2023, algorithm 1; Chen et al. 2023, algorithm 2).
+def traversal_verification(tree: TokenTree, laws_BNV: Tensor, chance: Chance) -> Verdict:
+    """Whatever was drawn: whole paths are weighed, the deepest first, and node 0 is what remains.
 
-    Token x is kept with probability min(1, target(x) / draft(x)); after the first rejection the next token comes from
-    the normalised max(0, target - draft), after none from the target.
+    A path has a *budget*, the probability with which it may be kept. A token multiplies it by target(x) / draft(x), and
+    it never exceeds 1: likely tokens make up for an unlikely one before them, which a rule that settles one token after
+    the other has thrown away by then. On trees this is Traversal Verification (Weng et al. 2025), on chains Block
+    Verification (Sun et al. 2025). Rows of which nothing was drawn wait for the target's own choices, as in `match`.
+
+    The coin of every node is thrown, also of those behind the end. So a coin's name is where the step begins, and its
+    node: named by its token's position it would fall again, known by then, in the next step.
     """
-    assert tree.laws_BNV is not None
-    drafted = tree.tokens_BN[:, 1:, None]
-    target_probs = laws_BNV[:, :-1].gather(-1, drafted).squeeze(-1)
-    draft_probs = tree.laws_BNV[:, :-1].gather(-1, drafted).squeeze(-1)
-    places = tree.topology.depths_BN[:, :-1]
-    coins = chance.coin(_ratio(target_probs, draft_probs), places, np.zeros_like(places)).tolist()
-    ends = [[*row[: size - 1], False].index(False) for row, size in zip(coins, tree.sizes, strict=True)]
-    bonus = [end == size - 1 for end, size in zip(ends, tree.sizes, strict=True)]
-    law = _nodes(laws_BNV, ends)
-    if not all(bonus):
-        survived = torch.tensor(bonus, device=law.device)[:, None]
-        law = torch.where(survived, law, residual(law, _nodes(tree.laws_BNV, ends)))
-    tokens = chance.token(law[:, None], np.array(ends)[:, None])
-    return Verdict([list(range(end + 1)) for end in ends], tokens[:, 0].tolist(), bonus)
+    matching = [_was_chosen(tree, row) for row in range(tree.rows)]
+    choices = sample_choices(laws_BNV, tree, chance).tolist() if any(matching) else []
+    budgets = _Budgets(tree, laws_BNV, [row for row, matches in enumerate(matching) if not matches])
+    nodes = np.tile(np.arange(tree.nodes), (tree.rows, 1))
+    keep_BN = torch.tensor(budgets.keep, dtype=torch.float64, device=laws_BNV.device)
+    coins = chance.coin(keep_BN, np.zeros_like(nodes), nodes).tolist()
+    paths = [
+        _walk(tree.tokens[row], tree.topology.parents[row], choices[row])
+        if matches
+        else tree.topology.path(row, next((node for node in tree.topology.upwards[row] if coins[row][node]), 0))
+        for row, matches in enumerate(matching)
+    ]
+    ends = [path[-1] for path in paths]
+    law_BV = torch.stack([budgets.law(row, end) for row, end in enumerate(ends)])
+    following = chance.token(law_BV[:, None], np.array([[len(path) - 1] for path in paths]))[:, 0].tolist()
+    return Verdict(paths, following, [end not in tree.topology.children[row] for row, end in enumerate(ends)])
 
 
-def _nodes(laws_BNV: Tensor, nodes: Sequence[int]) -> Tensor:
-    """The law of one node per row, [B, V]."""
-    return torch.stack([laws[node] for laws, node in zip(laws_BNV, nodes, strict=True)])
+def _was_chosen(tree: TokenTree, row: int) -> bool:
+    """There are siblings, and none was drawn."""
+    parents = list(tree.topology.children[row])
+    return bool(parents) and (tree.drawn_BN is None or not tree.drawn_BN[row, parents].any())
 
 
-def recursive_rejection(tree: TokenTree, laws_BNV: Tensor, chance: Chance) -> Verdict:
-    """Any tree: siblings are tried in drawing order, each against what its predecessors left of the target's law.
+@dataclass(frozen=True)
+class _Siblings:
+    """The children of a node, of which the first `failed` are not kept: what tests the next one."""
 
-    SpecInfer's multi-step speculative sampling (Miao et al. 2024, algorithm 2), with the proposal
-    law of each sibling as it really was: the group's law (with replacement), or the same without
-    the earlier siblings, renormalised (without replacement). Deterministic siblings wait for the
-    target's own choice, as in `match`: equally probable to survive, and the luck of a row is the
-    same whichever rule its batch needs. Rows advance side by side.
-    """
-    walks = [_Walk(tree, row) for row in range(tree.rows)]
-    every = torch.arange(tree.rows, device=laws_BNV.device)
-    choices_BN = sample_choices(laws_BNV, tree, chance) if any(walk.may_match for walk in walks) else tree.tokens_BN
-    law = laws_BNV[:, 0]
-    while any(walk.trying for walk in walks):
-        nodes = torch.tensor([walk.candidate for walk in walks], device=law.device)
-        parents = torch.tensor([walk.path[-1] for walk in walks], device=law.device)
-        matching = torch.tensor([[walk.matching] for walk in walks], device=law.device)
-        trying = torch.tensor([[walk.trying] for walk in walks], device=law.device)
-        proposal = torch.stack([_proposal(tree, row, walk, law[row]) for row, walk in enumerate(walks)])
-        tokens = tree.tokens_BN[every, nodes, None]
-        matched = tokens == choices_BN[every, parents, None]
-        prob = torch.where(matching, matched, _ratio(law.gather(-1, tokens), proposal.gather(-1, tokens)))
-        coins = chance.coin(prob * trying, _depths(walks), np.asarray([[walk.tried] for walk in walks]))
-        rejected = torch.where(trying & ~matching, residual(law, proposal), law)
-        law = torch.where(coins, laws_BNV[every, nodes], rejected)
-        for walk, survived in zip(walks, coins[:, 0].tolist(), strict=True):
-            walk.settle(survived)
-    following = chance.token(law[:, None], _depths(walks))[:, 0].tolist()
-    return Verdict([walk.path for walk in walks], following, [not walk.tried for walk in walks])
-
-
-class _Walk:
-    """Where one row stands: the path kept so far and how many of the siblings below it were tried and rejected."""
-
-    def __init__(self, tree: TokenTree, row: int):
-        self._children = tree.topology.children[row]
-        self._drawn = None if tree.drawn_BN is None else tree.drawn_BN[row]
-        self.path = [0]
-        self.tried = 0
-
-    @property
-    def siblings(self) -> list[int]:
-        return self._children.get(self.path[-1], [])
-
-    @property
-    def drawn(self) -> Drawn:
-        """How the siblings came about."""
-        return Drawn.DETERMINISTIC if self._drawn is None else Drawn(int(self._drawn[self.path[-1]]))
-
-    @property
-    def matching(self) -> bool:
-        return self.drawn is Drawn.DETERMINISTIC
-
-    @property
-    def may_match(self) -> bool:
-        """Some group of siblings is deterministic."""
-        return any(self._drawn is None or self._drawn[parent] == Drawn.DETERMINISTIC for parent in self._children)
-
-    @property
-    def trying(self) -> bool:
-        return self.tried < len(self.siblings)
+    row: int
+    node: int
+    children: Sequence[int]
+    law_V: Tensor
+    draft_V: Tensor
+    failed: int = 0
 
     @property
     def candidate(self) -> int:
-        """The sibling to try next; node 0, which nobody tests, when there is none."""
-        return self.siblings[self.tried] if self.trying else 0
+        return self.children[self.failed]
 
-    def settle(self, survived: bool) -> None:
-        if not self.trying:
+
+class _Budgets:
+    """What paths are kept with. None of it depends on luck, for a node is asked when all below it has failed.
+
+    keep: per row and node, the probability that the path ends there when it is asked.
+    """
+
+    def __init__(self, tree: TokenTree, laws_BNV: Tensor, rows: Sequence[int]):
+        self._tree, self._laws = tree, laws_BNV
+        self._first_ratios = _first_ratios(tree, laws_BNV).tolist()
+        self._left: dict[tuple[int, int], Tensor] = {}
+        self.keep = [[0.0] * tree.nodes for _ in range(tree.rows)]
+        asked = [siblings for row in rows for siblings in self._reach(row, 0, 1.0)]
+        while asked:
+            younger = self._fail(asked)
+            asked = [*younger, *self._below(younger)]
+
+    def law(self, row: int, node: int) -> Tensor:
+        """Of the token behind a path that ends at this node, [V]: what its children leave of the target's."""
+        return self._left.get((row, node), self._laws[row, node])
+
+    def _reach(self, row: int, node: int, budget: float) -> Iterator[_Siblings]:
+        """This node has its budget, and so have its first child, the first child of that, and so on."""
+        children = self._tree.topology.children[row]
+        self.keep[row][node] = budget
+        while node in children and budget > 0:
+            draft_V = _proposal(self._tree, row, children[node][:1])
+            yield _Siblings(row, node, children[node], self._laws[row, node], draft_V)
+            node = children[node][0]
+            budget = self.keep[row][node] = min(1.0, budget * self._first_ratios[row][node])
+
+    def _fail(self, asked: Sequence[_Siblings]) -> list[_Siblings]:
+        """What the candidates leave of their parents' laws and budgets, and the siblings of which there are more."""
+        law_MV, draft_MV = torch.stack([one.law_V for one in asked]), torch.stack([one.draft_V for one in asked])
+        budgets = [self.keep[one.row][one.node] for one in asked]
+        budget_M1 = torch.tensor(budgets, dtype=law_MV.dtype, device=law_MV.device)[:, None]
+        law_MV, left_M = residual(budget_M1 * law_MV, draft_MV)
+        younger = []
+        for one, law_V, budget, left in zip(asked, law_MV, budgets, left_M.tolist(), strict=True):
+            self._left[one.row, one.node] = law_V
+            self.keep[one.row][one.node] = left / (left + 1 - budget) if left + 1 > budget else 1.0
+            if one.failed + 1 < len(one.children):
+                draft_V = _proposal(self._tree, one.row, one.children[: one.failed + 2])
+                younger.append(replace(one, law_V=law_V, draft_V=draft_V, failed=one.failed + 1))
+        return younger
+
+    def _below(self, younger: Sequence[_Siblings]) -> Iterator[_Siblings]:
+        """The candidates get their budgets."""
+        if not younger:
             return
-        if survived:
-            self.path.append(self.candidate)
-            self.tried = 0
-        else:
-            self.tried += 1
+        tokens = [[self._tree.tokens[one.row][one.candidate]] for one in younger]
+        tokens_M1 = torch.tensor(tokens, device=self._laws.device)
+        target_probs = torch.stack([one.law_V for one in younger]).gather(-1, tokens_M1)
+        draft_probs = torch.stack([one.draft_V for one in younger]).gather(-1, tokens_M1)
+        for one, [ratio] in zip(younger, _ratio(target_probs, draft_probs).tolist(), strict=True):
+            yield from self._reach(one.row, one.candidate, min(1.0, self.keep[one.row][one.node] * ratio))
 
 
-def _depths(walks: Sequence[_Walk]) -> Ints:
-    return np.asarray([[len(walk.path) - 1] for walk in walks])
+def _first_ratios(tree: TokenTree, laws_BNV: Tensor) -> Tensor:
+    """What every node multiplies the budget by if it is the first of its siblings, [B, N]."""
+    assert tree.laws_BNV is not None and tree.drawn_BN is not None
+    rows = torch.arange(tree.rows, device=laws_BNV.device)[:, None]
+    parents_BN = torch.from_numpy(tree.topology.parents_BN).to(laws_BNV.device)
+    was_drawn = torch.from_numpy(tree.drawn_BN.astype(np.bool_)).to(laws_BNV.device)[rows, parents_BN]
+    draft_probs = torch.where(was_drawn, tree.laws_BNV[rows, parents_BN, tree.tokens_BN], 1.0)
+    return _ratio(laws_BNV[rows, parents_BN, tree.tokens_BN], draft_probs)
 
 
-def _proposal(tree: TokenTree, row: int, walk: _Walk, like_V: Tensor) -> Tensor:
-    """The law that a row's candidate was really drawn from, [V] (nothing where none was)."""
-    if walk.matching or not walk.trying:
-        return torch.zeros_like(like_V)
-    assert tree.laws_BNV is not None
-    law = tree.laws_BNV[row, walk.path[-1]]
-    if walk.drawn is Drawn.WITHOUT_REPLACEMENT and walk.tried:
-        law = law.clone()
-        law[[tree.tokens[row][node] for node in walk.siblings[: walk.tried]]] = 0
-        law = law / law.sum()
-    return law
+def _proposal(tree: TokenTree, row: int, siblings: Sequence[int]) -> Tensor:
+    """The law that the last of these siblings was really drawn from, [V]."""
+    assert tree.laws_BNV is not None and tree.drawn_BN is not None
+    *earlier, last = siblings
+    parent = tree.topology.parents[row][last]
+    law_V, drawn = tree.laws_BNV[row, parent], tree.drawn_BN[row, parent]
+    if drawn == Drawn.DETERMINISTIC:
+        return torch.zeros_like(law_V).index_fill_(0, tree.tokens_BN[row, last], 1.0)
+    if drawn == Drawn.WITHOUT_REPLACEMENT and earlier:
+        law_V = law_V.index_fill(0, tree.tokens_BN[row, earlier], 0.0)
+        law_V = law_V / law_V.sum()
+    return law_V
 
 
 def _ratio(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
-    """min(1, target / draft); a token of draft probability zero cannot have been drawn and is not kept."""
-    return torch.where(draft_probs > 0, (target_probs / draft_probs).clamp(max=1.0), 0.0)
+    """target / draft; a token of draft probability zero cannot have been drawn and is not kept."""
+    return torch.where(draft_probs > 0, target_probs / draft_probs, 0.0)
 
 
-def residual(target: Tensor, draft: Tensor) -> Tensor:
-    """The normalised max(0, target - draft) over the last dimension: what a rejection leaves of the target's law.
+def residual(target: Tensor, draft: Tensor) -> tuple[Tensor, Tensor]:
+    """The normalised max(0, target - draft) over the last dimension: what a rejection leaves of the target's law; and
+    what it summed to before.
 
     Where nothing is left the two laws are equal up to rounding, a rejection has probability zero up
     to rounding, and the target's law stands in.
     """
     rest = (target - draft).clamp(min=0)
     total = rest.sum(-1, keepdim=True)
-    return torch.where(total > 0, rest / total.clamp(min=torch.finfo(rest.dtype).tiny), target)
+    return torch.where(total > 0, rest / total.clamp(min=torch.finfo(rest.dtype).tiny), target), total.squeeze(-1)

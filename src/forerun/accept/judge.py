@@ -3,8 +3,11 @@
 tree                        rows        rule
 deterministic               greedy      greedy match
 deterministic               sampled     sample and match
-sampled chain               any         speculative sampling
-anything else               any         recursive rejection
+chain with drawn tokens     any         block verification
+tree with drawn tokens      any         traversal verification
+
+The last two are one function, and in it rows without drawn tokens are matched: what else is in its
+batch changes nothing for a row.
 
 A caller may ask for a lossy rule instead: typical acceptance, by which rows that sample are then
 judged and greedy ones as always, or leniency, which is for both.
@@ -18,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from forerun.accept.exact import Verdict, match, recursive_rejection, sample_choices, speculative_sampling
+from forerun.accept.exact import Verdict, match, sample_choices, traversal_verification
 from forerun.accept.lossy import Lenient, Lossy, Typical, lenient, typical
 from forerun.chance import Chance
 from forerun.row import Row
@@ -33,9 +36,7 @@ def rule_for(tree: TokenTree, greedy: bool) -> str:
     """The name of the rule that `judge` will use; `greedy`: every row is."""
     if tree.is_deterministic:
         return "greedy match" if greedy else "sample and match"
-    if tree.topology.is_chain and tree.drawn_BN is not None and tree.drawn_BN.all():
-        return "speculative sampling"
-    return "recursive rejection"
+    return "block verification" if tree.topology.is_chain else "traversal verification"
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,8 @@ def judge(
     if lossy is not None:
         return Judgement(typical(tree, law, lossy), TYPICAL, law)
     if rule == "sample and match":
-        verdict = match(tree, sample_choices(law, tree, chance))
-    elif rule == "speculative sampling":
-        verdict = speculative_sampling(tree, law, chance)
-    else:
-        verdict = recursive_rejection(tree, law, chance)
-    return Judgement(verdict, rule, law)
+        return Judgement(match(tree, sample_choices(law, tree, chance)), rule, law)
+    return Judgement(traversal_verification(tree, law, chance), rule, law)
 
 
 def _leniently(tree: TokenTree, scores_BNV: Tensor, rows: Sequence[Row], chance: Chance, rule: Lenient) -> Judgement:

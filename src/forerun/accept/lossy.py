@@ -41,11 +41,9 @@ def typical(tree: TokenTree, laws_BNV: Tensor, rule: Typical) -> Verdict:
     verdict = Verdict([], [], [])
     thresholds = rule.threshold(laws_BNV).tolist()
     best = laws_BNV.argmax(-1).tolist()
-    parents = torch.tensor(
-        [[max(0, p) for p in (*row, *[0] * (tree.nodes - len(row)))] for row in tree.topology.parents]
-    )
-    rows = torch.arange(tree.rows)[:, None]
-    probs = laws_BNV[rows.to(laws_BNV.device), parents.to(laws_BNV.device), tree.tokens_BN].tolist()
+    rows = torch.arange(tree.rows, device=laws_BNV.device)[:, None]
+    parents_BN = torch.from_numpy(tree.topology.parents_BN).to(laws_BNV.device)
+    probs = laws_BNV[rows, parents_BN, tree.tokens_BN].tolist()
     for row, above in enumerate(tree.topology.parents):
         alive = {0: (0, 0.0)}  # node -> depth, log-probability of its path
         for node in range(1, len(above)):
@@ -76,13 +74,12 @@ def lenient(tree: TokenTree, laws_BNV: Tensor, rule: Lenient, greedy: Sequence[b
     siblings left. The code has no rule for sampling.
     """
     rows = torch.arange(tree.rows, device=laws_BNV.device)[:, None]
-    padded = [[max(0, p) for p in (*row, *[0] * (tree.nodes - len(row)))] for row in tree.topology.parents]
-    parents_BN = torch.tensor(padded, device=laws_BNV.device)
+    parents_BN = torch.from_numpy(tree.topology.parents_BN).to(laws_BNV.device)
     worth_BN = rule.factor * laws_BNV[rows, parents_BN, tree.tokens_BN]
     if tree.laws_BNV is not None:
         drawn = torch.from_numpy(np.asarray(tree.drawn_BN, dtype=np.bool_)).to(worth_BN.device)[rows, parents_BN]
         worth_BN = torch.where(drawn, worth_BN / tree.laws_BNV[rows, parents_BN, tree.tokens_BN], worth_BN)
-    places = np.take_along_axis(tree.topology.depths_BN, np.asarray(padded), 1)
+    places = np.take_along_axis(tree.topology.depths_BN, tree.topology.parents_BN, 1)
     coins_BN = chance.coin(worth_BN.clamp(max=1.0), places, np.arange(tree.nodes)[None].repeat(tree.rows, 0))
     best_BN = laws_BNV.argmax(-1)
     is_best = tree.tokens_BN == best_BN.gather(1, parents_BN)
@@ -119,7 +116,7 @@ def _left_over(tree: TokenTree, row: int, end: int, law_V: Tensor) -> Tensor:
         return law_V
     if tree.drawn_BN is not None and tree.drawn_BN[row, end]:
         assert tree.laws_BNV is not None
-        return residual(law_V, tree.laws_BNV[row, end])
+        return residual(law_V, tree.laws_BNV[row, end])[0]
     rest = law_V.clone()
     rest[[tree.tokens[row][node] for node in children]] = 0
     return rest if float(rest.sum()) > 0 else law_V

@@ -2,9 +2,11 @@
 
 The tokens follow the model's law, whatever drafted them, so that is the law handed up (specs of
 hierarchical speculative decoding, section 3: the law of the original drafter would be wrong two
-levels up). Nesting it gives hierarchies of any depth. This is the "at least T" buffer of Fast
-Inference via Hierarchical Speculative Decoding (arXiv 2510.19705, a reconstruction): a round's
-surplus over `length` is kept, not cut off; only what would follow the end of the text is.
+levels up). That holds for joint verification too: given that a round goes on behind some tokens,
+the next one follows the model's law. Nesting it gives hierarchies of any depth. This is the "at
+least T" buffer of Fast Inference via Hierarchical Speculative Decoding (arXiv 2510.19705, a
+reconstruction): a round's surplus over `length` is kept, not cut off; only what would follow the
+end of the text is.
 
 Every level has a cache of its own (the model's), luck of its own (`Context.path`) and counts its
 own passes. Tokens that a level above has placed are read together with the next draft, so a round
