@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fakes import TableNetwork, plain
-from forerun.drafters.hydra import HydraConfig, PrefixConfig
+from forerun.drafters.hydra import HydraConfig
 from forerun.drafters.hydra import network as hydra
 from forerun.drafters.hydra.network import HydraHeads
 from forerun.drafters.medusa import MedusaConfig
 from forerun.drafters.medusa.network import MedusaHeads
 from forerun.drafting.drafter import Context
 from forerun.drafting.heads import ContextReader, HeadDrafter, HeadParts, HeadsModule, LastState, drafting
+from forerun.drafting.trained import LayerConfig
 from forerun.engine.engine import Engine
 from forerun.engine.requests import Piece
 from forerun.model import Model
@@ -38,7 +39,7 @@ from forerun.tree import TokenTree
 from nn.kernel_oracles import REASON
 
 VOCAB, WIDTH, HEADS = 40, 24, 4
-PREFIX = PrefixConfig(heads=4, kv_heads=2, head_dim=6, mlp_width=40, max_length=256)
+PREFIX = LayerConfig(heads=4, kv_heads=2, head_dim=6, mlp_width=40, max_length=256)
 PROMPTS = [[1, 2, 3], [4], [7, 7, 7, 7, 7], [9, 30, 2, 2, 11, 25, 0, 6, 19], [12, 3]]
 CONFIGS: dict[str, MedusaConfig | HydraConfig] = {
     "medusa": MedusaConfig(WIDTH, VOCAB, HEADS),

@@ -11,19 +11,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from forerun.drafters.hydra import HydraConfig, PrefixConfig
+from forerun.drafters.hydra import HydraConfig
 from forerun.drafters.hydra.network import HydraHeads
 from forerun.drafters.medusa import MedusaConfig
 from forerun.drafters.medusa.network import MedusaHeads
 from forerun.drafting import checkpoint as checkpoints
 from forerun.drafting import registry
 from forerun.drafting.checkpoint import DEFAULT_TREE, Checkpoint, load, read, tree_for, write
+from forerun.drafting.trained import LayerConfig
 from forerun.errors import CheckpointError, DrafterError
 from forerun.ranktree import PUBLISHED, RankTree
 
 MEDUSA = MedusaConfig(width=16, vocab_size=20, heads=3)
 HYDRA = HydraConfig(width=16, vocab_size=20, heads=3, layers=3, tied_layers=True, dropout=0.2)
-PREFIX = PrefixConfig(heads=4, kv_heads=2, head_dim=4, mlp_width=24, max_length=64)
+PREFIX = LayerConfig(heads=4, kv_heads=2, head_dim=4, mlp_width=24, max_length=64)
 HYDRA_PP = replace(HYDRA, layers=2, tied_layers=False, prefix=PREFIX)
 
 

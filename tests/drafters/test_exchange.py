@@ -16,12 +16,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from forerun.drafters.hydra import HydraConfig, PrefixConfig
+from forerun.drafters.hydra import HydraConfig
 from forerun.drafters.hydra.layouts import hydra_table
 from forerun.drafters.medusa import MedusaConfig
 from forerun.drafters.medusa.layouts import FASTERDECODING, medusa_table
 from forerun.drafting import checkpoint as checkpoints
 from forerun.drafting.checkpoint import Checkpoint
+from forerun.drafting.trained import LayerConfig
 from forerun.errors import CheckpointError, DrafterError
 from forerun.layouts import files
 from forerun.layouts.exchange import Base, Heads, read, write
@@ -532,9 +533,9 @@ def test_what_vllm_is_told(tmp_path, base):
     assert counting == ["num_heads", "num_hidden_layers"], "vLLM folds every such key into these two"
 
 
-def prefix_like(base: Base) -> PrefixConfig:
+def prefix_like(base: Base) -> LayerConfig:
     c = base.config
-    return PrefixConfig(c.heads, c.kv_heads, c.head_dim, c.mlp_width, c.max_length, c.norm_eps, c.rope_theta)
+    return LayerConfig(c.heads, c.kv_heads, c.head_dim, c.mlp_width, c.max_length, c.norm_eps, c.rope_theta)
 
 
 @pytest.mark.parametrize("layers", [1, 2, 4])
@@ -571,7 +572,7 @@ def test_what_has_no_place_in_a_layout(tmp_path, base):
     )
     shared = read(ours(tmp_path / "s", MEDUSAS[3]))
     other = {**asdict(prefix_like(base)), "norm_eps": 1e-3}
-    shaped = read(ours(tmp_path / "p", HydraConfig(D, V, heads=2, prefix=PrefixConfig(**other))))
+    shaped = read(ours(tmp_path / "p", HydraConfig(D, V, heads=2, prefix=LayerConfig(**other))))
     untied = read(ours(tmp_path / "u", HydraConfig(D, V, heads=2, layers=3, tied_layers=False)))
     borrowed = read(ours(tmp_path / "b", HydraConfig(D, V, heads=2, vocabulary="shared")))
     for heads, layout, given, match in (
@@ -670,7 +671,7 @@ def test_sizes_of_published_hydra_heads(size, blocks, vocabulary, layer, tables,
     """The table of specs/hydra.md 2.4. The file of 33B is 6.46 GB on the hub: the count with tied
     layers, and not without."""
     width, heads, mlp = VICUNA[size]
-    prefix = PrefixConfig(heads, heads, width // heads, mlp, 2048)
+    prefix = LayerConfig(heads, heads, width // heads, mlp, 2048)
     config = HydraConfig(width, 32000, heads=4, layers=4, tied_layers=True, prefix=prefix)
     counts = {name: p.numel() for name, p in skeleton(config).named_parameters()}
     norms = [width] * 3  # which the table does not count

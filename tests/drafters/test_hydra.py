@@ -50,7 +50,7 @@ from drafters.heading import (
 )
 from forerun.accept.exact import Verdict
 from forerun.drafters.cascade import Cascade, Part
-from forerun.drafters.hydra import HydraConfig, PrefixConfig
+from forerun.drafters.hydra import HydraConfig
 from forerun.drafters.hydra.network import HydraHeads, reader
 from forerun.drafters.maxgram import MaxGram, Successors
 from forerun.drafters.medusa import MedusaConfig
@@ -58,6 +58,7 @@ from forerun.drafters.medusa.network import MedusaHeads
 from forerun.drafters.verified import Verified
 from forerun.drafting.drafter import Context, Drafter
 from forerun.drafting.heads import HeadParts, HeadsModule, PrefixState, drafting
+from forerun.drafting.trained import LayerConfig
 from forerun.engine.engine import Engine
 from forerun.model import Model, Scores
 from forerun.nn.cache import Cache
@@ -109,7 +110,7 @@ def test_heads_have_as_many_parameters_as_the_published_ones(
     width: int, mlp: int, heads: int, blocks: float, vocabularies: float, prefix: float
 ) -> None:
     """Millions, from hydra.md section 2.4; untied, two more blocks of every head would be there."""
-    layer = PrefixConfig(heads, heads, width // heads, mlp, 2048)
+    layer = LayerConfig(heads, heads, width // heads, mlp, 2048)
     with torch.device("meta"):
         tied, untied = (
             HydraHeads(HydraConfig(width, 32000, 4, 4, tied_layers=tied, prefix=layer)) for tied in (True, False)

@@ -598,7 +598,7 @@ def test_the_figures_are_those_of_the_heldout_answers() -> None:
     one = objective(deepcopy(taught.module), taught.samples, Weights(decay=0.5), rows=3, holdout=2)
     told: list[tuple[int, int]] = []
     figures, held = one.validate(lambda done, total: told.append((done, total))), one.answers.heldout
-    assert held == taught.samples[1::2] and told == [(n, len(told)) for n in range(-(-len(held) // 3))]
+    assert list(held) == taught.samples[1::2] and told == [(n, len(told)) for n in range(-(-len(held) // 3))]
     tops = {f"head{h}_top{k}" for h in range(1, 5) for k in range(1, 6)}
     assert set(figures) == {"loss", "tokens_per_step", *(f"head{h}_loss" for h in range(1, 5)), *tops}
     assert figures["loss"] == pytest.approx(sum(figures[f"head{h}_loss"] * 0.5**h for h in range(1, 5)))

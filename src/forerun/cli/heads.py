@@ -22,6 +22,14 @@ SHOWN_TOKENS = 48
 
 Target = Annotated[str, typer.Option(metavar="MODEL", help="The model that the heads are for; it stays as it is.")]
 Data = Annotated[Path, typer.Option(metavar="FILE", help="Its answers, as forerun distill leaves them.")]
+Text = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Plain text to learn from beside the answers: the train.bin of a corpus."),
+]
+TextShare = Annotated[
+    float,
+    typer.Option(min=0.0, max=0.99, help="Of the batches, how many are that text.", rich_help_panel=options.ADVANCED),
+]
 Out = Annotated[
     Path, typer.Option(metavar="DIR", help="Folder for the finished heads; older heads in it are replaced.")
 ]
@@ -89,6 +97,7 @@ def command(preset: str) -> Callable[..., None]:
         data: Data,
         out: Out,
         run: Run = None,
+        text: Text = None,
         shape: None = None,
         loss: None = None,
         steps: Steps = 1000,
@@ -102,6 +111,7 @@ def command(preset: str) -> Callable[..., None]:
         seed: Seed = 0,
         start_batches: StartBatches = 64,
         init_from: InitFrom = None,
+        text_share: TextShare = 0.5,
         dtype: options.Dtype = "auto",
         device: options.Device = "auto",
         kernels: options.Kernels = "auto",
@@ -116,7 +126,9 @@ def command(preset: str) -> Callable[..., None]:
         rest = {"parts": parts, "validate_every": validate_every, "save_every": save_every}
         schedule = drafters.schedule_for(chosen, steps, rate, floor, **rest)
         what = (preset, target, data, architecture, loss_weights, schedule)
-        recipe = drafters.HeadsRecipe(*what, rows, length, seed, init_from, dtype, start_batches, kernels)
+        recipe = drafters.HeadsRecipe(
+            *what, rows, length, seed, init_from, dtype, start_batches, kernels, text, text_share
+        )
         _fit(recipe, run or run_of(out), out, device)
 
     train.__doc__ = f"""{chosen.sense}
@@ -163,7 +175,7 @@ def _demand_sense(preset: str, out: Path, shape: Mapping[str, object], weights: 
         raise TrainingError(f"{preset} heads have no {stranger}: leave --{stranger.replace('_', '-')} out")
     if not weights.decay:
         raise TrainingError("nothing would be learnt: give --head-decay a number above 0")
-    if not weights.text and not weights.teacher:
+    if not (weights.text or weights.teacher or weights.distance):
         raise TrainingError("nothing would be learnt: give --text-weight or --teacher-weight a number above 0")
     if out.name in ("", ".."):
         raise TrainingError(f"--out {out} has no name of its own: name a folder, new or with older heads")

@@ -7,7 +7,8 @@ which children they get and which of those go on:
     Chain        one token after the other, until a stopping rule ends it
     TopTree      the best continuations: the `width` most probable nodes of every level are extended, and in
                  the end the `nodes` most probable of all are proposed (EAGLE-2's dynamic tree, Li et al.
-                 2024, section 4)
+                 2024, section 4), as far as they are worth what reading them costs. As wide as it has
+                 nodes, it is the best-first tree
     SampledTree  `widths[d]` children drawn without replacement below every node of depth d
     StaticTree   the same ranks at every step
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from math import inf, log
 from operator import mul
 from typing import Protocol
 
@@ -341,20 +343,22 @@ class TopTree:
     def grow(self, expander: Expander, context: Context, depths: Sequence[int]) -> Grown:
         grove = _Grove(context)
         frontiers: list[list[int]] = [[0] for _ in context.rows]
-        scores, deepest = expander.begin(), min(self.depth, max(depths))
+        scores, deepest, least = expander.begin(), min(self.depth, max(depths)), _least(context)
         for level in range(1, deepest + 1):
             log_probs, best = expander.top(scores.logits_BNV, min(self.width, scores.logits_BNV.shape[-1]))
             values, tokens = log_probs.tolist(), best.tolist()
             for index, tree in enumerate(grove.trees):
                 if level <= depths[index]:
-                    frontiers[index] = self._extend(tree, frontiers[index], values[index], tokens[index])
+                    grown = self._extend(tree, frontiers[index], values[index], tokens[index])
+                    frontiers[index] = [node for node in grown if tree.scores[node] >= least[index]]
                 else:
                     frontiers[index] = []
+            if not any(frontiers):
+                break
             if level < deepest:
                 scores = expander.expand(grove.frontier(frontiers))
-        kept = [
-            self._best(tree, min(self.nodes, most)) for tree, most in zip(grove.trees, context.budgets, strict=True)
-        ]
+        most = [min(self.nodes, budget) for budget in context.budgets]
+        kept = [self._best(*row) for row in zip(grove.trees, most, least, strict=True)]
         proposal = TokenTree.of([tree.tokens for tree in kept], [tree.parents for tree in kept], context.device)
         return Grown(proposal, [tree.places for tree in kept])
 
@@ -372,10 +376,16 @@ class TopTree:
         return sorted(sorted(added, key=lambda node: -tree.scores[node])[: self.width])
 
     @staticmethod
-    def _best(tree: _Tree, nodes: int) -> _Tree:
-        """Ties go to the shallower, then the older node, so a child never outranks its parent (eagle.md, section 6)."""
-        ranked = sorted(range(1, len(tree.tokens)), key=lambda n: (-tree.scores[n], tree.depths[n], n))
-        return tree.pruned(ranked[:nodes])
+    def _best(tree: _Tree, nodes: int, least: float) -> _Tree:
+        """Ties go to the shallower, then the older node, so a child never outranks its parent."""
+        worth = [node for node in range(1, len(tree.tokens)) if tree.scores[node] >= least]
+        return tree.pruned(sorted(worth, key=lambda n: (-tree.scores[n], tree.depths[n], n))[:nodes])
+
+
+def _least(context: Context) -> list[float]:
+    """The log-probability per row from which a node is worth reading, as far as the clock knows."""
+    prices = [context.price(slot) for slot in range(len(context.rows))]
+    return [-inf if price is None else log(price) for price in prices]
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from forerun.accept.exact import Verdict
 from forerun.drafting.drafter import Context, Drafter
 from forerun.drafting.growth import Expander, Frontier, cut, parts_of, tokens_of
+from forerun.drafting.trained import LayerConfig
 from forerun.errors import DrafterError
 from forerun.model import CHUNK, Inputs, Model, Scores
 from forerun.native.matrix import Packed
@@ -32,27 +33,58 @@ from forerun.slots import Slots
 from forerun.tree import TokenTree
 
 
+@dataclass(frozen=True)
+class Places:
+    """P places in texts, [P] each: the text's row, and the last token that the target has read. embedded_PD: the
+    embedding of the token behind it, the root."""
+
+    rows_P: Tensor
+    places_P: Tensor
+    embedded_PD: Tensor
+
+
 class HeadsModule(nn.Module):
     """K draft heads, as they are trained. Subclasses say how a head thinks.
 
-    sees_tokens: heads see the tokens drafted before theirs, not only the context.
+    sees_tokens: heads see the tokens drafted before theirs, not only the context. solvable: a linear map may be
+    their start (`start_from`). tables: how the names of parameters begin that are looked up like embeddings. borrows:
+    how many of the target's last layers their own begin as (`borrow`).
     """
 
     sees_tokens = False
+    solvable = True
+    tables: tuple[str, ...] = ()
+    borrows = 0
     count: int
+
+    def reads(self, top: int) -> tuple[int, ...]:
+        """The target's layers whose states they see; `top` is what its output projection sees."""
+        return (top,)
 
     def contexts(self, states_BND: Tensor) -> Tensor:
         """What the heads see of whole sequences of the target's states."""
         return states_BND
 
+    def seen(self, states: Mapping[int, Tensor], places: Places) -> Tensor:
+        """What the heads see at P places of whole sequences, [P, ...]. states: by layer, [B, N, D]."""
+        (states_BND,) = states.values()
+        return self.contexts(states_BND)[places.rows_P, places.places_P]
+
+    def table(self, embedding_VD: Tensor) -> Tensor:
+        """What a token is to the heads that follow it, [V, M]; embedding: the target's."""
+        return embedding_VD
+
     def logits(self, context_PD: Tensor, embedded_PKD: Tensor, head_VD: Tensor) -> Tensor:
-        """Of all heads at P places, [K, P, V]. embedded: the embeddings of the K tokens that follow each place, the
-        root first; head: the target's output projection, for heads that share it."""
+        """Of all heads at P places, [K, P, V]. context: as `seen`; embedded: of the K tokens that follow each place,
+        the root first, their rows of `table`; head: the target's output projection, for heads that share it."""
         raise NotImplementedError
 
     def start_from(self, maps: Sequence[Tensor], head_VD: Tensor) -> None:
         """Begin from linear guesses: maps[i], [D, M], takes what head i sees to the state that the target will have one
         token before the one that it proposes. Heads that cannot express this stay as they are."""
+
+    def borrow(self, layers: Sequence[nn.Module]) -> None:
+        """Begin as these layers of the target."""
 
     def head_logits(self, index: int, z: Tensor, head_VD: Tensor) -> Tensor:
         """Of one head: z [..., M] is the context and, where heads see tokens, the embeddings that follow it."""
@@ -137,8 +169,17 @@ def drafting(module: HeadsModule, network: Network, weights: str) -> Drafting:
     return in_one_go or TorchHeads(module, network.input_embedding, network.head_matrix())
 
 
+def layer_like(network: Network) -> LayerConfig:
+    """Layers of the heads' own, of the shape of one of the target's."""
+    cached, layer = network.cache_shape, network.layer_shape
+    kv_heads = cached.kv_heads if layer.heads % cached.kv_heads == 0 else layer.heads
+    return LayerConfig(
+        layer.heads, kv_heads, cached.head_dim, layer.mlp_width, network.max_length, layer.norm_eps, layer.rope_theta
+    )
+
+
 class ContextReader(Protocol):
-    """Turns the target's states into contexts, row by row in slot order."""
+    """Follows the target's states, row by row in slot order."""
 
     def admit(self, row: Row, states_1SD: Tensor | None) -> None:
         """A new row takes the next slot; its prompt gave these states (None: it has but one token).
@@ -154,6 +195,10 @@ class ContextReader(Protocol):
 
     def known(self, slot: int) -> int:
         """Of how many of a row's tokens the states were read."""
+
+
+class ContextMaker(ContextReader, Protocol):
+    """Has one state per row that says it all."""
 
     def contexts(self) -> list[Tensor | None]:
         """[D] per row; None where nothing is known."""
@@ -302,42 +347,84 @@ class PrefixState(LastState):
         return self.model.append(Inputs.of_states(parts), start, (layer,)).hidden[layer]
 
 
+class StatesDrafter(Drafter):
+    """A drafter whose `reader` follows the target's states of some layers, side by side where there are several."""
+
+    def __init__(self, name: str, layers: Sequence[int]):
+        self.name, self.layers = name, tuple(layers)
+        self.reads = frozenset(layers)
+
+    @property
+    def reader(self) -> ContextReader:
+        raise NotImplementedError
+
+    def admit(self, row: Row, hidden: Mapping[int, Tensor]) -> None:
+        self.reader.admit(row, self._joined([hidden[layer] for layer in self.layers]) if hidden else None)
+
+    def release(self, slot: int) -> None:
+        self.reader.release(slot)
+
+    def observe(self, context: Context, tree: TokenTree, verdict: Verdict, scores: Scores) -> None:
+        joined = self._joined([scores.hidden[layer] for layer in self.layers])
+        kept = [states[path] for states, path in zip(joined, verdict.kept, strict=True)]
+        leads = [0] * len(kept)
+        if scores.before:
+            before = [self._joined(row) for row in zip(*(scores.before[layer] for layer in self.layers), strict=True)]
+            leads = list(map(len, before))
+            kept = [torch.cat(pair) for pair in zip(before, kept, strict=True)]
+        self._align([len(row.tokens) - 1 - lead for row, lead in zip(context.rows, leads, strict=True)])
+        self.reader.observe(kept)
+
+    def retract(self, lengths: Sequence[int]) -> None:
+        for slot, length in enumerate(lengths):
+            self.reader.retract(slot, length)
+
+    def depths(self, context: Context) -> list[int]:
+        """How deep each row may draft: not at all where a level above has placed tokens not read yet."""
+        self._align([len(row.tokens) - 1 for row in context.rows])
+        return [
+            depth if self.reader.known(slot) == len(row.tokens) - 1 > 0 else 0
+            for slot, (row, depth) in enumerate(zip(context.rows, context.depths, strict=True))
+        ]
+
+    @staticmethod
+    def _joined(states: Sequence[Tensor]) -> Tensor:
+        return states[0] if len(states) == 1 else torch.cat(list(states), -1)
+
+    def _align(self, lengths: Sequence[int]) -> None:
+        """A row that stood still while others went on has its newest token read again and again: as
+        the model does, forget that one before it is read the next time."""
+        for slot, length in enumerate(lengths):
+            if self.reader.known(slot) > length:
+                self.reader.retract(slot, length)
+
+
 @dataclass(frozen=True)
 class HeadParts:
     """A drafter's working parts: how it drafts, what it makes of the target's states, the tree it grows, and the
     layer it reads."""
 
     drafting: Drafting
-    reader: ContextReader
+    reader: ContextMaker
     tree: RankTree
     layer: int
 
 
-class HeadDrafter(Drafter):
+class HeadDrafter(StatesDrafter):
     """Heads grow the same tree at every step, cut to what a row has room for."""
 
     def __init__(self, name: str, head: HeadParts):
-        self.name, self.head = name, head
-        self.reads = frozenset({head.layer})
+        super().__init__(name, (head.layer,))
+        self.head = head
         self.max_nodes = head.tree.size
 
-    def admit(self, row: Row, hidden: Mapping[int, Tensor]) -> None:
-        self.head.reader.admit(row, hidden.get(self.head.layer))
-
-    def release(self, slot: int) -> None:
-        self.head.reader.release(slot)
+    @property
+    def reader(self) -> ContextMaker:
+        return self.head.reader
 
     def propose(self, context: Context) -> TokenTree:
-        roots = [row.tokens[-1] for row in context.rows]
-        reader = self.head.reader
-        self._align([len(row.tokens) - 1 for row in context.rows])
-        depths = [
-            depth
-            if reader.known(slot) == len(row.tokens) - 1 > 0
-            else 0  # else a level above has placed tokens not read yet
-            for slot, (row, depth) in enumerate(zip(context.rows, context.depths, strict=True))
-        ]
-        states = reader.contexts() if any(depths) else [None] * len(depths)
+        roots, depths = [row.tokens[-1] for row in context.rows], self.depths(context)
+        states = self.reader.contexts() if any(depths) else [None] * len(depths)
         depths = [0 if state is None else depth for state, depth in zip(states, depths, strict=True)]
         tree = self.head.tree.within(max(depths), max(context.budgets))
         if tree is None:
@@ -346,23 +433,3 @@ class HeadDrafter(Drafter):
         context_BD = torch.stack([torch.zeros_like(some) if state is None else state for state in states])
         tokens = self.head.drafting.draft(context_BD, roots, tree)
         return cut(tokens, tree, parts_of(tree, depths, context.budgets), context.device)
-
-    def observe(self, context: Context, tree: TokenTree, verdict: Verdict, scores: Scores) -> None:
-        layer, before = self.head.layer, scores.before.get(self.head.layer)
-        kept = [states[path] for states, path in zip(scores.hidden[layer], verdict.kept, strict=True)]
-        leads = [0] * len(kept) if before is None else list(map(len, before))
-        self._align([len(row.tokens) - 1 - lead for row, lead in zip(context.rows, leads, strict=True)])
-        if before is not None:
-            kept = [torch.cat(pair) for pair in zip(before, kept, strict=True)]
-        self.head.reader.observe(kept)
-
-    def _align(self, lengths: Sequence[int]) -> None:
-        """A row that stood still while others went on has its newest token read again and again: as
-        the model does, forget that one before it is read the next time."""
-        for slot, length in enumerate(lengths):
-            if self.head.reader.known(slot) > length:
-                self.head.reader.retract(slot, length)
-
-    def retract(self, lengths: Sequence[int]) -> None:
-        for slot, length in enumerate(lengths):
-            self.head.reader.retract(slot, length)

@@ -4,11 +4,14 @@ training, foreign layouts."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from forerun.drafting.settings import option, setting
 from forerun.errors import DrafterError
+
+if TYPE_CHECKING:
+    from forerun.nn.transformer import TransformerConfig
 
 LARGEST = 1 << 24
 """Of any size in an architecture."""
@@ -64,20 +67,53 @@ def demand_counts(config: Any, names: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True)
+class LayerConfig:
+    """The shape of layers that heads have of their own: that of one of the target's."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    max_length: int
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        demand_counts(self, ("heads", "kv_heads", "head_dim", "mlp_width", "max_length"))
+        if self.heads % self.kv_heads or self.head_dim % 2:
+            raise DrafterError(
+                f"layers of {self.heads} heads of {self.head_dim} with {self.kv_heads} key heads make no sense"
+            )
+        if not all(isinstance(value, int | float) and value > 0 for value in (self.norm_eps, self.rope_theta)):
+            raise DrafterError(
+                f"layers with {self.norm_eps!r} and {self.rope_theta!r} in their norms and angles make no sense"
+            )
+
+    def transformer(self, width: int, layers: int = 1, **more: Any) -> TransformerConfig:
+        """So many of them, reading states of this width. more: what differs in fields of the config."""
+        from forerun.nn.transformer import TransformerConfig
+
+        return TransformerConfig(**(asdict(self) | {"vocab_size": 0, "width": width, "layers": layers} | more))
+
+
+@dataclass(frozen=True)
 class Weights:
     """Of the terms of a heads' loss. text: cross-entropy with the next token; teacher: with the
-    target's law. The k-th head counts decay^k (k from 1)."""
+    target's law; distance: the L1 distance between the head's law and the target's, which is twice the chance that
+    a token drawn from the head is rejected. The k-th head counts decay^k (k from 1)."""
 
     text: float = option(1.0, "Of the next token's log-probability.", least=0.0, flag="--text-weight")
     teacher: float = option(0.0, "Of the target's whole law there.", least=0.0, flag="--teacher-weight")
     decay: float = option(1.0, "Head k counts this to the power of k.", least=0.0, flag="--head-decay")
+    distance: float = option(0.0, "Of the L1 distance to that law.", least=0.0, flag="--distance-weight")
 
 
 @dataclass(frozen=True)
 class Preset:
     """A paper's training as data. sense: one line. architecture: fields of the config, except for
     those that follow from the target. warmup: a share of the steps, or steps if 1 or more. floor:
-    the share of the rate at the end."""
+    the share of the rate at the end. muon: the rate of matrices, moved by Muon (0: AdamW moves all). share: of the
+    places of a batch, how many teach, drawn anew for every batch."""
 
     sense: str
     architecture: Mapping[str, object]
@@ -86,6 +122,8 @@ class Preset:
     warmup: float = 0.1
     floor: float = 0.0
     weight_decay: float = 0.0
+    muon: float = 0.0
+    share: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,13 @@
-"""What is read in training: prompts and a target's answers, cut into batches."""
+"""What is read in training: prompts and a target's answers, cut into batches, and plain text between them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import floor
+from pathlib import Path
+from typing import overload
 
 import numpy as np
 import torch
@@ -24,13 +27,15 @@ class Answers:
 
     A sample that is longer loses the beginning of its prompt. Samples come in an order that depends
     on the seed alone, each at most once per pass, so a resumed run goes on where it stopped. Every
-    `holdout`-th sample is never trained on."""
+    `holdout`-th sample is never trained on. text: other samples that a share of the batches is taken from."""
 
     samples: Sequence[Sample]
     rows: int = 16
     length: int = 512
     seed: int = 0
     holdout: int = 20
+    text: Answers | None = None
+    text_share: float = 0.0
     _passes: dict[int, list[list[int]]] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -38,15 +43,20 @@ class Answers:
             raise TrainingError(f"{len(self.samples)} answers are too few to train on: make more with forerun distill")
 
     @cached_property
-    def training(self) -> list[Sample]:
-        return [sample for place, sample in enumerate(self.samples, 1) if place % self.holdout]
+    def training(self) -> Sequence[Sample]:
+        return Some(self.samples, [place for place in range(len(self.samples)) if (place + 1) % self.holdout])
 
     @cached_property
-    def heldout(self) -> list[Sample]:
-        return [sample for place, sample in enumerate(self.samples, 1) if place % self.holdout == 0]
+    def heldout(self) -> Sequence[Sample]:
+        return Some(self.samples, range(self.holdout - 1, len(self.samples), self.holdout))
 
     def batch(self, number: int) -> Batch:
-        """Batch `number` of the training samples."""
+        """Batch `number` of the training samples, or of the text's."""
+        of_text = floor(number * self.text_share)
+        if self.text is not None:
+            if floor((number + 1) * self.text_share) > of_text:
+                return self.text.batch(of_text)
+            number -= of_text
         epoch, place = divmod(number, max(1, len(self.training) // self.rows))
         return Batch.of([self.training[pick] for pick in self._batches(epoch)[place]], self.length)
 
@@ -57,11 +67,15 @@ class Answers:
             order = random.permutation(len(self.training)).tolist()
             order = order[: max(1, len(order) // self.rows) * self.rows]
             pools = [order[at : at + POOL * self.rows] for at in range(0, len(order), POOL * self.rows)]
-            ranked = [pick for pool in pools for pick in sorted(pool, key=lambda pick: self.training[pick].size)]
+            ranked = [pick for pool in pools for pick in sorted(pool, key=self._sizes.__getitem__)]
             cut = [ranked[at : at + self.rows] for at in range(0, len(ranked), self.rows)]
             self._passes.clear()
             self._passes[epoch] = [cut[place] for place in random.permutation(len(cut))]
         return self._passes[epoch]
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        return [sample.size for sample in self.training]
 
     def batches_of(self, samples: Sequence[Sample]) -> Iterator[Batch]:
         for first in range(0, len(samples), self.rows):
@@ -72,6 +86,60 @@ class Answers:
         """How many of the tokens that are read are trained on."""
         read = sum(min(self.length, len(s.prompt) + len(s.answer)) for s in self.training)
         return sum(min(self.length, len(s.answer)) for s in self.training) / max(1, read)
+
+
+class Some(Sequence[Sample]):
+    """Some of many samples, none of which is made before it is asked for."""
+
+    def __init__(self, samples: Sequence[Sample], picks: Sequence[int]):
+        self._samples, self._picks = samples, picks
+
+    def __len__(self) -> int:
+        return len(self._picks)
+
+    @overload
+    def __getitem__(self, which: int) -> Sample: ...
+
+    @overload
+    def __getitem__(self, which: slice) -> Some: ...
+
+    def __getitem__(self, which: int | slice) -> Sample | Some:
+        if isinstance(which, slice):
+            return Some(self._samples, self._picks[which])
+        return self._samples[self._picks[which]]
+
+
+class Windows(Sequence[Sample]):
+    """A stream of tokens (uint16, as `forerun train lm` cuts a corpus) in pieces of so many, each an answer to its
+    first token."""
+
+    def __init__(self, path: Path, length: int):
+        """Raises TrainingError for a file that cannot be read or holds less than one window."""
+        self.path, self._length = path, length
+        try:
+            self._tokens = np.memmap(path, dtype=np.uint16, mode="r")
+        except (OSError, ValueError) as error:
+            raise TrainingError(f"{path} cannot be read ({error}): name the train.bin of a corpus") from None
+        if not len(self):
+            raise TrainingError(f"{path} holds {len(self._tokens)} tokens, too few for a batch of {length}")
+
+    def __len__(self) -> int:
+        return len(self._tokens) // self._length
+
+    @overload
+    def __getitem__(self, which: int) -> Sample: ...
+
+    @overload
+    def __getitem__(self, which: slice) -> Some: ...
+
+    def __getitem__(self, which: int | slice) -> Sample | Some:
+        if isinstance(which, slice):
+            return Some(self, range(len(self))[which])
+        if not -len(self) <= which < len(self):
+            raise IndexError(which)
+        begin = which % len(self) * self._length
+        first, *rest = self._tokens[begin : begin + self._length].tolist()
+        return Sample((first,), tuple(rest))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,17 @@ import torch
 from forerun.drafting import checkpoint as checkpoints
 from forerun.drafting import registry
 from forerun.drafting.checkpoint import DEFAULT_TREE, Checkpoint
+from forerun.drafting.heads import HeadsModule
 from forerun.drafting.trained import HeadsConfig, Preset, Weights
 from forerun.errors import TrainingError
 from forerun.nn.dtype import dtype_of
 from forerun.nn.foreign.network import Foreign
 from forerun.nn.load import load_network
 from forerun.nn.network import Network
-from forerun.sources.fingerprint import digest
+from forerun.nn.transformer import Transformer
+from forerun.sources.fingerprint import digest, fingerprint
 from forerun.sources.source import Source
-from forerun.train.answers import Answers
+from forerun.train.answers import Answers, Windows
 from forerun.train.distill import Distilled, Sample, read
 from forerun.train.least_squares import LeastSquares
 from forerun.train.objectives.heads import HeadsObjective
@@ -42,7 +44,8 @@ SMALLEST_SHARE = 0.02
 @dataclass(frozen=True)
 class HeadsRecipe:
     """A training of heads. architecture: what differs from the preset's. weights: None: the
-    preset's. init_from: trained heads of the same shape to go on from. start_batches: without them,
+    preset's. text: a stream of tokens that text_share of the batches is taken from, learnt under the target's own
+    law like answers. init_from: trained heads of the same shape to go on from. start_batches: without them,
     batches over which heads are first fitted by least squares (0: they start as copies of the
     target's output projection, as the papers' do)."""
 
@@ -59,6 +62,8 @@ class HeadsRecipe:
     dtype: str = "auto"
     start_batches: int = 64
     kernels: str = "auto"
+    text: Path | None = None
+    text_share: float = 0.5
 
 
 def schedule_for(
@@ -69,7 +74,7 @@ def schedule_for(
     return Schedule(
         steps=steps,
         warmup=min(round(warmup), steps // 2),
-        muon_rate=0.0,
+        muon_rate=preset.muon,
         adam_rate=preset.rate if rate is None else rate,
         weight_decay=preset.weight_decay,
         shape="cosine",
@@ -98,7 +103,7 @@ class HeadsTraining:
     def _start(self) -> LeastSquares | None:
         """A fit of untrained heads by least squares, if that is wanted and not too large."""
         recipe, module, teacher = self.recipe, self.objective.module, self.objective.teacher
-        if recipe.init_from is not None or not recipe.start_batches:
+        if recipe.init_from is not None or not recipe.start_batches or not module.solvable:
             return None
         widest = teacher.head_VD.shape[1] * (module.count + 1 if module.sees_tokens else 1)
         if widest > WIDEST_START:
@@ -122,7 +127,14 @@ class HeadsTraining:
             "seed": recipe.seed,
             "init_from": recipe.init_from,
             "start_batches": recipe.start_batches,
+            **self._text(),
         }
+
+    def _text(self) -> dict[str, Any]:
+        """What is read beside the answers, if anything is."""
+        if self.recipe.text is None:
+            return {}
+        return {"text": fingerprint([self.recipe.text]), "text_share": self.recipe.text_share}
 
     def _about(self, out: Path, figures: Mapping[str, float]) -> Checkpoint:
         recipe = self.recipe
@@ -135,6 +147,7 @@ class HeadsTraining:
             "seed": recipe.seed,
             "start_batches": recipe.start_batches,
             "weights": asdict(self.objective.weights),
+            **self._text(),
             "schedule": asdict(recipe.schedule),
             "figures": {name: round(value, 4) for name, value in figures.items()},
         }
@@ -147,20 +160,28 @@ def prepare(recipe: HeadsRecipe, device: torch.device) -> HeadsTraining:
     _, _, preset = registry.preset(recipe.preset)
     distilled = read(recipe.data)
     network = load_network(recipe.target, dtype_of(recipe.dtype, device), device, recipe.kernels)
-    answers = Answers(distilled.samples, recipe.rows, recipe.length, recipe.seed)
+    answers = _answers(distilled.samples, recipe)
     _demand_data(answers, network, recipe)
     _warn_of_another_target(distilled, recipe)
     teacher = Teacher(network)
     module, config = _heads(recipe, network)
     if recipe.init_from is None:
         module.initialise(teacher.head_VD.float().cpu(), recipe.seed)
+        _borrow(module, recipe)
     else:
         checkpoints.read(recipe.init_from).fill(module)
     weights = recipe.weights or preset.weights
     _demand_a_law(network, weights, recipe)
     tree = DEFAULT_TREE.within(module.count, DEFAULT_TREE.size) or DEFAULT_TREE
-    objective = HeadsObjective(module.to(device), teacher, answers, weights, tree, recipe.schedule)
+    objective = HeadsObjective(module.to(device), teacher, answers, weights, tree, recipe.schedule, preset.share)
     return HeadsTraining(recipe, objective, config, answers, distilled)
+
+
+def _answers(samples: Sequence[Sample], recipe: HeadsRecipe) -> Answers:
+    if recipe.text is None:
+        return Answers(samples, recipe.rows, recipe.length, recipe.seed)
+    text = Answers(Windows(recipe.text, recipe.length), recipe.rows, recipe.length, recipe.seed, holdout=sys.maxsize)
+    return Answers(samples, recipe.rows, recipe.length, recipe.seed, text=text, text_share=recipe.text_share)
 
 
 def _heads(recipe: HeadsRecipe, network: Network) -> tuple[Any, HeadsConfig]:
@@ -171,6 +192,14 @@ def _heads(recipe: HeadsRecipe, network: Network) -> tuple[Any, HeadsConfig]:
     config = method.config(**method.fitted(fields | {"width": width, "vocab_size": vocab_size}, network))
     torch.manual_seed(recipe.seed)
     return method.network(config), config
+
+
+def _borrow(module: HeadsModule, recipe: HeadsRecipe) -> None:
+    """Layers of the heads' own begin as the target's last ones, where it has such."""
+    if module.borrows:
+        network = load_network(recipe.target, torch.float32, torch.device("cpu"))
+        if isinstance(network, Transformer) and len(network.blocks) >= module.borrows:
+            module.borrow(list(network.blocks)[-module.borrows :])
 
 
 def _demand_data(answers: Answers, network: Network, recipe: HeadsRecipe) -> None:
@@ -197,7 +226,7 @@ def _demand_data(answers: Answers, network: Network, recipe: HeadsRecipe) -> Non
 def _demand_a_law(network: Network, weights: Weights, recipe: HeadsRecipe) -> None:
     """The target's law is taken from its states and its output matrix; some models do more than
     that to their logits."""
-    if not weights.teacher or not isinstance(network, Foreign):
+    if not (weights.teacher or weights.distance) or not isinstance(network, Foreign):
         return
     outside = network.model.config.get_text_config(decoder=True)
     more = [

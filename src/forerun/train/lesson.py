@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from forerun.drafting.heads import HeadsModule
+from forerun.drafting.heads import HeadsModule, Places
 from forerun.train.answers import Batch
 from forerun.train.teacher import Teacher
 
@@ -25,9 +25,9 @@ CHUNK_NUMBERS = 1 << 25
 
 @dataclass(frozen=True)
 class Lesson:
-    """Everything the heads need to know of P places, gathered: contexts [P, D], the K + 1 tokens behind each place
-    [P, K + 1] (root first), the target's states at the K places behind it [P, K, D] (where the laws of the tokens to
-    learn come from), and which of the K tokens to learn are there [K, P]."""
+    """Everything the heads need to know of P places, gathered: contexts [P, ...] (see `HeadsModule.seen`), the K + 1
+    tokens behind each place [P, K + 1] (root first), the target's states at the K places behind it [P, K, D] (where
+    the laws of the tokens to learn come from), and which of the K tokens to learn are there [K, P]."""
 
     context_PD: Tensor
     tokens_PK: Tensor
@@ -35,16 +35,21 @@ class Lesson:
     valid_KP: Tensor
 
     @staticmethod
-    def of(module: HeadsModule, teacher: Teacher, batch: Batch) -> Lesson:
-        tokens = batch.tokens_BN.to(teacher.device)
-        states = teacher.states(tokens, (teacher.top,))[teacher.top]
-        context = module.contexts(states)
+    def of(module: HeadsModule, teacher: Teacher, batch: Batch, chosen: Tensor | None = None) -> Lesson:
+        """chosen: which of the batch's places teach (None: all)."""
+        tokens, layers = batch.tokens_BN.to(teacher.device), module.reads(teacher.top)
+        known = teacher.states(tokens, {*layers, teacher.top})
+        states = known[teacher.top]
         rows, places = (index.to(teacher.device) for index in batch.places())
+        if chosen is not None:
+            rows, places = rows[chosen], places[chosen]
+        roots = F.embedding(tokens[rows, places + 1], teacher.embedding_VD)
+        context = module.seen({layer: known[layer] for layer in layers}, Places(rows, places, roots))
         behind = places[:, None] + torch.arange(1, module.count + 2, device=teacher.device)
         ends = torch.from_numpy(batch.ends).to(teacher.device)[rows, None]
         inside = behind.clamp(max=tokens.shape[1] - 1)
         return Lesson(
-            context_PD=context[rows, places],
+            context_PD=context,
             tokens_PK=tokens[rows[:, None], inside],
             states_PKD=states[rows[:, None], inside[:, :-1]],
             valid_KP=(behind[:, 1:] < ends).T,
@@ -62,7 +67,7 @@ class Lesson:
 
 def logits_of(module: HeadsModule, teacher: Teacher, lesson: Lesson) -> Tensor:
     """[K, P, V]."""
-    embedded = F.embedding(lesson.tokens_PK[:, : module.count], teacher.embedding_VD)
+    embedded = F.embedding(lesson.tokens_PK[:, : module.count], module.table(teacher.embedding_VD))
     return module.logits(lesson.context_PD, embedded, teacher.head_VD)
 
 

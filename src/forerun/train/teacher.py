@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -30,13 +30,13 @@ class Teacher:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.head_VD.dtype != torch.float32)
 
     @torch.no_grad()
-    def states(self, tokens_BN: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+    def states(self, tokens_BN: Tensor, layers: Collection[int]) -> dict[int, Tensor]:
         """By layer, its states [B, N, D] over whole sequences from position 0."""
         if isinstance(self.network, Transformer) and set(layers) == {self.top}:
             return {self.top: self.network.features(tokens_BN)}
         return self._read(tokens_BN, layers)
 
-    def _read(self, tokens_BN: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+    def _read(self, tokens_BN: Tensor, layers: Collection[int]) -> dict[int, Tensor]:
         with torch.inference_mode():
             hidden = Model(self.network, 0).read(Inputs.whole(tokens_BN), layers)
         # What inference mode made cannot take part in training.
@@ -46,7 +46,7 @@ class Teacher:
 class Pupil(Teacher):
     """The target as it stands: its last states and its output projection carry gradients to what moves it."""
 
-    def states(self, tokens_BN: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+    def states(self, tokens_BN: Tensor, layers: Collection[int]) -> dict[int, Tensor]:
         assert isinstance(self.network, Transformer)
         assert set(layers) == {self.top}, "nobody has asked a pupil for more yet"
         self.head_VD = self.network.output_head

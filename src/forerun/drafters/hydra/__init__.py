@@ -10,45 +10,12 @@ Medusa's (a reconstruction).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from forerun.drafting.method import Method, later
 from forerun.drafting.settings import option
-from forerun.drafting.trained import HeadsConfig, HeadSettings, Layout, Preset, Trained, Weights, demand_counts
+from forerun.drafting.trained import HeadsConfig, HeadSettings, LayerConfig, Layout, Preset, Trained, Weights
 from forerun.errors import DrafterError
-
-if TYPE_CHECKING:
-    from forerun.nn.transformer import TransformerConfig
-
-
-@dataclass(frozen=True)
-class PrefixConfig:
-    """The shape of Hydra++'s prefix layer: that of one of the target's own layers."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp_width: int
-    max_length: int
-    norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-
-    def __post_init__(self) -> None:
-        demand_counts(self, ("heads", "kv_heads", "head_dim", "mlp_width", "max_length"))
-        if self.heads % self.kv_heads or self.head_dim % 2:
-            raise DrafterError(
-                f"a prefix layer of {self.heads} heads of {self.head_dim} with {self.kv_heads} key heads makes no sense"
-            )
-        if not all(isinstance(value, int | float) and value > 0 for value in (self.norm_eps, self.rope_theta)):
-            raise DrafterError(
-                f"a prefix layer with {self.norm_eps!r} and {self.rope_theta!r} in its norm and angles makes no sense"
-            )
-
-    def transformer(self, width: int) -> TransformerConfig:
-        from forerun.nn.transformer import TransformerConfig
-
-        return TransformerConfig(vocab_size=0, width=width, layers=1, **asdict(self))
 
 
 @dataclass(frozen=True)
@@ -57,7 +24,7 @@ class HydraConfig(HeadsConfig):
     (Hydra++), or None. dropout: in training alone."""
 
     tied_layers: bool = option(True, "One block, repeated, or each its own weights.", flag="--tied-layers/--own-layers")
-    prefix: PrefixConfig | None = None
+    prefix: LayerConfig | None = None
     dropout: float = option(0.0, "In training, before every block and projection (hydra alone).", least=0.0, most=0.99)
 
     def __post_init__(self) -> None:
@@ -65,8 +32,8 @@ class HydraConfig(HeadsConfig):
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise DrafterError(f"a dropout of {self.dropout!r} makes no sense: give a share from 0 to less than 1")
         if isinstance(self.prefix, Mapping):
-            object.__setattr__(self, "prefix", PrefixConfig(**self.prefix))
-        if not isinstance(self.prefix, PrefixConfig | None):
+            object.__setattr__(self, "prefix", LayerConfig(**self.prefix))
+        if not isinstance(self.prefix, LayerConfig | None):
             raise DrafterError(f"a prefix layer of {self.prefix!r} makes no sense: give its sizes, or none")
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from forerun.drafters.hydra import HydraConfig, PrefixConfig
+from forerun.drafters.hydra import HydraConfig
+from forerun.drafting.trained import LayerConfig
 from forerun.errors import DrafterError
 from forerun.layouts.table import (
     Heads,
@@ -120,7 +121,7 @@ def _left_out(stored: Published, base: Base | None) -> tuple[str, ...]:
     return (f"its copy of the embeddings, left out here, is that of {base.name}",)
 
 
-def prefix_like(stored: Published, base: Base | None) -> PrefixConfig:
+def prefix_like(stored: Published, base: Base | None) -> LayerConfig:
     """The prefix layer has the shape of one of the target's own, and the file does not say which."""
     if base is None:
         raise DrafterError(
@@ -131,7 +132,7 @@ def prefix_like(stored: Published, base: Base | None) -> PrefixConfig:
     config = base.config
     if config is None or config.qkv_bias or config.mlp_bias or config.qk_norm or config.inv_freq or config.windows:
         raise DrafterError(f"Hydra's prefix layer is that of a plain Llama, and {base.name} is none: give its target")
-    return PrefixConfig(
+    return LayerConfig(
         heads=config.heads,
         kv_heads=config.kv_heads,
         head_dim=config.head_dim,
@@ -142,7 +143,7 @@ def prefix_like(stored: Published, base: Base | None) -> PrefixConfig:
     )
 
 
-def _hydra_config(stored: Published, prefix: PrefixConfig | None) -> HydraConfig:
+def _hydra_config(stored: Published, prefix: LayerConfig | None) -> HydraConfig:
     held = stored.tensors
     blocks = [*matching(held, "hydra_mlp.#.#.linear.weight"), *matching(held, "hydra_mlp.#.#.linear.bias")]
     if not blocks:

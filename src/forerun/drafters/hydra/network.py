@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from forerun.drafters.hydra import HydraConfig, PrefixConfig
+from forerun.drafters.hydra import HydraConfig
 from forerun.drafting.checkpoint import demand_fit, load, tree_for
 from forerun.drafting.drafter import Drafter
 from forerun.drafting.heads import (
-    ContextReader,
+    ContextMaker,
     HeadDrafter,
     HeadParts,
     HeadsModule,
@@ -34,6 +34,7 @@ from forerun.drafting.heads import (
     PrefixState,
     drafting,
     format_of,
+    layer_like,
 )
 from forerun.drafting.trained import HeadSettings
 from forerun.drafting.workshop import Workshop
@@ -128,7 +129,7 @@ class HydraHeads(HeadsModule):
         ]
 
 
-def reader(module: HydraHeads, network: Network, weights: str = "auto") -> ContextReader:
+def reader(module: HydraHeads, network: Network, weights: str = "auto") -> ContextMaker:
     """Where the heads' contexts come from, on the target's backend and in the number format of `format_of`."""
     if module.prefix is None:
         return LastState()
@@ -139,17 +140,8 @@ def reader(module: HydraHeads, network: Network, weights: str = "auto") -> Conte
 def fitted(fields: dict[str, Any], network: Network) -> dict[str, Any]:
     """The fields of a config, its prefix layer shaped like the target's own if it is only wished for."""
     if fields.get("prefix") is True:  # heads to go on from bring the shape of their own
-        return fields | {"prefix": prefix_like(network)}
+        return fields | {"prefix": layer_like(network)}
     return fields
-
-
-def prefix_like(network: Network) -> PrefixConfig:
-    """A prefix layer of the shape of one of the target's own layers."""
-    cached, layer = network.cache_shape, network.layer_shape
-    kv_heads = cached.kv_heads if layer.heads % cached.kv_heads == 0 else layer.heads
-    return PrefixConfig(
-        layer.heads, kv_heads, cached.head_dim, layer.mlp_width, network.max_length, layer.norm_eps, layer.rope_theta
-    )
 
 
 def build(workshop: Workshop, settings: HeadSettings) -> Drafter:

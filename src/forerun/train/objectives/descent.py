@@ -125,6 +125,21 @@ def moved(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
 
 
+def by_kind(module: nn.Module, schedule: Schedule, outside: Sequence[str], **vectors: Any) -> list[Group]:
+    """Muon for matrices, AdamW for vectors and for what has a name that begins like one of these; or AdamW for all.
+    vectors: what differs in AdamW's groups beside Muon's."""
+    named, decay = moved(module), schedule.weight_decay
+    if not schedule.muon_rate:
+        return by_scale(named, schedule, rate=schedule.adam_rate, weight_decay=decay)
+    matrices = [(name, p) for name, p in named if p.dim() == 2 and not name.startswith(tuple(outside))]
+    known = {id(p) for _, p in matrices}
+    others = [(name, p) for name, p in named if id(p) not in known]
+    return [
+        *by_scale(matrices, schedule, rate=schedule.muon_rate, optimiser="muon", weight_decay=decay),
+        *by_scale(others, schedule, rate=schedule.adam_rate, **vectors),
+    ]
+
+
 def by_scale(named: Iterable[tuple[str, nn.Parameter]], schedule: Schedule, **alike: Any) -> list[Group]:
     """A group for each factor of the rate; they are alike in the rest."""
     scales: dict[float, list[nn.Parameter]] = {}

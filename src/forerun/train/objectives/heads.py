@@ -19,7 +19,8 @@ from forerun.drafting.trained import Weights
 from forerun.ranktree import RankTree
 from forerun.train.answers import Answers, Batch
 from forerun.train.lesson import Lesson, chunk, logits_of
-from forerun.train.objectives.descent import Descent
+from forerun.train.objectives.descent import Descent, Group, by_kind
+from forerun.train.objectives.losses import losses
 from forerun.train.ranks import Ranks, projected, ranks_of
 from forerun.train.run import Watch, unwatched
 from forerun.train.schedule import Schedule
@@ -30,7 +31,8 @@ SHOWN_TOP = (1, 2, 3, 4, 5)
 
 @dataclass
 class HeadsObjective(Descent):
-    """The loss of heads on a frozen target, and their figures on held-out answers."""
+    """The loss of heads on a frozen target, and their figures on held-out answers. share: of a batch's places, how
+    many teach; so many of the samples that would be looked at are looked at, then."""
 
     module: HeadsModule
     teacher: Teacher
@@ -38,16 +40,29 @@ class HeadsObjective(Descent):
     weights: Weights
     tree: RankTree
     schedule: Schedule
+    share: float = 1.0
     most_validated: int = 64
+
+    def groups(self) -> list[Group]:
+        """Muon for matrices, if the schedule has a rate for it; AdamW for all else."""
+        return by_kind(self.module, self.schedule, self.module.tables)
 
     def loss(self, number: int) -> Tensor:
         """The weighted sum over heads, in nats: each head's mean over the places that have its token."""
         self.module.train()
         torch.manual_seed(self.answers.seed + number)  # the luck of dropout belongs to the batch, for runs that go on
-        return self.loss_on(self.answers.batch(number))
+        batch = self.answers.batch(number)
+        return self.loss_on(batch, self._chosen(batch))
 
-    def loss_on(self, batch: Batch) -> Tensor:
-        return self._total(self.losses_on(batch))
+    def loss_on(self, batch: Batch, chosen: Tensor | None = None) -> Tensor:
+        return self._total(self.losses_on(batch, chosen))
+
+    def _chosen(self, batch: Batch) -> Tensor | None:
+        """Places that teach, drawn from torch's own luck."""
+        if self.share == 1:
+            return None
+        count = len(batch.places()[0])
+        return torch.randperm(count)[: max(1, round(self.share * count))].sort().values
 
     def _total(self, losses_K: Tensor) -> Tensor:
         """Heads count by their weights."""
@@ -56,10 +71,10 @@ class HeadsObjective(Descent):
         ).sum()
         return total
 
-    def losses_on(self, batch: Batch) -> Tensor:
-        """The loss of every head, [K]."""
+    def losses_on(self, batch: Batch, chosen: Tensor | None = None) -> Tensor:
+        """The loss of every head, [K]. chosen: the places that teach (None: all)."""
         with self.teacher.precision():
-            lesson = Lesson.of(self.module, self.teacher, batch)
+            lesson = Lesson.of(self.module, self.teacher, batch, chosen)
             counts_K = lesson.valid_KP.sum(1).clamp(min=1)
             parts = list(lesson.chunks(chunk(self.module, self.teacher)))
             if len(parts) == 1:  # nothing to save
@@ -70,20 +85,22 @@ class HeadsObjective(Descent):
 
     def _sums(self, lesson: Lesson) -> Tensor:
         """Per head, the loss summed over the places of a chunk, [K]."""
-        log_probs = logits_of(self.module, self.teacher, lesson).float().log_softmax(-1)
-        loss = log_probs.new_zeros(lesson.valid_KP.shape)
-        if self.weights.text:
-            loss = loss - self.weights.text * log_probs.gather(-1, lesson.labels_KP[..., None])[..., 0]
-        if self.weights.teacher:
-            with torch.no_grad():
-                laws = F.linear(lesson.states_PKD, self.teacher.head_VD).float().softmax(-1)
-            loss = loss - self.weights.teacher * (laws.transpose(0, 1) * log_probs).sum(-1)
-        return (loss * lesson.valid_KP).sum(1)
+        logits = logits_of(self.module, self.teacher, lesson).flatten(0, 1)
+        each = losses(logits, self._target_logits(lesson), lesson.labels_KP.flatten(), self.weights)
+        return (each.view(lesson.valid_KP.shape) * lesson.valid_KP).sum(1)
+
+    @torch.no_grad()
+    def _target_logits(self, lesson: Lesson) -> Tensor | None:
+        """[K P, V], where a term asks for the target's law."""
+        if not (self.weights.teacher or self.weights.distance):
+            return None
+        return F.linear(lesson.states_PKD.transpose(0, 1).flatten(0, 1), self.teacher.head_VD)
 
     def validate(self, watch: Watch = unwatched) -> dict[str, float]:
         """`loss`, `head1_loss` .. `headK_loss` (each alone, in nats), `head1_top1` .. `headK_top5` (shares of answer
         tokens), and `tokens_per_step` as projected for the tree."""
-        samples = self.answers.heldout[: self.most_validated] or self.answers.training[: self.most_validated]
+        most = max(1, round(self.most_validated * self.share))
+        samples = self.answers.heldout[:most] or self.answers.training[:most]
         self.module.eval()
         batches, losses, ranks = list(self.answers.batches_of(samples)), list[Tensor](), list[Ranks]()
         for number, batch in enumerate(batches):

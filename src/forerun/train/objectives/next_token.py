@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from forerun.errors import TrainingError
 from forerun.nn.transformer import Transformer
-from forerun.train.objectives.descent import Descent, Group, by_scale, moved
+from forerun.train.objectives.descent import Descent, Group, by_kind
 from forerun.train.run import Watch, unwatched
 from forerun.train.schedule import Schedule
 
@@ -89,17 +89,7 @@ class NextToken(Descent):
 
     def groups(self) -> list[Group]:
         """Muon for the matrices inside the blocks, AdamW for embeddings, heads and vectors; or AdamW for all."""
-        schedule = self.schedule
-        if not schedule.muon_rate:
-            return super().groups()
-        matrices = [(n, p) for n, p in moved(self.module) if p.dim() == 2 and not n.startswith(OUTSIDE)]
-        known = {id(p) for _, p in matrices}
-        others = [(n, p) for n, p in moved(self.module) if id(p) not in known]
-        decay = schedule.weight_decay
-        return [
-            *by_scale(matrices, schedule, rate=schedule.muon_rate, optimiser="muon", weight_decay=decay),
-            *by_scale(others, schedule, rate=schedule.adam_rate, betas=(0.9, 0.95)),
-        ]
+        return by_kind(self.module, self.schedule, OUTSIDE, betas=(0.9, 0.95))
 
     def loss(self, number: int) -> Tensor:
         return self._loss(self.text.batch(number), self.teacher)

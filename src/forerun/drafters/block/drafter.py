@@ -1,0 +1,150 @@
+"""Drafting with a block: the target's states become the layers' own memory, and one forward says all depths at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from forerun.drafters.block import BlockConfig, BlockSettings
+from forerun.drafters.block.network import BlockModule
+from forerun.drafting.checkpoint import demand_fit, load, tree_for
+from forerun.drafting.drafter import Context, Drafter
+from forerun.drafting.growth import Expander, Form, Frontier, StaticTree, TopTree
+from forerun.drafting.heads import ContextReader, StatesDrafter
+from forerun.drafting.workshop import Workshop
+from forerun.model import CHUNK, Scores
+from forerun.nn import ops
+from forerun.nn.cache import Cache
+from forerun.row import Row
+from forerun.tree import TokenTree
+
+
+class Blocks(ContextReader, Protocol):
+    """A block's network with the memory of what the target has read, row by row in slot order."""
+
+    def expander(self, roots: Sequence[int]) -> Expander:
+        """What may follow in every row, whose newest token, not read by the target, is the root."""
+
+
+class TorchBlocks:
+    """In plain torch: the readable version, and the one for CUDA. The memory holds verified tokens alone."""
+
+    def __init__(self, module: BlockModule, embedding_VD: Tensor, head_VD: Tensor):
+        self.module, self.embedding, self.head = module, embedding_VD, head_VD
+        self.cache = Cache(module.stack.config.cache_shape, embedding_VD.dtype, embedding_VD.device)
+
+    def admit(self, row: Row, states_1SD: Tensor | None) -> None:
+        rows = self.cache.rows
+        self.cache.reserve(rows + 1 if rows < self.cache.slots else max(1, 2 * rows), row.limit)
+        slot = self.cache.admit()
+        try:
+            for part in () if states_1SD is None else torch.split(states_1SD[0], CHUNK):
+                self._read(slot, part)
+        except BaseException:
+            self.cache.release(slot)
+            raise
+
+    def release(self, slot: int) -> None:
+        self.cache.release(slot)
+
+    def observe(self, states: Sequence[Tensor]) -> None:
+        for slot, part in enumerate(states):
+            if len(part):
+                self._read(slot, part)
+
+    def retract(self, slot: int, length: int) -> None:
+        self.cache.truncate(slot, length)
+
+    def known(self, slot: int) -> int:
+        return self.cache.lengths[slot]
+
+    @torch.inference_mode()
+    def _read(self, slot: int, states_NM: Tensor) -> None:
+        begin = self.cache.lengths[slot]
+        end = begin + len(states_NM)
+        fused = self.module.fused(states_NM[None].to(self.cache.dtype))
+        positions = torch.arange(begin, end, device=fused.device)[None]
+        for layer in range(self.module.config.layers):
+            for kind, part in enumerate(self.module.memory(layer, fused, positions)):
+                self.cache.store[layer, kind, slot, begin:end] = part[0]
+        self.cache.lengths[slot] = end
+
+    @torch.inference_mode()
+    def expander(self, roots: Sequence[int]) -> Expander:
+        root_B = torch.tensor(roots, device=self.embedding.device)
+        return BlockExpander(self.module, self.states(root_B) @ self.head.T, root_B)
+
+    def states(self, root_B: Tensor) -> Tensor:
+        """The last states of the rows of every block, [B, W, D]."""
+        module, width = self.module, self.module.count
+        lengths_B = torch.tensor(list(self.cache.lengths), device=root_B.device)
+        longest = int(lengths_B.max())
+        positions_BW = lengths_B[:, None] + torch.arange(width, device=root_B.device)
+        outside = torch.arange(longest, device=root_B.device) >= lengths_B[:, None]
+        outside = torch.cat((outside, outside.new_zeros(len(root_B), width)), 1)[:, None].expand(-1, width, -1)
+        x = module.rows(self.embedding[root_B])
+        bias = torch.zeros(outside.shape, dtype=x.dtype, device=x.device).masked_fill_(outside, float("-inf"))
+        for layer in range(module.config.layers):
+            q, k, v = module.project(layer, x, positions_BW)
+            text = self.cache.store[layer, :, : len(root_B), :longest]
+            keys, values = torch.cat((text[0], k.to(text.dtype)), 1), torch.cat((text[1], v), 1)
+            x = module.go_on(layer, x, ops.attention(q, keys, values, bias, module.stack.config.head_dim**-0.5))
+        return module.last_norm(x)
+
+
+class BlockExpander(Expander):
+    """All depths are known at once but for what the token before says."""
+
+    def __init__(self, module: BlockModule, logits_BWV: Tensor, root_B: Tensor):
+        self._module, self._logits, self._root = module, logits_BWV, root_B
+
+    def begin(self) -> Scores:
+        return self._after(self._root[:, None], 0)
+
+    def expand(self, frontier: Frontier) -> Scores:
+        return self._after(frontier.tokens_BW, frontier.depth)
+
+    @torch.inference_mode()
+    def _after(self, tokens_BN: Tensor, depth: int) -> Scores:
+        logits = self._logits[:, depth : depth + 1].expand(-1, tokens_BN.shape[1], -1)
+        before, behind = self._module.before, self._module.behind
+        if before is None or behind is None:
+            return Scores(logits)
+        return Scores(logits + before[tokens_BN] @ behind.T)
+
+
+class BlockDrafter(StatesDrafter):
+    """Grows a tree of any form from one draft forward."""
+
+    def __init__(self, blocks: Blocks, form: Form, layers: Sequence[int]):
+        super().__init__("block", layers)
+        self.blocks, self.form = blocks, form
+        self.max_nodes = form.max_nodes
+
+    @property
+    def reader(self) -> Blocks:
+        return self.blocks
+
+    def propose(self, context: Context) -> TokenTree:
+        roots = [row.tokens[-1] for row in context.rows]
+        depths = [min(depth, most) for depth, most in zip(self.depths(context), context.budgets, strict=True)]
+        if not any(depths):
+            return TokenTree.root(roots, context.device)
+        return self.form.grow(self.blocks.expander(roots), context, depths).tree
+
+
+def build(workshop: Workshop, settings: BlockSettings) -> Drafter:
+    """See `BlockSettings`."""
+    stored = load(settings.checkpoint, "block")
+    module = stored.module(BlockModule, BlockConfig)
+    config, network = module.config, workshop.target.network
+    demand_fit(stored, config.width, config.vocab_size, network)
+    module = module.to(device=network.device, dtype=network.dtype).eval().requires_grad_(False)
+    blocks = TorchBlocks(module, network.input_embedding, network.head_matrix())
+    form: Form = TopTree(settings.nodes, module.count, settings.nodes)
+    if settings.tree is not None:
+        form = StaticTree(tree_for(stored, settings.tree, module.count, config.vocab_size))
+    return BlockDrafter(blocks, form, config.sources)
