@@ -28,7 +28,7 @@ from forerun.sampling import SamplingParams
 
 BLOCK = 5
 CONFIGS = {
-    "one layer": BlockConfig(WIDTH, VOCAB, BLOCK, rank=8, sources=(1, 2), layer=PREFIX),
+    "one layer": BlockConfig(WIDTH, VOCAB, BLOCK, rank=8, sources=(1, -1), layer=PREFIX),
     "two layers": BlockConfig(WIDTH, VOCAB, BLOCK, layers=2, rank=8, sources=(0, 2), layer=PREFIX),
     "no Markov term": BlockConfig(WIDTH, VOCAB, BLOCK, rank=0, sources=(2,), layer=PREFIX),
 }
@@ -50,7 +50,7 @@ def states_of(tokens: tuple[int, ...]) -> dict[int, Tensor]:
 
 
 def joined(config: BlockConfig, tokens: Sequence[int]) -> Tensor:
-    return torch.cat([states_of(tuple(tokens))[source] for source in config.sources], -1)
+    return torch.cat([states_of(tuple(tokens))[source] for source in block(config).reads(2)], -1)
 
 
 # ---- the network
@@ -230,7 +230,7 @@ class Watching(BlockDrafter):
 @every_config
 def test_the_memory_is_that_of_the_text_whatever_runs_beside_it(config: BlockConfig) -> None:
     blocks = TorchBlocks(block(config), lively().embedding.weight, lively().head.weight)
-    drafter = Watching(blocks, TopTree(8, BLOCK, 8), config.sources)
+    drafter = Watching(blocks, TopTree(8, BLOCK, 8), blocks.module.reads(2))
     engine, wishes = (
         Engine(lively(), drafter, max_rows=3),
         [SamplingParams(max_new_tokens=n) for n in (9, 25, 4, 17, 12)],
@@ -245,7 +245,7 @@ def test_the_memory_is_that_of_the_text_whatever_runs_beside_it(config: BlockCon
 
 
 def test_sources_are_spread_over_the_target() -> None:
-    assert [sources_of(top) for top in (1, 2, 8, 32)] == [(1,), (1, 2), (2, 5, 8), (8, 20, 32)]
+    assert [sources_of(top) for top in (1, 2, 8, 32)] == [(-1,), (1, -1), (2, 5, -1), (8, 20, -1)]
 
 
 def test_layers_begin_as_the_targets_last_ones() -> None:

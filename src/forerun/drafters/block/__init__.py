@@ -18,10 +18,14 @@ from forerun.drafting.trained import LARGEST, HeadsConfig, LayerConfig, Preset, 
 from forerun.errors import DrafterError
 
 
+LAST = -1
+
+
 @dataclass(frozen=True)
 class BlockConfig(HeadsConfig):
     """heads: the tokens of a block. layers: its own. rank: of the Markov term, 0 without. sources: the target's layers
-    whose states are fused, numbered as hidden states are. layer: the shape of its layers, None until a target is
+    whose states are fused, numbered as hidden states are; LAST is what the output projection sees, however many
+    layers there are. layer: the shape of its layers, None until a target is
     known."""
 
     heads: int = option(7, "Tokens of a block.", least=1, flag="--block")
@@ -37,7 +41,7 @@ class BlockConfig(HeadsConfig):
         if type(self.rank) is not int or not 0 <= self.rank <= LARGEST:
             raise DrafterError(f"a Markov term of rank {self.rank!r} makes no sense: give a whole number from 0")
         object.__setattr__(self, "sources", tuple(self.sources))
-        if not self.sources or any(type(one) is not int or one < 0 for one in self.sources):
+        if not self.sources or any(type(one) is not int or one < LAST for one in self.sources):
             raise DrafterError(f"the sources {list(self.sources)} make no sense: give numbers of the target's layers")
         if isinstance(self.layer, Mapping):
             object.__setattr__(self, "layer", LayerConfig(**self.layer))

@@ -147,4 +147,4 @@ def build(workshop: Workshop, settings: BlockSettings) -> Drafter:
     form: Form = TopTree(settings.nodes, module.count, settings.nodes)
     if settings.tree is not None:
         form = StaticTree(tree_for(stored, settings.tree, module.count, config.vocab_size))
-    return BlockDrafter(blocks, form, config.sources)
+    return BlockDrafter(blocks, form, module.reads(network.cache_shape.layers))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from forerun.drafters.block import BlockConfig
+from forerun.drafters.block import LAST, BlockConfig
 from forerun.drafting.heads import HeadsModule, Places, layer_like
 from forerun.nn import ops
 from forerun.nn.network import Network
@@ -73,7 +73,7 @@ class BlockModule(HeadsModule):
                         parameter.copy_(theirs[name])
 
     def reads(self, top: int) -> tuple[int, ...]:
-        return self.config.sources
+        return tuple(top if source == LAST else source for source in self.config.sources)
 
     def table(self, embedding_VD: Tensor) -> Tensor:
         return embedding_VD[:, :0] if self.before is None else self.before
@@ -131,7 +131,7 @@ class BlockModule(HeadsModule):
 
     def seen(self, states: Mapping[int, Tensor], places: Places) -> Tensor:
         """The rows' last states [P, W, D] of a block at every place, all side by side."""
-        fused = self.fused(torch.cat([states[source] for source in self.config.sources], -1))
+        fused = self.fused(torch.cat(list(states.values()), -1))
         texts = [places.places_P[places.rows_P == row] for row in range(len(fused))]
         positions_BN = torch.arange(fused.shape[1], device=fused.device).expand(len(fused), -1)
         positions_PW = 1 + places.places_P[:, None] + torch.arange(self.count, device=fused.device)
@@ -186,5 +186,6 @@ def fitted(fields: dict[str, Any], network: Network) -> dict[str, Any]:
 
 
 def sources_of(top: int) -> tuple[int, ...]:
-    """Three of so many layers: of eight, 2, 5 and 8."""
-    return tuple(sorted({max(1, round(top / 4)), max(1, round(5 * top / 8)), top}))
+    """Three of so many layers: of eight, 2, 5 and the last."""
+    inner = {max(1, round(top / 4)), max(1, round(5 * top / 8))}
+    return (*sorted(inner - {top}), LAST)
