@@ -17,7 +17,6 @@ from forerun.drafting.settings import demand_count, option, setting
 from forerun.drafting.trained import LARGEST, HeadsConfig, LayerConfig, Preset, Trained, Weights, demand_counts
 from forerun.errors import DrafterError
 
-
 LAST = -1
 
 
