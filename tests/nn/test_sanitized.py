@@ -105,11 +105,11 @@ def test_nothing_is_read_or_written_out_of_place(sanitized: Path) -> None:
     }
     chosen = " or ".join(f"({Path(name).name} and ({words}))" for name, words in TESTS.items())
     files = [str(Path(__file__).parent / name) for name in TESTS]
-    command = [sys.executable, "-m", "pytest", *files, "-xsv", "-p", "no:cacheprovider", "-k", chosen]
+    command = [sys.executable, "-m", "pytest", *files, "-xs", "-rp", "-p", "no:cacheprovider", "-k", chosen]
     run = subprocess.run(command, env=os.environ | settings, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, report(run)
     for name in TESTS:
-        passed = len(re.findall(rf"\b{Path(name).name}::.* PASSED", run.stdout))
+        passed = len(re.findall(rf"^PASSED .*\b{Path(name).name}::", run.stdout, re.MULTILINE))
         assert passed > 50, f"{name} was skipped: {run.stdout[-300:]}"  # a library that cannot be loaded
 
 
