@@ -1,10 +1,22 @@
-"""One thread per test process: small tensors gain nothing from more, and a busy machine loses much."""
+"""One thread per test process, and per process that a test starts: small tensors gain nothing from
+more, and threads that wait for one another cost a busy machine much.
+"""
 
 from __future__ import annotations
 
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # numpy and torch read it when they are imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+LONGEST = "test_nothing_is_read_or_written_out_of_place"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes begins first, or the other processes would have to wait for it in the end."""
+    items.sort(key=lambda item: item.name != LONGEST)

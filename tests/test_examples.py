@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import json
+import runpy
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
+
+from forerun.bench import suites
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 TARGET = str(ROOT / "models" / "target")
 
 
-def run(name: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, str(EXAMPLES / name), TARGET, *words],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+@dataclass(frozen=True)
+class Done:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run an example as a program, in an empty folder and in this process: to import torch takes longer than most."""
+
+    def call(name: str, *words: str) -> Done:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [name, TARGET, *words])
+        code = 0
+        try:
+            runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return Done(code, *capfd.readouterr())
+
+    return call
 
 
 def test_every_example_is_tested_and_listed() -> None:
@@ -31,30 +52,33 @@ def test_every_example_is_tested_and_listed() -> None:
         assert path.name in (EXAMPLES / "README.md").read_text()
 
 
-def test_speed_up_your_model(tmp_path: Path) -> None:
+def test_speed_up_your_model(run: Run, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("import os\n\n    return x\n")
-    done = run("speed_up.py", tmp_path, "--prompts", str(prompts), "--tokens", "16", "--drafter", "lookup")
-    assert done.returncode == 0, done.stderr
-    plain, drafted, _, best = done.stdout.splitlines()
+    done = run("speed_up.py", "--prompts", str(prompts), "--tokens", "16", "--drafter", "lookup")
+    assert done.code == 0, done.err
+    plain, drafted, _, best = done.out.splitlines()
     assert plain.startswith("none") and drafted.startswith("lookup")
-    assert "DIFFERENT" not in done.stdout and "fastest here: forerun.load(" in best
+    assert "DIFFERENT" not in done.out and "fastest here: forerun.load(" in best
 
 
-def test_train_heads_for_it(tmp_path: Path) -> None:
-    done = run("train_heads.py", tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_train_heads_for_it(run: Run, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": one.prompt[:300]}) + "\n" for one in suites.load()))
+    amounts = ("--tokens", "64", "--steps", "4", "--rows", "2", "--length", "128", "--calibrate", "2")
+    done = run("train_heads.py", "--prompts", str(prompts), *amounts)
+    assert done.code == 0, done.err
     assert {"config.json", "model.safetensors"} <= {path.name for path in (tmp_path / "heads").iterdir()}
-    assert "tokens per step" in done.stdout.splitlines()[-1]
+    assert "tokens per step" in done.out.splitlines()[-1]
 
 
-def test_prove_that_it_is_exact(tmp_path: Path) -> None:
-    done = run("prove_exact.py", tmp_path, "--tokens", "40", "--samples", "20")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith("EXACT: drafter lookup")
+def test_prove_that_it_is_exact(run: Run) -> None:
+    done = run("prove_exact.py", "--tokens", "40", "--samples", "20")
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[-1].startswith("EXACT: drafter lookup")
 
 
-def test_a_lossy_rule_is_not_proven_exact(tmp_path: Path) -> None:
-    done = run("prove_exact.py", tmp_path, "--tokens", "8", "--samples", "20", "--acceptance", "typical")
-    assert done.returncode == 1, done.stderr
-    assert "LOSSY" in done.stdout
+def test_a_lossy_rule_is_not_proven_exact(run: Run) -> None:
+    done = run("prove_exact.py", "--tokens", "8", "--samples", "20", "--acceptance", "typical")
+    assert done.code == 1, done.err
+    assert "LOSSY" in done.out

@@ -3,6 +3,8 @@ over 1,000 tokens in fp32."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import forerun
 from forerun.bench.suites import load as load_suite
 from forerun.drafting.spec import describe
 from forerun.engine.engine import Engine
+from forerun.engine.requests import Output
 from forerun.native import library
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -51,40 +54,51 @@ def expected(prompts: list[list[int]]) -> list[list[int]]:
     return [output.token_ids for output in engine.generate(prompts, GREEDY)]
 
 
+@pytest.fixture(scope="module")
+def expected_bf16(prompts: list[list[int]]) -> list[list[int]]:
+    return [output.token_ids for output in forerun.load(MODELS / "target", dtype="bf16").generate(prompts, GREEDY)]
+
+
 def drafted(name: str, rows: int) -> Engine:
     return forerun.load(MODELS / "target", drafter=DRAFTERS[name], dtype="fp32", max_rows=rows)
+
+
+Written = Callable[[str, int], list[Output]]
+
+
+@pytest.fixture(scope="module")
+def written(prompts: list[list[int]]) -> Written:
+    """What a drafter makes of the prompts, so many rows at once; generated once."""
+    return cache(lambda name, rows: drafted(name, rows).generate(prompts, GREEDY))
 
 
 @pytest.mark.parametrize("rows", [1, ROWS])
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_a_thousand_greedy_tokens_are_identical(
-    name: str, rows: int, prompts: list[list[int]], expected: list[list[int]]
+    name: str, rows: int, written: Written, expected: list[list[int]]
 ) -> None:
-    outputs = drafted(name, rows).generate(prompts, GREEDY)
+    outputs = written(name, rows)
     assert sum(len(output.token_ids) for output in outputs) >= 1000
     assert [output.token_ids for output in outputs] == expected
 
 
-def test_every_drafter_helps(prompts: list[list[int]]) -> None:
+def test_every_drafter_helps(written: Written) -> None:
     for name in ("lookup", "small", "wide", "medusa", "hydra", "hydra++"):
-        stats = [output.stats for output in drafted(name, ROWS).generate(prompts, GREEDY)]
+        stats = [output.stats for output in written(name, ROWS)]
         assert sum(one.accepted_tokens for one in stats) > 0.2 * sum(one.steps for one in stats), name
 
 
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
 @pytest.mark.parametrize("weights", ["auto", "target"])
 @pytest.mark.parametrize("name", ["medusa", "hydra", "hydra++"])
-def test_heads_in_any_format_change_nothing_in_bf16(name: str, weights: str, prompts: list[list[int]]) -> None:
+def test_heads_in_any_format_change_nothing_in_bf16(
+    name: str, weights: str, prompts: list[list[int]], expected_bf16: list[list[int]]
+) -> None:
     """int8 heads (auto) guess a little differently, and the target says what it says."""
     description = {**describe(DRAFTERS[name]), "weights": weights}
-    texts = [
-        [output.token_ids for output in engine.generate(prompts, GREEDY)]
-        for engine in (
-            forerun.load(MODELS / "target", dtype="bf16"),
-            forerun.load(MODELS / "target", drafter=description, dtype="bf16"),
-        )
-    ]
-    assert texts[0] == texts[1] and sum(map(len, texts[0])) >= 1000
+    outputs = forerun.load(MODELS / "target", drafter=description, dtype="bf16").generate(prompts, GREEDY)
+    assert [output.token_ids for output in outputs] == expected_bf16
+    assert sum(len(output.token_ids) for output in outputs) >= 1000
 
 
 def test_a_deterministic_drafter_samples_the_same_text_as_plain_decoding(prompts: list[list[int]]) -> None:

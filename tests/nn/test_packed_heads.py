@@ -133,14 +133,26 @@ class Case:
         return (heads or self.packed()).draft(self.contexts[list(rows)], roots, TREES[self.tree])
 
 
-def rounded(weight: Tensor, weights: torch.dtype) -> Tensor:
-    return Packed.of(weight, weights).unpacked().double()
+def rounded(head: HeadWeights, weights: torch.dtype) -> HeadWeights:
+    """Every matrix in float64, as it is rounded when it is packed."""
+
+    def one(weight: Tensor) -> Tensor:
+        return Packed.of(weight, weights).unpacked().double()
+
+    assert isinstance(head.vocabulary, Tensor)
+    return replace(
+        head,
+        first=one(head.first),
+        through=None if head.through is None else one(head.through),
+        blocks=tuple((one(weight), bias) for weight, bias in head.blocks),
+        vocabulary=one(head.vocabulary),
+    )
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, weights: torch.dtype) -> Tensor:
-    """In float64, of inputs and weights as they are rounded for a product."""
+    """In float64, of inputs that are rounded for a product with a weight that has been."""
     inputs = quantised(x.float()) if weights == INT8 else x.to(weights).double()
-    y = rounded(weight, weights) @ inputs
+    y = weight @ inputs
     return y if bias is None else y + bias.double()
 
 
@@ -156,7 +168,8 @@ def logits(head: HeadWeights, z: Tensor, weights: torch.dtype) -> Tensor:
 def check(case: Case, drafted: list[list[int]]) -> None:
     """Every node is its parent's best token of its rank: exactly in fp32, else up to roundings that
     fall the other way."""
-    tree, heads, embedding = TREES[case.tree], case.heads(), case.embedding
+    tree, embedding = TREES[case.tree], case.embedding
+    heads = [rounded(head, case.weights) for head in case.heads()]
     slack = {FP32: 0.0, BF16: 0.01, INT8: 0.06}[case.weights]
     assert len(drafted) == case.rows
     for context, root, tokens in zip(case.contexts.double(), case.roots, drafted, strict=True):
