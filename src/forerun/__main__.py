@@ -1,4 +1,4 @@
-"""The command line, as `forerun` or `python -m forerun`. Ctrl-C is no mistake while it is still being imported, either."""
+"""The command line, as `forerun` or `python -m forerun`. Ctrl-C while it is being imported is no mistake, either."""
 
 from __future__ import annotations
 
