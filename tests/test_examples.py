@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +14,10 @@ EXAMPLES = ROOT / "examples"
 TARGET = str(ROOT / "models" / "target")
 
 
-def run(name: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def run(name: str, folder: Path, *words: str, model: str = TARGET) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
-        [sys.executable, str(EXAMPLES / name), TARGET, *words],
+        [sys.executable, str(EXAMPLES / name), model, *words],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -39,6 +41,19 @@ def test_speed_up_your_model(tmp_path: Path) -> None:
     plain, drafted, _, best = done.stdout.splitlines()
     assert plain.startswith("none") and drafted.startswith("lookup")
     assert "DIFFERENT" not in done.stdout and "fastest here: forerun.load(" in best
+
+
+def test_a_model_of_a_short_context_and_what_is_wrong_in_a_sentence(tmp_path: Path) -> None:
+    """The prompts of the suite are cut to what there is room for."""
+    short = tmp_path / "short"
+    shutil.copytree(TARGET, short, copy_function=os.symlink)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").unlink()
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    done = run("speed_up.py", tmp_path, "--tokens", "8", "--drafter", "lookup", model=str(short))
+    assert done.returncode == 0 and "identical" in done.stdout, done.stderr
+    done = run("speed_up.py", tmp_path, "--drafter", "lokup")
+    assert done.returncode == 1 and "did you mean" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_train_heads_for_it(tmp_path: Path) -> None:
