@@ -9,6 +9,7 @@ No drafter changes the text. Where none of them helps, that is the answer.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -32,11 +33,13 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     asked = arguments()
     texts = asked.prompts.read_text().splitlines() if asked.prompts else [one.prompt for one in suites.load()]
-    prompts = [text for text in texts if text.strip()][: asked.limit]
+    texts = [text for text in texts if text.strip()][: asked.limit]
     params = forerun.SamplingParams(max_new_tokens=asked.tokens, ignore_eos=True)
     plain_ids, plain_rate, rates = None, 0.0, {}
     for drafter in ["none", *(asked.drafter or ["lookup", "hierarchy"])]:
         engine = forerun.load(asked.model, drafter=drafter, max_rows=asked.rows)
+        room = max(1, engine.target.max_length - asked.tokens)
+        prompts = [engine.encode(text)[:room] for text in texts]
         engine.generate(prompts[0], params)  # the first text warms everything up
         begun = time.perf_counter()
         outputs = engine.generate(prompts, params)
@@ -59,4 +62,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except forerun.ForerunError as error:
+        sys.exit(str(error))

@@ -44,7 +44,9 @@ def main() -> None:
     asked = arguments()
     answers = asked.out.with_name(asked.out.name + ".jsonl")
     source = ["--prompts", asked.prompts] if asked.prompts else ["--builtin"]
-    failed = command("distill", asked.model, *source, "--out", answers, "--max-new-tokens", asked.tokens) or command(
+    luck = ("--temperature", 0, "--temperature", 0.8)  # greedy answers alone repeat themselves
+    failed = command("distill", asked.model, *source, "--out", answers, "--max-new-tokens", asked.tokens, *luck)
+    failed = failed or command(
         *("train", asked.kind, "--target", asked.model, "--data", answers, "--out", asked.out),
         *("--steps", asked.steps, "--rows", asked.rows, "--length", asked.length),
         *("--start-batches", asked.start_batches),

@@ -17,6 +17,7 @@ from forerun.cli import run
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROSE = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("*/README.md"))]
 
 
 def blocks(language: str) -> list[pytest.ParameterSet]:
@@ -77,6 +78,13 @@ def test_the_scripts_exist_and_can_be_run() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().split()) <= 900
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: page.stem)
+def test_prose_wraps(page: Path) -> None:
+    """At 100. Tables, pictures and code, which is fenced or indented, are as wide as they must be."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert not [line for line in text.splitlines() if len(line) > 100 and not line.startswith(("|", "![", "    "))]
 
 
 def test_every_module_of_the_rooms_exists() -> None:

@@ -726,6 +726,26 @@ def test_an_engine_survives_a_processor_that_raises(name: str) -> None:
     assert [output.token_ids for output in outputs] == [plain(tables()["target"], p, 10) for p in ([1], [2, 3])]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@every_drafter
+def test_a_processor_that_has_nothing_to_say_behind_the_end(name: str, temperature: float) -> None:
+    """A grammar knows no word behind the end of a text. Drafts go there, and the answer does not."""
+    end, prompts = 3, [[0], [1, 2], [2, 2]]
+
+    def grammar(ids: Tensor, scores: Tensor) -> Tensor:
+        return torch.full_like(scores, -math.inf) if end in ids[0].tolist() else scores
+
+    params = SamplingParams(temperature=temperature, seed=4, max_new_tokens=60, processors=(grammar,))
+    outputs = engine(name).generate(prompts, replace(params, stop_token_ids=(end,)))
+    assert all(end not in output.token_ids[:-1] for output in outputs)
+    assert any(output.token_ids[-1] == end for output in outputs)
+    if not temperature:
+        plainly = [plain(tables()["target"], prompt, 60) for prompt in prompts]
+        assert [output.token_ids for output in outputs] == [text[: text.index(end) + 1] for text in plainly]
+    with pytest.raises(RequestError, match="forbid every token"):
+        engine(name).generate(prompts, params)
+
+
 @pytest.mark.parametrize("name", ["none", "lookup", "small", "three models"])
 def test_a_stream_that_is_closed_or_an_engine_that_is_cleared_leaves_nothing_behind(name: str) -> None:
     one = engine(name, max_rows=3)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,14 +34,16 @@ Run = Callable[..., Done]
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     """Run an example as a program, in an empty folder and in this process: to import torch takes longer than most."""
 
-    def call(name: str, *words: str) -> Done:
+    def call(name: str, *words: str, model: str = TARGET) -> Done:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [name, TARGET, *words])
+        monkeypatch.setattr(sys, "argv", [name, model, *words])
         code = 0
         try:
             runpy.run_path(str(EXAMPLES / name), run_name="__main__")
         except SystemExit as end:
-            code = int(end.code or 0)
+            code = end.code if isinstance(end.code, int) else int(bool(end.code))
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
         return Done(code, *capfd.readouterr())
 
     return call
@@ -60,6 +64,19 @@ def test_speed_up_your_model(run: Run, tmp_path: Path) -> None:
     plain, drafted, _, best = done.out.splitlines()
     assert plain.startswith("none") and drafted.startswith("lookup")
     assert "DIFFERENT" not in done.out and "fastest here: forerun.load(" in best
+
+
+def test_a_model_of_a_short_context_and_what_is_wrong_in_a_sentence(run: Run, tmp_path: Path) -> None:
+    """The prompts of the suite are cut to what there is room for."""
+    short = tmp_path / "short"
+    shutil.copytree(TARGET, short, copy_function=os.symlink)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").unlink()
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    done = run("speed_up.py", "--tokens", "8", "--drafter", "lookup", model=str(short))
+    assert done.code == 0 and "identical" in done.out, done.err
+    done = run("speed_up.py", "--drafter", "lokup")
+    assert done.code == 1 and "did you mean" in done.err and "Traceback" not in done.err
 
 
 def test_train_heads_for_it(run: Run, tmp_path: Path) -> None:

@@ -51,6 +51,16 @@ def test_it_names_the_model_and_the_machine_and_every_line():
     assert names == [["training", "held out"], ["head 1", "head 2"], ["head 1", "head 2"], ["plain", "1.30"]]
 
 
+def test_no_two_marks_of_an_axis_are_named_alike():
+    """Heads that have learnt little differ by less than a percent."""
+    rows = [row | {f"head{head}_top1": 0.01 + 0.001 * row["step"] / 10 / head for head in (1, 2)} for row in HEADS]
+    sheet = drawing(rows, *SAID)(LIGHT)
+    sheet.figure.canvas.draw()
+    for axes in sheet.panels:
+        names = [label.get_text() for label in axes.get_yticklabels()]
+        assert len(names) == len(set(names)) > 1
+
+
 @pytest.mark.parametrize("theme", [LIGHT, DARK])
 def test_a_colour_means_one_thing(theme):
     panels = drawing(HEADS, *SAID)(theme).panels

@@ -386,3 +386,29 @@ def test_what_can_be_read_only_once_is_refused(name: str) -> None:
     """Looked at, it would be empty when it is wanted."""
     with pytest.raises(RequestError, match=f"{name}=<generator"):
         SamplingParams.of({name: (one for one in ())})
+
+
+# ---- processors that give back what is no law
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (lambda scores: None, "returned NoneType"),
+        (lambda scores: scores.numpy(), "returned ndarray"),
+        (lambda scores: scores[0], r"returned a tensor \[7\].*\[1, 7\]"),
+        (lambda scores: scores * math.nan, "returned nan"),
+        (lambda scores: scores + torch.tensor([0, math.inf, 0, 0, 0, 0, 0]), "returned inf"),
+    ],
+    ids=["nothing", "an array", "another shape", "NaN", "infinity"],
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_a_processor_returns_is_a_law_or_refused(made: Any, words: str, temperature: float) -> None:
+    """NaN was the first token, or the last row of the matrix, without a word."""
+
+    def strange(ids: Tensor, scores: Tensor) -> Any:
+        return made(scores)
+
+    params = SamplingParams(processors=(strange,), temperature=temperature)
+    with pytest.raises(RequestError, match=words):
+        node_scores(TokenTree.root([0], CPU), rng_logits(0, 1, 1, VOCAB), [Row([0], 1, params, 0, 9)])

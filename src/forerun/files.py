@@ -127,18 +127,21 @@ class Claim:
                 self.give_up()
 
 
-def claim(path: Path) -> Claim:
-    """Claim a file, which is made if it is not there. Raises OSError; BlockingIOError if somebody else has a claim."""
+def claim(path: Path, mode: int = 0o600) -> Claim:
+    """Claim a folder, or a file, which is made if it is not there. mode: its permissions then, less the umask.
+
+    Raises OSError; BlockingIOError if somebody else has a claim.
+    """
     try:
-        return _claim(path)
+        return _claim(path, mode)
     except BlockingIOError:
         gc.collect()  # claims of objects that only wait to be collected count for nothing
-        return _claim(path)
+        return _claim(path, mode)
 
 
-def _claim(path: Path) -> Claim:
+def _claim(path: Path, mode: int) -> Claim:
     while True:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o600)
+        descriptor = os.open(path, os.O_RDONLY | (0 if path.is_dir() else os.O_CREAT), mode)
         there = os.fstat(descriptor)
         claimed = Claim(descriptor)
         if os.path.samestat(there, path.stat()):  # or it was renamed over in the meantime

@@ -219,16 +219,33 @@ class Prefix:
     prompt_length: int
 
 
+@dataclass(frozen=True)
+class Edits:
+    """scores_NV: of every node, edited. ends: nodes behind which processors forbid every token; what
+    stands there, and below, is not edited, so that it is a law whoever looks at it."""
+
+    scores_NV: Tensor
+    ends: frozenset[int]
+
+
 def edited(
     scores_NV: Tensor, params: SamplingParams, prefixes: Sequence[Prefix], parents: Sequence[int] = ()
 ) -> Tensor:
+    """The scores of `edits_of`."""
+    return edits_of(scores_NV, params, prefixes, parents).scores_NV
+
+
+def edits_of(
+    scores_NV: Tensor, params: SamplingParams, prefixes: Sequence[Prefix], parents: Sequence[int] = ()
+) -> Edits:
     """Bias, penalties and processors for the nodes of one row; `prefixes[n]` is node n's own prefix (itself included).
 
     parents: of the nodes, if they form a tree. What is forbidden at a node leads nowhere:
-    everything below it stays as it is, for a grammar may not know what to say there.
+    everything below it stays as it is, for a grammar may not know what to say there. RequestError
+    for a processor that gives back what is no law.
     """
-    scores_NV = scores_NV.clone()
-    nowhere: set[int] = set()
+    given_NV, scores_NV = scores_NV, scores_NV.clone()
+    nowhere, ends = set[int](), set[int]()
     for node, prefix in enumerate(prefixes):
         if parents and parents[node] >= 0 and params.forbids:
             parent = parents[node]
@@ -240,12 +257,36 @@ def edited(
             scores[token] += bias
         _penalise(scores, params, prefix)
         if params.processors:
-            ids = torch.tensor([prefix.tokens], dtype=torch.int64, device=scores.device)
-            batch = scores[None]
-            for processor in params.processors:
-                batch = processor(ids, batch)
-            scores_NV[node] = batch[0]
-    return scores_NV
+            scores_NV[node] = _processed(scores, params.processors, prefix)
+            if float(scores_NV[node].max()) == -math.inf:
+                scores_NV[node] = given_NV[node]
+                nowhere.add(node)
+                ends.add(node)
+    return Edits(scores_NV, frozenset(ends))
+
+
+def _processed(scores_V: Tensor, processors: Sequence[Processor], prefix: Prefix) -> Tensor:
+    ids, batch = torch.tensor([prefix.tokens], dtype=torch.int64, device=scores_V.device), scores_V[None]
+    for processor in processors:
+        batch = _demand_scores(processor(ids, batch), batch, processor)
+    return batch[0]
+
+
+def _demand_scores(found: object, given: Tensor, processor: Processor) -> Tensor:
+    """RequestError unless a processor has given back what can be sampled from, or nothing but what it forbids."""
+    name = getattr(processor, "__name__", type(processor).__name__)
+    if not isinstance(found, Tensor) or found.shape != given.shape:
+        what = f"a tensor {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise RequestError(
+            f"the logits processor {name} returned {what}: return scores of the shape it was given, {list(given.shape)}"
+        )
+    best = float(found.max())
+    if math.isnan(best) or best == math.inf:
+        raise RequestError(
+            f"the logits processor {name} returned {best} among its scores: return finite numbers, or -inf for what is"
+            " forbidden"
+        )
+    return found
 
 
 def _penalise(scores_V: Tensor, params: SamplingParams, prefix: Prefix) -> None:

@@ -154,3 +154,20 @@ def test_ctrl_c_where_nothing_is_said_does_not_end_the_conversation(chatty, fore
     code, out, err = forerun("chat", chatty, *SHORT)
     assert code == 0 and "interrupted" not in err
     assert out.index("Ctrl-D ends the conversation") < out.index("nothing has been said yet")
+
+
+def test_two_slashes_say_one(chatty, talked, answer):
+    said = answer(chatty, "<|bos|>user: /usr is what?\nassistant:")
+    assert talked(chatty, ["//usr is what?"]) == f"{said}\n"
+    assert "begin with // to say it" in talked(chatty, ["/usr is what?"])
+
+
+def test_an_answer_is_compared_with_plain_decoding_and_the_end_says_what_it_cost(chatty, forerun, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\nWhy?\n"))
+    code, out, err = forerun("chat", chatty, *SHORT, "--compare")
+    assert code == 0 and out.count("identical: ") == 2 and out.count("\nplain ") == 2
+    (summary,) = [line for line in err.splitlines() if "tokens per step" in line]
+    assert "tokens/s" in summary
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
+    code, out, err = forerun("chat", chatty, *SHORT)
+    assert code == 0 and "identical" not in out and "tokens/s" in err

@@ -184,7 +184,9 @@ def test_a_result_file_without_a_folder_is_refused_before_the_work(refused, fami
 def test_sentences():
     assert sentence_of(ForerunError("x is wrong: mend it")) == "x is wrong: mend it"
     assert sentence_of(CheckpointError("these differ:\n  a\n  b")) == "these differ: (a; b)"
-    assert sentence_of(PermissionError(errno.EACCES, "Permission denied", "out.json")) == "out.json: Permission denied"
+    assert sentence_of(PermissionError(errno.EACCES, "Permission denied", "out.json")) == (
+        "out.json: Permission denied: change its permissions, or name another place"
+    )
     assert "make room" in sentence_of(OSError(errno.ENOSPC, "No space left on device"))
     assert "memory" in sentence_of(MemoryError())
     assert "memory" in sentence_of(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"))
@@ -197,3 +199,45 @@ def test_a_mistake_of_our_own_keeps_its_traceback(forerun, monkeypatch):
     monkeypatch.setattr("forerun.nn.dtype.device_of", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         forerun("inspect")
+
+
+@pytest.mark.parametrize("package", ["typer", "transformers"])
+def test_ctrl_c_while_packages_are_imported_is_no_mistake(package, family):
+    """The second one makes an ImportError of it, as importers do that load a module when it is first used."""
+    lines = [
+        "import runpy, signal, sys",
+        "class Pressed:",
+        "    def find_spec(self, name, path=None, target=None):",
+        f"        if name == {package!r}:",
+        "            sys.meta_path.remove(self)",
+        "            try:",
+        "                signal.raise_signal(signal.SIGINT)",
+        "            except KeyboardInterrupt as error:",
+        "                if name == 'typer':",
+        "                    raise",
+        "                raise ModuleNotFoundError(name) from error",
+        "sys.meta_path.insert(0, Pressed())",
+        "runpy.run_module('forerun', run_name='__main__')",
+    ]
+    command = [sys.executable, "-c", "\n".join(lines), "generate", str(family / "target"), "x"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "forerun: interrupted\n")
+
+
+def test_what_the_system_refuses_says_how_to_mend_it():
+    for number, words in (
+        (errno.ENOENT, "check the path"),
+        (errno.ENOSPC, "make room"),
+        (errno.EROFS, "name another place"),
+        (errno.EIO, "can be given again"),
+    ):
+        assert words in sentence_of(OSError(number, "no", "file"))
+
+
+def test_a_run_that_cannot_be_kept(tmp_path):
+    from forerun.errors import TrainingError
+    from forerun.train.run import Record
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrainingError, match="name another --run"):
+        Record({"a": 1}).demand_same(tmp_path / "file" / "run")

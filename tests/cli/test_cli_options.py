@@ -20,7 +20,7 @@ HEADS = (
     "--target --data --out --run --heads --layers --tied-layers --vocabulary --dropout --text-weight --teacher-weight"
     " --head-decay --steps --rows --batch-size --length --parts --rate --lr --validate-every --save-every --seed"
     " --init-from --dtype --device"
-    " --kernels --floor --start-batches"
+    " --kernels --floor --start-batches --threads"
 )
 OPTIONS = {
     "demo": f"{SAMPLING} {MACHINE} {PROMPTS} --acceptance --drafter --drafters --show --limit --rounds --json --plot"
@@ -28,8 +28,8 @@ OPTIONS = {
     "generate": f"{SAMPLING} {MACHINE} {PROMPTS} {CHAT} --acceptance --drafter --repetition-penalty"
     " --presence-penalty --frequency-penalty --n --stop --ignore-eos --max-rows --batch-size --logprobs --json --out"
     " --compare --revision --num-speculative-tokens --speculative-config",
-    "chat": f"{SAMPLING} {MACHINE} --system --chat-template --template --raw --drafter --acceptance --revision"
-    " --num-speculative-tokens --speculative-config",
+    "chat": f"{SAMPLING} {MACHINE} --system --chat-template --template --raw --compare --drafter --acceptance"
+    " --revision --num-speculative-tokens --speculative-config",
     "check": f"{SAMPLING} {MACHINE} {PROMPTS} {CHAT} --drafter --tokens --rows --batch-size --samples --json --revision"
     " --num-speculative-tokens --speculative-config",
     "index": "--tokenizer --out",
@@ -38,18 +38,18 @@ OPTIONS = {
     " --max-tokens --temperature --seed --revision",
     "convert": f"{PROMPTS} --to --out --target",
     "distill": f"{SAMPLING} {MACHINE} {PROMPTS} {CHAT} --out --builtin --corpus --prompt-length --limit"
-    " --max-looping --drafter --rows --batch-size --revision --num-speculative-tokens",
+    " --max-looping --drafter --rows --batch-size --revision --num-speculative-tokens --speculative-config",
     "train lm": "--corpus --run --out --build-corpus --vocabulary --width --layers --heads --kv-heads --head-dim"
     " --mlp-width --max-length --grow-from --init-from --init-layers --teacher --steps --rows --batch-size --length"
     " --first"
-    " --warmup --decay --muon-rate --adam-rate --validate-every --save-every --seed --device --compile",
+    " --warmup --decay --muon-rate --adam-rate --validate-every --save-every --seed --device --threads --compile",
     "train medusa": HEADS,
     "train hydra": HEADS,
     "train hydra++": HEADS,
     "train medusa2": "--target --data --out --run --init-from --heads --layers --tied-layers --vocabulary --keep"
     " --head-weight --ramp --head-decay --rank --alpha --steps --rows --batch-size --length --parts --rate --lr"
     " --head-rate --validate-every"
-    " --save-every --seed --dtype --device",
+    " --save-every --seed --dtype --device --threads",
 }
 
 

@@ -15,6 +15,7 @@ from forerun.cli import comparison
 from forerun.cli.comparison import Side
 from forerun.engine.engine import Engine
 from forerun.engine.requests import Output, Stats
+from forerun.files import claim
 
 SHORT = ("-n", 6, "--dtype", "fp32", "--ignore-eos")
 
@@ -183,7 +184,7 @@ def test_a_prompt_file_may_grow(target, prompts, forerun, tmp_path):
     assert forerun(*base)[0] == 0
     with prompts.open("a") as file:
         file.write('{"prompt": "z = 9"}\n')
-    assert forerun(*base)[1] == f"{out}: 1 new texts, 5 from before\n"
+    assert forerun(*base)[1] == f"{out}: 1 new text, 5 from before\n"
     assert rows_of(out)[-1]["id"] == "prompt-6"
 
 
@@ -219,3 +220,22 @@ def test_the_first_difference_is_shown_with_its_reason(target):
     assert "drafted ends" in comparison.verdict(side(same), side(same[:2]), engine)
     assert "lossy" in comparison.verdict(side(same), side(other, exact=False), engine)
     assert "follow the same law" in comparison.verdict(side(same), side(other, rule="speculative sampling"), engine)
+
+
+def test_two_writers_of_one_file_are_one_too_many(target, prompts, refused, forerun, tmp_path):
+    out = tmp_path / "o.jsonl"
+    base = ("generate", target, "--prompts", prompts, *SHORT, "--out", out)
+    claimed = claim(out)
+    assert "written by another command" in refused(*base) and not out.read_text()
+    claimed.give_up()
+    assert forerun(*base)[0] == 0 and forerun(*base)[1].endswith("0 new texts, 5 from before\n")
+
+
+def test_anybody_may_read_what_was_written(target, prompts, forerun, tmp_path):
+    out = tmp_path / "o.jsonl"
+    before = os.umask(0o022)
+    try:
+        assert forerun("generate", target, "--prompts", prompts, *SHORT, "--out", out)[0] == 0
+    finally:
+        os.umask(before)
+    assert out.stat().st_mode & 0o777 == 0o644

@@ -33,6 +33,10 @@ SYNONYMS = [
     (("train", "hydra", *HEADS), "--lr", "rate", 7.0),
     (("train", "medusa2", *HEADS), "--lr", "rate", 7.0),
     (("train", "medusa2", *HEADS), "--batch-size", "rows", 7),
+    (("train", "medusa2", *HEADS), "--threads", "threads", 7),
+    (("train", "hydra", *HEADS), "--threads", "threads", 7),
+    (("train", "lm", "--corpus", "c"), "--threads", "threads", 7),
+    (("distill", "m", "--out", "o"), "--speculative-config", "speculative_config", "7"),
     (("generate", "m"), "--num-speculative-tokens", "num_speculative_tokens", 7),
     (("generate", "m"), "--revision", "revision", "7"),
     (("distill", "m", "--out", "o"), "--template", "chat_template", None),
@@ -109,3 +113,15 @@ def test_quiet_and_verbose(family, forerun):
         code, text, much = forerun(*base, word)
         assert code == 0 and text == out and "parameters on" in much and "tokens per step" in much
     assert forerun(*base)[2].count("\n") == 1, "one command's words are not another's"
+
+
+@pytest.mark.parametrize("words", [("-q", "generate"), ("generate", "-q"), ("--quiet", "generate")])
+def test_quiet_before_and_behind_the_command(forerun, family, words):
+    code, out, err = forerun(*words, family / "target", "x", "-n", 3)
+    assert code == 0 and out and not err
+    assert "tokens per step" in forerun("generate", family / "target", "x", "-n", 3)[2]
+
+
+def test_verbose_before_the_command(forerun, family):
+    assert "parameters" in forerun("-v", "generate", family / "target", "x", "-n", 3)[2]
+    assert "parameters" in forerun("-q", "generate", family / "target", "x", "-n", 3, "-v")[2]

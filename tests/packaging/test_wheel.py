@@ -94,6 +94,7 @@ def test_without_kernels_it_fits_any_platform(tree: Path) -> None:
     assert wheel.name.endswith("-py3-none-any.whl")
     assert contents(wheel) >= ALWAYS and "forerun/native/_kernels.so" not in contents(wheel)
     assert "Root-Is-Purelib: true" in metadata(wheel, "WHEEL")
+    assert "forerun = forerun.__main__:main" in metadata(wheel, "entry_points.txt")
 
 
 def test_without_a_compiler_it_says_why_there_are_no_kernels(tree: Path) -> None:

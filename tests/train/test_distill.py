@@ -254,7 +254,7 @@ def test_an_interrupted_run_goes_on_to_the_same_answers(tmp_path, steps, monkeyp
     monkeypatch.setattr(Engine, "_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         distilled(parts)
-    before = len(lines(parts)) - 1 if parts.exists() else 0
+    before = max(0, len(lines(parts)) - 1)
     tally = distilled(parts)
     assert tally.known == before < tally.wanted
     assert lines(parts)[0] == lines(whole)[0] and sorted(lines(parts)) == sorted(lines(whole))
@@ -457,3 +457,13 @@ def test_a_fingerprint_sees_contents_in_large_files_too(tmp_path, monkeypatch):
     for place in (0, len(content) - 1):
         path.write_bytes(content[:place] + b"\xaa" + content[place + 1 :])
         assert fingerprint.fingerprint([path]) != before
+
+
+def test_two_writers_of_one_file_are_one_too_many(tmp_path):
+    """The second one would cut off what the first one had written since."""
+    path = tmp_path / "answers.jsonl"
+    ledger = Ledger(path, {"forerun": "distilled"})
+    with pytest.raises(TrainingError, match="written by another run"):
+        Ledger(path, {"forerun": "distilled"})
+    del ledger
+    Ledger(path, {"forerun": "distilled"})

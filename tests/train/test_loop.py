@@ -466,3 +466,25 @@ def test_the_rate_of_a_step_is_the_share_of_the_full_one(tmp_path: Path) -> None
     fit(objective, tmp_path)
     moved = [float((after - before).abs().max()) for before, after in pairwise(weights)]
     assert moved == pytest.approx([0.01 * schedule.rate(step) for step in range(6)], rel=0.05)
+
+
+# ---- one run in one folder
+
+
+def test_a_second_run_in_the_folder_is_refused_and_harms_nothing(tmp_path: Path) -> None:
+    class Twice(Counting):
+        def loss(self, number: int) -> Tensor:
+            with pytest.raises(TrainingError, match="in use by another run"):
+                fit(Counting(self.schedule), tmp_path)
+            return super().loss(number)
+
+    objective = Twice(Schedule(steps=3, save_every=1))
+    fit(objective, tmp_path)
+    assert objective.numbers == [0, 1, 2]
+    fit(Counting(objective.schedule), tmp_path)
+
+
+def test_a_log_that_cannot_be_written_says_how_to_go_on(tmp_path: Path) -> None:
+    (tmp_path / running.LOG).mkdir()
+    with pytest.raises(TrainingError, match="mend its permissions, and the same command goes on"):
+        fit(Counting(Schedule(steps=2)), tmp_path)

@@ -25,7 +25,7 @@ from forerun.accept.exact import Verdict, match, sample_choices, traversal_verif
 from forerun.accept.lossy import Lenient, Lossy, Typical, lenient, typical
 from forerun.chance import Chance
 from forerun.row import Row
-from forerun.sampling import edited, laws
+from forerun.sampling import edits_of, laws
 from forerun.tree import TokenTree
 
 TYPICAL = "typical acceptance (lossy)"
@@ -41,11 +41,16 @@ def rule_for(tree: TokenTree, greedy: bool) -> str:
 
 @dataclass(frozen=True)
 class Judgement:
-    """The verdict, the rule that gave it, and the model's laws [B, N, V] (None where greedy match needed none)."""
+    """The verdict, the rule that gave it, and the model's laws [B, N, V] (None where greedy match needed none).
+
+    is_over: per row, whether its processors forbid every next token of the text so far; the verdict then means
+    nothing. Empty: of no row.
+    """
 
     verdict: Verdict
     rule: str
     laws_BNV: Tensor | None
+    is_over: Sequence[bool] = ()
 
 
 def is_exact(lossy: Lossy | None, row: Row) -> bool:
@@ -71,7 +76,33 @@ def judge(
 
     best_BN: the best token of `logits_BNV` at every node, if the network has found it already.
     """
-    scores = node_scores(tree, logits_BNV, rows)
+    scores, ends = _edits(tree, logits_BNV, rows)
+    found = _judged(tree, logits_BNV, scores, rows, chance, best_BN, lossy)
+    if not any(ends):
+        return found
+    return replace(found, verdict=_short_of(found.verdict, tree, ends), is_over=[0 in nodes for nodes in ends])
+
+
+def _short_of(verdict: Verdict, tree: TokenTree, ends: Sequence[frozenset[int]]) -> Verdict:
+    """Drafts up to the first node behind which nothing may be said. It is the next token: the text
+    may be over with it, and otherwise the next step finds out what plain decoding does."""
+    kept, following, bonus = [list(path) for path in verdict.kept], list(verdict.next_tokens), list(verdict.bonus)
+    for row, path in enumerate(verdict.kept):
+        place = next((place for place, node in enumerate(path) if place and node in ends[row]), None)
+        if place is not None:
+            kept[row], following[row], bonus[row] = path[:place], int(tree.tokens[row][path[place]]), False
+    return Verdict(kept, following, bonus)
+
+
+def _judged(
+    tree: TokenTree,
+    logits_BNV: Tensor,
+    scores: Tensor,
+    rows: Sequence[Row],
+    chance: Chance,
+    best_BN: Tensor | None,
+    lossy: Lossy | None,
+) -> Judgement:
     if isinstance(lossy, Lenient):
         return _leniently(tree, scores, rows, chance, lossy)
     rule = rule_for(tree, all(row.params.is_greedy for row in rows))
@@ -98,12 +129,19 @@ def _leniently(tree: TokenTree, scores_BNV: Tensor, rows: Sequence[Row], chance:
 
 def node_scores(tree: TokenTree, logits_BNV: Tensor, rows: Sequence[Row]) -> Tensor:
     """The logits with each row's bias, penalties and processors applied at every node with that node's own prefix."""
+    return _edits(tree, logits_BNV, rows)[0]
+
+
+def _edits(tree: TokenTree, logits_BNV: Tensor, rows: Sequence[Row]) -> tuple[Tensor, list[frozenset[int]]]:
+    """The edited scores, and per row the nodes behind which nothing may be said."""
+    ends: list[frozenset[int]] = [frozenset()] * len(rows)
     if not any(row.params.edits_scores for row in rows):
-        return logits_BNV
+        return logits_BNV, ends
     scores = logits_BNV.to(torch.promote_types(logits_BNV.dtype, torch.float32), copy=True)  # the model's own stay
     for index, row in enumerate(rows):
         if row.params.edits_scores:
             parents = tree.topology.parents[index]
             size = len(parents)
-            scores[index, :size] = edited(scores[index, :size], row.params, row.prefixes(tree, index), parents)
-    return scores
+            edits = edits_of(scores[index, :size], row.params, row.prefixes(tree, index), parents)
+            scores[index, :size], ends[index] = edits.scores_NV, edits.ends
+    return scores, ends

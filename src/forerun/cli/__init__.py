@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 import forerun
-from forerun.cli.command import LOGGER, NAMES, Said, lazily
+from forerun.cli.command import LOGGER, NAMES, Quiet, Said, Verbose, lazily, set_level
 from forerun.cli.complaint import sentence_of
 
 WRONG_INPUT, INTERRUPTED = 2, 130
@@ -62,11 +62,14 @@ def _forerun(
     version: Annotated[
         bool, typer.Option("--version", "-V", help="Print the version.", callback=_version, is_eager=True)
     ] = False,
-) -> None: ...
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    set_level(quiet, verbose)
 
 
 def main() -> None:
-    """The entry point of the `forerun` command."""
+    """Run the command line that this process was called with, and exit."""
     _open_streams()
     sys.exit(run(sys.argv[1:]))
 
@@ -83,15 +86,24 @@ def run(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except Exception as error:
-        sentence = sentence_of(error)
-        if sentence is None:
-            raise
-        _drop_output()
-        print(f"forerun: {sentence}", file=sys.stderr)
-        return WRONG_INPUT
+        if not _came_of_an_interruption(error):
+            sentence = sentence_of(error)
+            if sentence is None:
+                raise
+            _drop_output()
+            print(f"forerun: {sentence}", file=sys.stderr)
+            return WRONG_INPUT
+        code = INTERRUPTED
     if code == INTERRUPTED:
         print("forerun: interrupted", file=sys.stderr)
     return int(code or 0)
+
+
+def _came_of_an_interruption(error: BaseException) -> bool:
+    """Importers of other packages make of Ctrl-C that a module cannot be imported."""
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return isinstance(error, KeyboardInterrupt)
 
 
 @contextmanager

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,10 +25,21 @@ if TYPE_CHECKING:
     from forerun.engine.requests import Output, Piece
     from forerun.sampling import SamplingParams
 
+log = logging.getLogger(__name__)
+
 Raw = Annotated[
     bool,
     typer.Option(
         "--raw", help="For base models: what you type is text, which goes on.", rich_help_panel=options.PROMPTS
+    ),
+]
+
+Compare = Annotated[
+    bool,
+    typer.Option(
+        "--compare",
+        help="After every answer plain decoding's: both speeds, and whether they are identical.",
+        rich_help_panel=options.OUTPUT,
     ),
 ]
 
@@ -35,7 +48,8 @@ HELP = """/stats          what the last answer and the conversation cost, and wh
 /drafter SPEC   draft with something else: none, lookup, small:MODEL, ...
 /system TEXT    begin anew with this system message (without TEXT: with none)
 /reset          begin anew
-/exit           end (as Ctrl-D does)"""
+/exit           end (as Ctrl-D does)
+//TEXT          say /TEXT to the model"""
 EXAMPLES = """
 forerun chat MODEL --drafter lookup
 forerun chat MODEL --drafter "hierarchy | small:DRAFT_MODEL" --system "Be brief."
@@ -48,6 +62,7 @@ def chat(
     system: options.System = None,
     raw: Raw = False,
     chat_template: options.Template = None,
+    compare: Compare = False,
     drafter: options.Drafter = DRAFTER,
     num_speculative_tokens: options.SpeculativeTokens = None,
     speculative_config: options.SpeculativeConfig = None,
@@ -70,7 +85,7 @@ def chat(
     /help lists what else you can type. Ctrl-C ends an answer, Ctrl-D the conversation. Standard input that is no
     terminal is read a message per line.
     """
-    from forerun.cli import engines
+    from forerun.cli import comparison, engines
     from forerun.sampling import SamplingParams
 
     params = SamplingParams(
@@ -91,7 +106,12 @@ def chat(
             " continue plain text with --raw"
         )
     history: Conversation | Text = Text(engine) if raw else Conversation(reader, system)
-    Talk(engine, history, params, machine).run()
+    if compare and params.seed is None:
+        params = replace(params, seed=0)
+    plain = engines.beside(engine, "none", machine) if compare else None
+    if plain:
+        comparison.warm(plain, engine, engine.encode("\n"))
+    Talk(engine, history, params, machine, plain).run()
 
 
 # ---- what has been said
@@ -142,14 +162,21 @@ class Text:
 
 
 class Talk:
-    """Reads what the user types, and answers until there is no more."""
+    """Reads what the user types, and answers until there is no more. plain: answers too, to be compared with."""
 
-    def __init__(self, engine: Engine, history: Conversation | Text, params: SamplingParams, machine: Machine):
+    def __init__(
+        self,
+        engine: Engine,
+        history: Conversation | Text,
+        params: SamplingParams,
+        machine: Machine,
+        plain: Engine | None = None,
+    ):
         from forerun.cli.narration import on_stdout
 
         self._console: Console = on_stdout()
         self._machine, self._params, self._history = machine, params, history
-        self._engine, self._ink = engine, Ink()
+        self._engine, self._plain, self._ink = engine, plain, Ink()
         self._outputs: list[Output] = []
         self._credits: list[Counter[str]] = []
         self._commands: dict[str, Callable[[str], None]] = {
@@ -163,12 +190,21 @@ class Talk:
     def run(self) -> None:
         if sys.stdin.isatty():
             self._note(f"drafter {self._engine.drafter.name}; /help says what else you can type")
+        self._talk()
+        if self._outputs:
+            from forerun.cli.narration import summary
+
+            log.info(summary(self._outputs, sum(one.stats.seconds for one in self._outputs)))
+
+    def _talk(self) -> None:
         for line in self._lines():
             word, _, rest = line.strip().partition(" ")
             if word in ("/exit", "/quit", "/bye"):
                 return
             try:
-                if word.startswith("/"):
+                if word.startswith("//"):
+                    self._answer(line.lstrip()[1:])
+                elif word.startswith("/"):
                     self._command(word, rest.strip())
                 elif word:
                     self._answer(line)
@@ -196,7 +232,8 @@ class Talk:
 
     def _command(self, word: str, rest: str) -> None:
         if word not in self._commands:
-            raise RequestError(f"there is no {word}: {', '.join([*self._commands, '/exit'])}")
+            known = ", ".join([*self._commands, "/exit"])
+            raise RequestError(f"there is no {word}: take one of {known}, or begin with // to say it to the model")
         self._commands[word](rest)
 
     def _answer(self, text: str) -> None:
@@ -213,7 +250,9 @@ class Talk:
                 self._print(text, origin)
             self._console.file.flush()
 
+        started = time.perf_counter()
         outputs = pieces.outputs(show)
+        seconds = time.perf_counter() - started
         self._console.print()
         if not outputs:
             return
@@ -221,6 +260,20 @@ class Talk:
         self._credits.append(credit)
         self._history.answered(text, outputs[0].text or "")
         self._legend(credit)
+        if outputs[0].finish_reason != "interrupted":
+            self._compare(ids, outputs, seconds)
+
+    def _compare(self, ids: list[int], outputs: list[Output], seconds: float) -> None:
+        from forerun.cli.comparison import Side, verdict
+
+        if self._plain is None:
+            return
+
+        started = time.perf_counter()
+        alone = self._plain.stream(ids, self._params).outputs()
+        if alone and alone[0].finish_reason != "interrupted":
+            plain = Side(alone, time.perf_counter() - started)
+            self._note(verdict(plain, Side(outputs, seconds), self._plain))
 
     def _print(self, text: str, origin: str) -> None:
         if self._console.is_terminal:

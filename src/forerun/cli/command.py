@@ -109,10 +109,16 @@ def add(app: typer.Typer, name: str, function: Callable[..., None], examples: st
     app.command(name, cls=Command, epilog=examples.strip(), context_settings=NAMES)(_with_common(function))
 
 
+def set_level(quiet: bool, verbose: bool) -> None:
+    """What a command tells beside its result."""
+    LOGGER.setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
+
+
 def _with_common(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def called(*, quiet: bool, verbose: bool, help_all: bool, trust_remote_code: bool, **given: Any) -> None:
-        LOGGER.setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
+        if quiet or verbose:  # else as it was said before the command
+            set_level(quiet, verbose)
         function(**given)
 
     own = inspect.signature(function, eval_str=True).parameters.values()

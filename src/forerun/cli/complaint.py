@@ -10,6 +10,14 @@ from forerun.errors import ForerunError
 
 USAGE_ERROR = typer.BadParameter.__bases__  # typer does not export its parent, the error of every wrong command line
 NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+MENDS = {
+    **dict.fromkeys(NO_ROOM, "make room, or write to another place"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "change its permissions, or name another place"),
+    **dict.fromkeys((errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST), "name another place"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "close other programs, or raise the limit with ulimit -n"),
+    errno.ENOENT: "check the path",
+}
+ANY_MEND = "see to that, and the same command can be given again"
 MEND_MEMORY = "choose a smaller model, a smaller --dtype, fewer rows or shorter texts"
 
 
@@ -34,9 +42,7 @@ def _message(error: Exception) -> str:
 def _of_the_system(error: OSError) -> str:
     what = error.strerror or str(error) or type(error).__name__
     where = f"{error.filename}: " if error.filename else ""
-    if error.errno in NO_ROOM:
-        return f"{where}{what}: make room, or write to another place"
-    return f"{where}{what}"
+    return f"{where}{what}: {MENDS.get(error.errno or 0, ANY_MEND)}"
 
 
 def _is_out_of_memory(error: Exception) -> bool:

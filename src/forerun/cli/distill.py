@@ -78,6 +78,7 @@ Rows = Annotated[
     ),
 ]
 
+DRAFTER = "lookup"
 EXAMPLES = """
 forerun distill MODEL --prompts prompts.jsonl --out answers.jsonl
 forerun distill MODEL --prompts questions.txt --chat --temperature 0 --temperature 0.8 --out answers.jsonl
@@ -95,8 +96,9 @@ def distill(
     chat: options.Chat = False,
     system: options.System = None,
     chat_template: options.Template = None,
-    drafter: options.Drafter = "lookup",
+    drafter: options.Drafter = DRAFTER,
     num_speculative_tokens: options.SpeculativeTokens = None,
+    speculative_config: options.SpeculativeConfig = None,
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: Temperatures = None,
     top_k: options.TopK = 0,
@@ -127,7 +129,7 @@ def distill(
     source = _source(wish, seed)
     manner = openings.Manner.of(chat, system, chat_template)
     target = options.at(target, revision)
-    spec = speculation.chosen(drafter, tokens=num_speculative_tokens)
+    spec = speculation.chosen(drafter, speculative_config, num_speculative_tokens, DRAFTER)
     engine = engines.load(target, spec, engines.Machine(dtype, device, kernels, weights, threads), rows)
     if corpus is not None:
         demand_tokenizer(corpus, engine)

@@ -339,9 +339,13 @@ def _to_file(job: Job, path: Path, settings: dict[str, Any]) -> bool:
                         done += 1
                         watch(done, total)
     except KeyboardInterrupt:
-        log.warning("%s holds %d texts; the same command goes on", path, known + len(outputs))
+        log.warning("%s holds %s; the same command goes on", path, _texts(known + len(outputs)))
         raise
-    print(f"{path}: {len(outputs)} new texts, {known} from before")
+    print(f"{path}: {_texts(len(outputs), 'new ')}, {known} from before")
     if outputs:
         log.info(summary(outputs, time.perf_counter() - started))
     return not rows.left()
+
+
+def _texts(count: int, which: str = "") -> str:
+    return f"{count} {which}{'text' if count == 1 else 'texts'}"

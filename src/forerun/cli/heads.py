@@ -115,8 +115,10 @@ def command(preset: str) -> Callable[..., None]:
         dtype: options.Dtype = "auto",
         device: options.Device = "auto",
         kernels: options.Kernels = "auto",
+        threads: options.Threads = None,
         **given: Any,
     ) -> None:
+        compute_with(threads)
         architecture = {name: given[name] for name in shapes if given[name] is not None}
         loss_weights = replace(chosen.weights, **given_of(Weights, given))
         _demand_sense(preset, out, architecture, loss_weights)
@@ -138,6 +140,13 @@ def command(preset: str) -> Callable[..., None]:
     run's folder has a log of the figures on the way.
     """
     return fields.replacing(train, shape=list(shapes.values()), loss=fields.parameters(Weights, LOSS))
+
+
+def compute_with(threads: int | None) -> None:
+    """As `forerun.load` does, for trainings that load no engine."""
+    from forerun.engine.threads import use_threads, warn_if_busy
+
+    warn_if_busy(use_threads(threads))
 
 
 def _fit(recipe: HeadsRecipe, run: Path, out: Path, device: str) -> None:

@@ -102,11 +102,13 @@ def command(method: Trained) -> Callable[..., None]:
         seed: heads.Seed = 0,
         dtype: options.Dtype = "auto",
         device: options.Device = "auto",
+        threads: options.Threads = None,
         **given: Any,
     ) -> None:
         from forerun.train import drafters, joint
 
         _demand_place(out)
+        heads.compute_with(threads)
         preset = joint.preset_of(joined, keep)
         rest = {"parts": parts, "validate_every": validate_every, "save_every": save_every}
         schedule = joint.schedule_for(preset, steps, rate, head_rate, **rest)

@@ -51,8 +51,8 @@ class Rows:
         self._there: set[tuple[int, int]] = set()
         if files.is_special(path):
             raise RequestError(f"cannot write {path}, for it is no file: name a file for --out")
-        if path.exists():
-            self._resume()
+        self._claim = self._claimed()
+        self._resume()
         self._append(b"")
         self.known = len(self._there)
 
@@ -80,15 +80,25 @@ class Rows:
         self._there.add(place)
         return True
 
+    def _claimed(self) -> files.Claim:
+        try:
+            return files.claim(self._path, 0o666)
+        except BlockingIOError:
+            raise RequestError(
+                f"{self._path} is being written by another command: wait for it, or name another --out"
+            ) from None
+        except OSError as error:
+            raise self._unwritten(error) from None
+
     def _append(self, line: bytes) -> None:
         try:
-            self._path.touch()
             files.append(self._path, line)
         except OSError as error:
-            mend = "make room" if error.errno in NO_ROOM else "mend that, or name another --out"
-            raise ForerunError(
-                f"cannot write {self._path} ({error.strerror}): {mend}, and the same command goes on"
-            ) from None
+            raise self._unwritten(error) from None
+
+    def _unwritten(self, error: OSError) -> ForerunError:
+        mend = "make room" if error.errno in NO_ROOM else "mend that, or name another --out"
+        return ForerunError(f"cannot write {self._path} ({error.strerror}): {mend}, and the same command goes on")
 
     def _resume(self) -> None:
         content = self._path.read_bytes()

@@ -11,6 +11,7 @@ import typer
 
 from forerun.cli import heads, joint, options
 from forerun.cli.command import NAMES, Commands, add
+from forerun.cli.heads import compute_with
 from forerun.drafting import registry
 
 PRESETS = [preset for method in registry.trained().values() for preset in method.presets]
@@ -41,7 +42,7 @@ Run = Annotated[
 Out = Annotated[Path | None, typer.Option(metavar="MODEL", help="Folder for the finished model (Hugging Face format).")]
 Size = Annotated[int | None, typer.Option(rich_help_panel=SHAPE, show_default=False)]
 HeadDim = Annotated[
-    int | None, typer.Option(help="Width of one head; without it, width / heads.", rich_help_panel=SHAPE)
+    int | None, typer.Option(help="Width of one head; without it, width / heads.", rich_help_panel=options.ADVANCED)
 ]
 Source = Annotated[
     str | None,
@@ -105,6 +106,7 @@ def lm(
     save_every: Every = 50,
     seed: Seed = 0,
     device: options.Device = "auto",
+    threads: options.Threads = None,
     compile_: Compile = False,
 ) -> None:
     """Train a language model on a corpus, or prepare the corpus, or both.
@@ -114,6 +116,7 @@ def lm(
     reference target. The validation loss is in nats per token of held-out text.
     """
     _demand_sense(build_corpus, run, out, init_from, init_layers, grow_from)
+    compute_with(threads)
 
     from forerun.cli.narration import bar
     from forerun.cli.pictures import picture

@@ -330,6 +330,8 @@ class Engine:
         scores = self.target.score(tree, rows, self.drafter.reads)
         scored = time.perf_counter()
         judgement = judge(tree, scores.logits_BNV, rows, final_chance(rows), scores.best_BN, self.lossy)
+        if any(judgement.is_over):
+            raise RequestError("the processors forbid every token at once: leave one, such as the end of the text")
         kept = judgement.verdict.kept
         self.target.keep(kept)
         judged = time.perf_counter()

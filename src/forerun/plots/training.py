@@ -17,6 +17,8 @@ def drawing(rows: Sequence[Row], title: str, under: str) -> Callable[[Theme], Sh
     count = sum(name.startswith("head") and name.endswith("_loss") for name in _checked(rows)[-1])
 
     def draw(theme: Theme) -> Sheet:
+        from matplotlib.ticker import PercentFormatter
+
         panels = ["Loss, nats"]
         if count:
             panels += ["Loss of every head, nats", "Best token is right, by head", "Tokens per step, projected"]
@@ -25,7 +27,7 @@ def drawing(rows: Sequence[Row], title: str, under: str) -> Callable[[Theme], Sh
         if count:
             _heads(sheet, sheet.panels[1], rows, "head{}_loss", "loss", count)
             _heads(sheet, sheet.panels[2], rows, "head{}_top1", "accepted", count)
-            sheet.panels[2].yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+            sheet.panels[2].yaxis.set_major_formatter(PercentFormatter(1))  # with as many decimals as it takes
             _steps(sheet, sheet.panels[3], rows)
         for axes in sheet.panels:
             _steps_below(axes, rows, theme)

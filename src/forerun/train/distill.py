@@ -35,7 +35,7 @@ import numpy as np
 from forerun.engine.engine import Engine
 from forerun.engine.requests import Piece
 from forerun.errors import RequestError, TrainingError
-from forerun.files import whole
+from forerun.files import claim, whole
 from forerun.sampling import SamplingParams
 from forerun.sources.fingerprint import digest
 from forerun.sources.source import Source
@@ -352,7 +352,8 @@ class Ledger:
     """A file of answers that is being written. keys: of the answers in it.
 
     Opening one that exists goes on with it: a last line that was cut in the middle is forgotten,
-    and another header is refused (TrainingError). Nothing is written before the first answer.
+    and another header is refused (TrainingError), as is a file that somebody else is writing. The file
+    is there from the beginning, and empty before the first answer.
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any]):
@@ -360,8 +361,13 @@ class Ledger:
         self._header = _line(header)
         self.keys: set[str] = set()
         self._end = 0  # bytes of whole lines
-        if path.exists():
-            self._resume()
+        try:
+            self._claim = claim(path, 0o666)
+        except BlockingIOError:
+            raise TrainingError(f"{path} is being written by another run: wait for it, or name another --out") from None
+        except OSError as error:
+            raise TrainingError(f"{path} cannot be written ({error.strerror}): name another --out") from None
+        self._resume()
 
     def enter(self, answer: Answer) -> None:
         """Append an answer, on disk when this returns. TrainingError if there is no room; what was there stays."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from forerun.errors import TrainingError
-from forerun.files import beside, put
+from forerun.files import beside, claim, put
 from forerun.train.display import Display
 from forerun.train.interrupt import held_back
 from forerun.train.schedule import Schedule
@@ -92,8 +93,11 @@ class Record:
         """Leave it in a new run's folder. TrainingError for the folder of another run."""
         path, ours = run / self.file, _as_json(self.fields)
         if not path.is_file():
-            run.mkdir(parents=True, exist_ok=True)
-            put(path, f"{json.dumps(ours, indent=1)}\n".encode())
+            _make(run)
+            try:
+                put(path, f"{json.dumps(ours, indent=1)}\n".encode())
+            except OSError as error:
+                raise TrainingError(_no_place(run, error)) from None
             return
         try:
             theirs = _as_json(self.older) | dict(json.loads(path.read_text()))
@@ -111,6 +115,17 @@ def _as_json(fields: Mapping[str, Any]) -> dict[str, Any]:
     return dict(json.loads(json.dumps(dict(fields))))
 
 
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(_no_place(folder, error)) from None
+
+
+def _no_place(folder: Path, error: OSError) -> str:
+    return f"checkpoints cannot be kept in {folder} ({error.strerror}): name another --run, or mend that"
+
+
 class Run:
     """The steps of an objective, from the first, or from where an earlier run in this folder stopped."""
 
@@ -123,7 +138,7 @@ class Run:
         """Nothing is half done: what the objective is now is what it is after `step` steps."""
         if record is not None:
             record.demand_same(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        _make(folder)
         self._resume()
 
     def finish(self, title: str, start: Start | None = None) -> dict[str, float]:
@@ -132,15 +147,31 @@ class Run:
         Ctrl-C leaves a checkpoint of the last step, or of what the start has come to. Raises
         TrainingError where checkpoints cannot be written, and what the objective raises.
         """
+        with self._alone():
+            try:
+                with Display(title, self.schedule.steps, self.step) as display:
+                    if start is not None and self._saved is None:
+                        self._begin(start, display)
+                    self._is_whole = True
+                    return self._go_on(display) or self._validate(display)
+            except KeyboardInterrupt:
+                self._leave()
+                raise
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Two runs in one folder would write over one another's checkpoints and log."""
         try:
-            with Display(title, self.schedule.steps, self.step) as display:
-                if start is not None and self._saved is None:
-                    self._begin(start, display)
-                self._is_whole = True
-                return self._go_on(display) or self._validate(display)
-        except KeyboardInterrupt:
-            self._leave()
-            raise
+            claimed = claim(self.folder)
+        except BlockingIOError:
+            raise TrainingError(f"{self.folder} is in use by another run: wait for it, or name another --run") from None
+        except PermissionError:  # Windows opens no folders
+            yield
+            return
+        try:
+            yield
+        finally:
+            claimed.give_up()
 
     def _begin(self, start: Start, display: Display) -> None:
         """The start, from where an earlier run was interrupted in it; then there is a checkpoint."""
@@ -179,9 +210,18 @@ class Run:
         figures = self._validate(display) if self._is_validated else {}
         if self._is_logged:
             row = {"step": self.step, "train_loss": self.loss, "seconds": self.seconds, **figures}
-            with (self.folder / LOG).open("a") as file:
-                file.write(json.dumps({key: round(value, 5) for key, value in row.items()}) + "\n")
+            self._log(json.dumps({key: round(value, 5) for key, value in row.items()}) + "\n")
         return figures
+
+    def _log(self, line: str) -> None:
+        try:
+            with (self.folder / LOG).open("a") as file:
+                file.write(line)
+        except OSError as error:
+            raise TrainingError(
+                f"{self.folder / LOG} cannot be written ({error.strerror}): make room there, or mend its permissions,"
+                " and the same command goes on"
+            ) from None
 
     def _validate(self, display: Display) -> dict[str, float]:
         with display.phase("validation") as watch:
