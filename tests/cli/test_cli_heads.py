@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import transformers
 from safetensors.torch import load_file
 
 from forerun.drafting import checkpoint as checkpoints
+from forerun.drafting.trained import Weights
 from forerun.engine.load import load
 from forerun.sampling import SamplingParams
 from forerun.train.distill import read
@@ -86,7 +88,7 @@ def test_the_figures_on_the_way(preset, trained):
     rows = [json.loads(line) for line in (folder.parent / "heads.run" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [6, 12]
     tops = {f"head{head}_top{k}" for head in range(1, heads + 1) for k in range(1, 6)}
-    tops |= {f"head{head}_loss" for head in range(1, heads + 1)}
+    tops |= {f"head{head}_{part}" for head in range(1, heads + 1) for part in ("loss", "given")}
     assert all(row.keys() == {"step", "train_loss", "seconds", "loss", "tokens_per_step", *tops} for row in rows)
     last = rows[-1]
     for head in range(1, heads + 1):
@@ -107,7 +109,7 @@ def test_the_presets_are_the_papers(trained):
     assert (plus["heads"], plus["layers"], plus["tied_layers"]) == (4, 4, True) and plus["prefix"]["mlp_width"] == 48
     assert "prefix" not in hydra and {one["vocabulary"] for one in (medusa, hydra, plus)} == {"own"}
     training = found["hydra++"]["training"]
-    assert training["weights"] == {"text": 0.0, "teacher": 1.0, "decay": 1.0}
+    assert training["weights"] == asdict(Weights(text=0.0, teacher=1.0))
     assert (training["schedule"]["adam_rate"], training["schedule"]["floor"]) == (5e-4, 0.33)
     assert found["medusa"]["training"]["weights"]["decay"] == 0.8
     assert all(one["target"] == "target" and one["training"]["answers"] == 60 for one in found.values())
@@ -120,7 +122,7 @@ def test_options_have_the_last_word(trained):
     architecture, training = found["architecture"], found["training"]
     names = ("heads", "layers", "tied_layers", "vocabulary")
     assert [architecture[name] for name in names] == [2, 3, False, "shared"] and "prefix" in architecture
-    assert training["weights"] == {"text": 0.5, "teacher": 0.25, "decay": 0.9}
+    assert training["weights"] == asdict(Weights(text=0.5, teacher=0.25, decay=0.9))
     assert (training["schedule"]["adam_rate"], training["schedule"]["parts"], training["seed"]) == (0.002, 2, 5)
 
 
@@ -357,7 +359,7 @@ def test_targets_that_cannot_be_had(refused_run, family, tmp_path):
         ("medusa", ("--heads", 0), "--heads"),
         ("hydra", ("--layers", 0), "--layers"),
         ("hydra++", ("--dropout", 1.5), "--dropout"),
-        ("medusa", ("--dropout", 0.1), "no dropout"),
+        ("medusa", ("--dropout", 0.1), "No such option: --dropout"),
         ("medusa", ("--text-weight", 0), "nothing would be learnt"),
         ("hydra++", ("--teacher-weight", 0), "nothing would be learnt"),
         ("medusa", ("--teacher-weight", -1), "--teacher-weight"),

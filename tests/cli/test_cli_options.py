@@ -17,10 +17,9 @@ PROMPTS = "--prompts --prompt-file"
 CHAT = "--chat --system --chat-template --template"
 MACHINE = "--dtype --device --kernels --weights --threads"
 HEADS = (
-    "--target --data --out --run --heads --layers --tied-layers --vocabulary --dropout --text-weight --teacher-weight"
-    " --head-decay --steps --rows --batch-size --length --parts --rate --lr --validate-every --save-every --seed"
-    " --init-from --dtype --device"
-    " --kernels --floor --start-batches --threads"
+    "--target --data --out --run --text --text-share --layers --text-weight --teacher-weight --distance-weight --lk"
+    " --pace --head-decay --steps --rows --batch-size --length --parts --rate --lr --validate-every --save-every --seed"
+    " --init-from --dtype --device --kernels --floor --start-batches --threads"
 )
 OPTIONS = {
     "demo": f"{SAMPLING} {MACHINE} {PROMPTS} --acceptance --drafter --drafters --show --limit --rounds --json --plot"
@@ -43,12 +42,14 @@ OPTIONS = {
     " --mlp-width --max-length --grow-from --init-from --init-layers --teacher --steps --rows --batch-size --length"
     " --first"
     " --warmup --decay --muon-rate --adam-rate --validate-every --save-every --seed --device --threads --compile",
-    "train medusa": HEADS,
-    "train hydra": HEADS,
-    "train hydra++": HEADS,
+    "train medusa": f"{HEADS} --heads --tied-layers --vocabulary --markov-rank",
+    "train medusa-fused": f"{HEADS} --heads --tied-layers --vocabulary --markov-rank",
+    "train block": f"{HEADS} --block --markov-rank",
+    "train hydra": f"{HEADS} --heads --tied-layers --vocabulary --dropout",
+    "train hydra++": f"{HEADS} --heads --tied-layers --vocabulary --dropout",
     "train medusa2": "--target --data --out --run --init-from --heads --layers --tied-layers --vocabulary --keep"
-    " --head-weight --ramp --head-decay --rank --alpha --steps --rows --batch-size --length --parts --rate --lr"
-    " --head-rate --validate-every"
+    " --markov-rank --head-weight --ramp --head-decay --rank --alpha --steps --rows --batch-size --length --parts"
+    " --rate --lr --head-rate --validate-every"
     " --save-every --seed --dtype --device --threads",
 }
 

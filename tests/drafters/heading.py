@@ -46,6 +46,7 @@ CONFIGS: dict[str, MedusaConfig | HydraConfig] = {
     "medusa, deep": MedusaConfig(WIDTH, VOCAB, HEADS, layers=3),
     "medusa, tied": MedusaConfig(WIDTH, VOCAB, HEADS, layers=3, tied_layers=True),
     "medusa, shared": MedusaConfig(WIDTH, VOCAB, HEADS, layers=2, vocabulary="shared"),
+    "medusa, fused": MedusaConfig(WIDTH, VOCAB, HEADS, layers=2, vocabulary="shared", rank=5),
     "hydra": HydraConfig(WIDTH, VOCAB, HEADS),
     "hydra, deep": HydraConfig(WIDTH, VOCAB, HEADS, layers=3, tied_layers=False),
     "hydra, shared": HydraConfig(WIDTH, VOCAB, HEADS, layers=2, vocabulary="shared"),
@@ -207,6 +208,8 @@ def slow_head(
         stored = 0 if config.tied_layers else layer
         u = u + F.silu(w["blocks"][stored, index] @ u + w["biases"][stored, index])
     logits = (w["vocabulary"][index] if own else head_VD.double()) @ u
+    if isinstance(module, MedusaHeads) and module.markov is not None:
+        logits = logits + w["markov.behind"] @ embedded[index].double()
     return logits + w["vocabulary_biases"][index] if own and first else logits
 
 
@@ -216,7 +219,7 @@ def slow_draft(module: HeadsModule, context_D: Tensor, root: int, tree: RankTree
     for path in tree.nodes:
         said = [root]
         for index, rank in enumerate(path):
-            embedded = [network.embedding.weight[token] for token in said]
+            embedded = [module.table(network.embedding.weight)[token] for token in said]
             logits = slow_head(module, index, context_D, embedded, network.head.weight)
             said.append(int(logits.argsort(descending=True)[rank]))
         found.append(said[-1])

@@ -84,11 +84,16 @@ every_kind = pytest.mark.parametrize("kind", CONFIGS)
 
 @pytest.mark.parametrize("kind", MEDUSA)
 def test_a_head_is_residual_blocks_and_a_projection(kind: str) -> None:
-    """All at once, one alone, and as the plain matrices that the kernels get."""
+    """All at once, one alone, and as the plain matrices that the kernels get; what a Markov term adds is apart."""
     module, head, states = some_heads(kind), lively().head.weight, noise(7, WIDTH)
-    logits = module.logits(states, states[:, None].expand(-1, HEADS, -1), head)
+    if module.markov is not None:
+        before = noise(7, HEADS, CONFIGS[kind].rank)
+        more = torch.einsum("pkr,vr->kpv", before, module.markov.behind)
+        torch.testing.assert_close(module.logits(states, before, head), module.unconditional(states, head) + more)
+    logits = module.unconditional(states, head)
     for index, record in enumerate(module.weights(head)):
-        slow = torch.stack([slow_head(module, index, state, [], head) for state in states]).float()
+        nothing = [torch.zeros(CONFIGS[kind].rank)] * HEADS
+        slow = torch.stack([slow_head(module, index, state, nothing, head) for state in states]).float()
         torch.testing.assert_close(logits[index], slow, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(module.head_logits(index, states.view(7, 1, -1), head)[:, 0], logits[index])
         assert record.through is None and record.vocabulary_bias is None
@@ -119,8 +124,10 @@ def test_untrained_heads_say_what_the_target_says_bit_for_bit(kind: str, places:
     module, head = heads_of(CONFIGS[kind]), lively().head.weight
     module.initialise(head)
     states, embedded = noise(places, WIDTH), noise(places, HEADS, WIDTH)
+    if module.markov is not None:
+        embedded = torch.zeros(places, HEADS, CONFIGS[kind].rank)
     logits, said = module.logits(states, embedded, head), F.linear(states, head)
-    if kind == "medusa, shared":  # one product for all heads, whose rows are added up in another order
+    if module.config.vocabulary == "shared":  # one product for all heads, whose rows are added up in another order
         torch.testing.assert_close(logits, said.expand(HEADS, -1, -1))
     else:
         assert (logits == said).all()
@@ -156,7 +163,7 @@ def test_a_shape_that_no_heads_can_have_is_refused(changes: dict[str, Any], says
 # ---- drafting
 
 
-@pytest.mark.parametrize("kind", MEDUSA)
+@pytest.mark.parametrize("kind", [kind for kind in MEDUSA if not CONFIGS[kind].rank])
 @every_tree
 @every_kernel
 def test_a_node_is_the_token_of_its_rank_in_its_level(kind: str, tree: RankTree, kernels: str) -> None:

@@ -127,7 +127,9 @@ def slow_loss(module: HeadsModule, samples: Sequence[Sample], weights: Weights) 
             states = network.features(torch.tensor([text]))
             contexts = module.contexts(states)[0]
             for place in range(max(0, len(sample.prompt) - 2), len(text) - head - 2):
-                embedded = [network.embedding.weight[token] for token in text[place + 1 : place + head + 2]]
+                embedded = [
+                    module.table(network.embedding.weight)[token] for token in text[place + 1 : place + head + 2]
+                ]
                 logits = slow_head(module, head, contexts[place], embedded, network.head.weight).log_softmax(-1)
                 law = (network.head.weight @ states[0, place + head + 1]).double().softmax(-1)
                 said = -float(logits[text[place + head + 2]])
@@ -600,7 +602,12 @@ def test_the_figures_are_those_of_the_heldout_answers() -> None:
     figures, held = one.validate(lambda done, total: told.append((done, total))), one.answers.heldout
     assert list(held) == taught.samples[1::2] and told == [(n, len(told)) for n in range(-(-len(held) // 3))]
     tops = {f"head{h}_top{k}" for h in range(1, 5) for k in range(1, 6)}
-    assert set(figures) == {"loss", "tokens_per_step", *(f"head{h}_loss" for h in range(1, 5)), *tops}
+    assert set(figures) == {
+        "loss",
+        "tokens_per_step",
+        *(f"head{h}_{part}" for h in range(1, 5) for part in ("loss", "given")),
+        *tops,
+    }
     assert figures["loss"] == pytest.approx(sum(figures[f"head{h}_loss"] * 0.5**h for h in range(1, 5)))
     tables = ranks_of(one.module, one.teacher, held, one.answers)
     assert figures["tokens_per_step"] == projected(tables, one.tree)

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_type_hints
 
 import typer
 
+from forerun.cli.options import ADVANCED
 from forerun.drafting.settings import Option
 
 
@@ -27,7 +28,7 @@ def parameters(record: type[Any], panel: str) -> list[inspect.Parameter]:
     """A parameter for every field that is an option; what is not given is None."""
     hints = get_type_hints(record)
     options = {one.name: one.metadata["option"] for one in fields(record) if "option" in one.metadata}
-    return [_made(_parameter(name, option), hints[name], option, panel) for name, option in options.items()]
+    return [_made(_parameter(name, one), hints[name], one, panel) for name, one in options.items()]
 
 
 def _made(name: str, kind: Any, option: Option, panel: str) -> inspect.Parameter:
@@ -39,7 +40,7 @@ def _made(name: str, kind: Any, option: Option, panel: str) -> inspect.Parameter
         callback=finite if kind is float else None,
         metavar="|".join(option.words) or None,
         help=option.sense,
-        rich_help_panel=panel,
+        rich_help_panel=ADVANCED if option.rare else panel,
         show_default=option.shown,
     )
     annotation = (Literal[option.words] if option.words else kind) | None

@@ -11,7 +11,7 @@ import typer
 
 from forerun.cli import fields, options
 from forerun.drafting import registry
-from forerun.drafting.trained import Trained, Weights
+from forerun.drafting.trained import Weights
 
 if TYPE_CHECKING:
     from forerun.train.drafters import HeadsRecipe, HeadsTraining
@@ -24,7 +24,11 @@ Target = Annotated[str, typer.Option(metavar="MODEL", help="The model that the h
 Data = Annotated[Path, typer.Option(metavar="FILE", help="Its answers, as forerun distill leaves them.")]
 Text = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Plain text to learn from beside the answers: the train.bin of a corpus."),
+    typer.Option(
+        metavar="FILE",
+        help="Text to learn from beside the answers: a corpus's train.bin.",
+        rich_help_panel=options.ADVANCED,
+    ),
 ]
 TextShare = Annotated[
     float,
@@ -87,10 +91,9 @@ InitFrom = Annotated[
 
 
 def command(preset: str) -> Callable[..., None]:
-    """The command that trains heads of this kind. It offers what the architectures of all kinds
-    have, for scripts that go through the presets, and refuses what its own has not."""
+    """The command that trains heads of this kind."""
     _, method, chosen = registry.preset(preset)
-    shapes = {one.name: one for kind in _own_last(method) for one in fields.parameters(kind.config, SHAPE)}
+    shapes = fields.parameters(method.config, SHAPE)
 
     def train(
         target: Target,
@@ -119,9 +122,9 @@ def command(preset: str) -> Callable[..., None]:
         **given: Any,
     ) -> None:
         compute_with(threads)
-        architecture = {name: given[name] for name in shapes if given[name] is not None}
         loss_weights = replace(chosen.weights, **given_of(Weights, given))
-        _demand_sense(preset, out, architecture, loss_weights)
+        _demand_sense(out, loss_weights)
+        architecture = given_of(method.config, given)
 
         from forerun.train import drafters
 
@@ -139,7 +142,7 @@ def command(preset: str) -> Callable[..., None]:
     tokens marked; in the end, how often each head is right, and the tokens per step that this promises. The
     run's folder has a log of the figures on the way.
     """
-    return fields.replacing(train, shape=list(shapes.values()), loss=fields.parameters(Weights, LOSS))
+    return fields.replacing(train, shape=shapes, loss=fields.parameters(Weights, LOSS))
 
 
 def compute_with(threads: int | None) -> None:
@@ -171,20 +174,13 @@ def given_of(record: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: given[option] for option, name in fields.flags(record).items() if given.get(option) is not None}
 
 
-def _own_last(method: Trained) -> list[Trained]:
-    return [*(one for one in registry.trained().values() if one is not method), method]
-
-
-def _demand_sense(preset: str, out: Path, shape: Mapping[str, object], weights: Weights) -> None:
+def _demand_sense(out: Path, weights: Weights) -> None:
     """Refuse what could not be followed to the end, before the target is read."""
     from forerun.errors import TrainingError
 
-    stranger = next((name for name in shape if name not in fields.flags(registry.preset(preset)[1].config)), None)
-    if stranger:
-        raise TrainingError(f"{preset} heads have no {stranger}: leave --{stranger.replace('_', '-')} out")
     if not weights.decay:
         raise TrainingError("nothing would be learnt: give --head-decay a number above 0")
-    if not (weights.text or weights.teacher or weights.distance):
+    if not (weights.text or weights.asks_target):
         raise TrainingError("nothing would be learnt: give --text-weight or --teacher-weight a number above 0")
     if out.name in ("", ".."):
         raise TrainingError(f"--out {out} has no name of its own: name a folder, new or with older heads")
@@ -236,12 +232,13 @@ def report(training: HeadsTraining, figures: dict[str, float], out: Path) -> Non
     from forerun.cli.narration import on_stdout
 
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("head", "loss", "top 1", "top 2", "top 3", "top 4", "top 5"):
+    for heading in ("head", "loss", "top 1", "top 2", "top 3", "top 4", "top 5", "given"):
         table.add_column(heading, justify="right")
     head = 1
     while f"head{head}_top1" in figures:
         loss = f"{figures[f'head{head}_loss']:.2f}"
-        table.add_row(str(head), loss, *(f"{figures[f'head{head}_top{k}']:.1%}" for k in range(1, 6)))
+        shares = [figures[f"head{head}_{name}"] for name in (*(f"top{k}" for k in range(1, 6)), "given")]
+        table.add_row(str(head), loss, *(f"{share:.1%}" for share in shares))
         head += 1
     console = on_stdout()
     console.print(table)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from forerun.accept.exact import Verdict
 from forerun.drafting.drafter import Context, Drafter
 from forerun.drafting.growth import Expander, Frontier, cut, parts_of, tokens_of
+from forerun.drafting.markov import MarkovExpander, MarkovTerm
 from forerun.drafting.trained import LayerConfig
 from forerun.errors import DrafterError
 from forerun.model import CHUNK, Inputs, Model, Scores
@@ -46,9 +47,10 @@ class Places:
 class HeadsModule(nn.Module):
     """K draft heads, as they are trained. Subclasses say how a head thinks.
 
-    sees_tokens: heads see the tokens drafted before theirs, not only the context. solvable: a linear map may be
-    their start (`start_from`). tables: how the names of parameters begin that are looked up like embeddings. borrows:
-    how many of the target's last layers their own begin as (`borrow`).
+    sees_tokens: heads see the tokens drafted before theirs, not only the context. markov: heads
+    that see of these the one before theirs alone, through this term. solvable: a linear map may be
+    their start (`start_from`). tables: how the names of parameters begin that are looked up like
+    embeddings. borrows: how many of the target's last layers their own begin as (`borrow`).
     """
 
     sees_tokens = False
@@ -56,6 +58,10 @@ class HeadsModule(nn.Module):
     tables: tuple[str, ...] = ()
     borrows = 0
     count: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.markov: MarkovTerm | None = None
 
     def reads(self, top: int) -> tuple[int, ...]:
         """The target's layers whose states they see; `top` is what its output projection sees."""
@@ -78,6 +84,10 @@ class HeadsModule(nn.Module):
         """Of all heads at P places, [K, P, V]. context: as `seen`; embedded: of the K tokens that follow each place,
         the root first, their rows of `table`; head: the target's output projection, for heads that share it."""
         raise NotImplementedError
+
+    def unconditional(self, context_PD: Tensor, head_VD: Tensor) -> Tensor:
+        """The same without what drafted tokens say: all of it, or all but for the Markov term."""
+        return self.logits(context_PD, context_PD[:, None], head_VD)
 
     def start_from(self, maps: Sequence[Tensor], head_VD: Tensor) -> None:
         """Begin from linear guesses: maps[i], [D, M], takes what head i sees to the state that the target will have one
@@ -107,8 +117,11 @@ class TorchHeads:
 
     def expander(self, context_BD: Tensor, roots: Sequence[int]) -> Expander:
         """For trees of any form."""
+        if self.module.markov is not None:
+            logits = self.module.unconditional(context_BD, self.head).transpose(0, 1)
+            return MarkovExpander(logits, torch.tensor(roots, device=context_BD.device), self.module.markov)
         if not self.module.sees_tokens:
-            return _Independent(self.module.logits(context_BD, context_BD[:, None], self.head))
+            return _Independent(self.module.unconditional(context_BD, self.head))
         return _Chained(self, context_BD, torch.tensor(roots, device=context_BD.device))
 
 

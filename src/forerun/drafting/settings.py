@@ -26,7 +26,7 @@ def setting(default: Any, sense: str, kind: Kind | None = None) -> Any:
 class Option:
     """A field as an option of the command line. least, most: its bounds. words: all that it may be.
     flag: what it is called there, if not as the field; both names of a switch. shown: what is said
-    in place of a default."""
+    in place of a default. rare: it stands on the long page of help alone."""
 
     sense: str
     least: float | None = None
@@ -34,6 +34,7 @@ class Option:
     words: tuple[str, ...] = ()
     flag: str = ""
     shown: str = "the paper's"
+    rare: bool = False
 
 
 def option(default: Any, sense: str, **how: Any) -> Any:

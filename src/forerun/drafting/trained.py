@@ -100,12 +100,24 @@ class LayerConfig:
 class Weights:
     """Of the terms of a heads' loss. text: cross-entropy with the next token; teacher: with the
     target's law; distance: the L1 distance between the head's law and the target's, which is twice the chance that
-    a token drawn from the head is rejected. The k-th head counts decay^k (k from 1)."""
+    a token drawn from the head is rejected; lk: see train/objectives/losses.py. The k-th head counts decay^k (k from
+    1), and with `pace` also as far as the ones before it are likely to be right."""
 
     text: float = option(1.0, "Of the next token's log-probability.", least=0.0, flag="--text-weight")
     teacher: float = option(0.0, "Of the target's whole law there.", least=0.0, flag="--teacher-weight")
     decay: float = option(1.0, "Head k counts this to the power of k.", least=0.0, flag="--head-decay")
-    distance: float = option(0.0, "Of the L1 distance to that law.", least=0.0, flag="--distance-weight")
+    distance: float = option(0.0, "Of the L1 distance to that law.", least=0.0, flag="--distance-weight", rare=True)
+    lk: float = option(
+        0.0, "Of the divergence and the distance, mixed by how close they are; 3 is usual.", least=0.0, rare=True
+    )
+    pace: bool = option(
+        False, "Heads count as far as those before are likely to be right.", flag="--pace/--no-pace", rare=True
+    )
+
+    @property
+    def asks_target(self) -> bool:
+        """A term asks for the target's law."""
+        return bool(self.teacher or self.distance or self.lk)
 
 
 @dataclass(frozen=True)

@@ -226,7 +226,7 @@ def _demand_data(answers: Answers, network: Network, recipe: HeadsRecipe) -> Non
 def _demand_a_law(network: Network, weights: Weights, recipe: HeadsRecipe) -> None:
     """The target's law is taken from its states and its output matrix; some models do more than
     that to their logits."""
-    if not (weights.teacher or weights.distance) or not isinstance(network, Foreign):
+    if not weights.asks_target or not isinstance(network, Foreign):
         return
     outside = network.model.config.get_text_config(decoder=True)
     more = [

@@ -56,6 +56,18 @@ def _ranks(logits_KPV: Tensor, lesson: Lesson) -> Tensor:
     return torch.where(lesson.valid_KP, better.sum(-1).clamp(max=RANKS), -1)
 
 
+def conditional(ranks: Sequence[Ranks]) -> list[float]:
+    """Per head, how often its best token is the true one where those of all heads before it are."""
+    table = np.concatenate(list(ranks))
+    shares, here = [], np.ones(len(table), np.bool_)
+    for head in table.T:
+        here &= head >= 0
+        right = here & (head == 0)
+        shares.append(float(right.sum() / max(1, here.sum())))
+        here = right
+    return shares
+
+
 def steps_of(ranks: Ranks, tree: RankTree) -> int:
     """Steps the engine needs for an answer whose places have these ranks: each goes as deep as the tree follows, and
     one more."""

@@ -31,7 +31,13 @@ class BlockConfig(HeadsConfig):
     layers: int = option(1, "Layers of its own.", least=1)
     tied_layers: bool = False
     vocabulary: str = "shared"
-    rank: int = option(64, "Of the term that ties a token to the one before it; 0 leaves it out.", least=0)
+    rank: int = option(
+        64,
+        "Of the term that ties a token to the one before it; 0 leaves it out.",
+        least=0,
+        flag="--markov-rank",
+        rare=True,
+    )
     sources: tuple[int, ...] = ()
     layer: LayerConfig | None = None
 

@@ -20,6 +20,7 @@ from forerun.drafters.medusa import MedusaConfig
 from forerun.drafting.checkpoint import demand_fit, load, tree_for
 from forerun.drafting.drafter import Drafter
 from forerun.drafting.heads import HeadDrafter, HeadParts, HeadsModule, LastState, drafting
+from forerun.drafting.markov import MarkovTerm
 from forerun.drafting.trained import HeadSettings
 from forerun.drafting.workshop import Workshop
 from forerun.nn.backends.heads import HeadWeights
@@ -30,7 +31,9 @@ class MedusaHeads(HeadsModule):
 
     def __init__(self, config: MedusaConfig):
         super().__init__()
-        self.config, self.count = config, config.heads
+        self.config, self.count, self.sees_tokens = config, config.heads, bool(config.rank)
+        self.solvable = config.vocabulary == "own"  # a linear start goes into projections of their own
+        self.markov = MarkovTerm(config.vocab_size, config.rank) if config.rank else None
         stored = 1 if config.tied_layers else config.layers
         self.blocks = nn.Parameter(torch.zeros(stored, config.heads, config.width, config.width))
         self.biases = nn.Parameter(torch.zeros(stored, config.heads, config.width))
@@ -45,7 +48,12 @@ class MedusaHeads(HeadsModule):
         with torch.no_grad():
             if self.vocabulary is not None:
                 self.vocabulary.copy_(head_VD.expand_as(self.vocabulary))
+        if self.markov is not None:
+            self.markov.initialise(seed)
         return self
+
+    def table(self, embedding_VD: Tensor) -> Tensor:
+        return embedding_VD if self.markov is None else self.markov.before
 
     def start_from(self, maps: Sequence[Tensor], head_VD: Tensor) -> None:
         """Into the projections of its own, behind blocks that do nothing yet; shared ones leave no place for it."""
@@ -54,18 +62,28 @@ class MedusaHeads(HeadsModule):
                 self.vocabulary[head].copy_(head_VD @ guess)  # type: ignore[index]
 
     def logits(self, context_PD: Tensor, embedded_PKD: Tensor, head_VD: Tensor) -> Tensor:
+        if self.markov is None:
+            return self.unconditional(context_PD, head_VD)
+        return self.markov.logits(self._states(context_PD), embedded_PKD.transpose(0, 1), head_VD)
+
+    def unconditional(self, context_PD: Tensor, head_VD: Tensor) -> Tensor:
+        y_KPD = self._states(context_PD)
+        if self.vocabulary is None:
+            return F.linear(y_KPD, head_VD)
+        return torch.bmm(y_KPD, self.vocabulary.transpose(1, 2))
+
+    def _states(self, context_PD: Tensor) -> Tensor:
+        """What the heads' projections see, [K, P, D]."""
         y_KPD = context_PD.expand(self.count, -1, -1)
         for layer in range(self.config.layers):
             stored = layer % len(self.blocks)
             step = torch.baddbmm(self.biases[stored][:, None], y_KPD, self.blocks[stored].transpose(1, 2))
             y_KPD = y_KPD + F.silu(step)
-        if self.vocabulary is None:
-            return F.linear(y_KPD, head_VD)
-        return torch.bmm(y_KPD, self.vocabulary.transpose(1, 2))
+        return y_KPD
 
     def head_logits(self, index: int, z: Tensor, head_VD: Tensor) -> Tensor:
         flat = z.reshape(-1, z.shape[-1])
-        return self.logits(flat, flat[:, None], head_VD)[index].view(*z.shape[:-1], -1)
+        return self.unconditional(flat, head_VD)[index].view(*z.shape[:-1], -1)
 
     def weights(self, head_VD: Any) -> list[HeadWeights]:
         return [self._weights(head, head_VD) for head in range(self.count)]

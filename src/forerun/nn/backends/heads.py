@@ -33,7 +33,8 @@ class HeadWeights:
 
 class DraftHeads(Protocol):
     """The module of `count` heads, as it is trained. sees_tokens: heads see the tokens drafted
-    before theirs, not only the context.
+    before theirs, not only the context. markov: if set, they see of these the one before theirs alone, through two
+    tables (drafting/markov.py).
 
     `logits` and `head_logits` are the readable arithmetic of all heads and of one (see
     `HeadsModule`); `weights` is the same as plain matrices, for kernels. head: the target's output
@@ -41,6 +42,7 @@ class DraftHeads(Protocol):
     """
 
     sees_tokens: bool
+    markov: Any
     count: int
 
     def logits(self, context_PD: Tensor, embedded_PKD: Tensor, head_VD: Tensor) -> Tensor: ...

@@ -20,8 +20,8 @@ from forerun.ranktree import RankTree
 from forerun.train.answers import Answers, Batch
 from forerun.train.lesson import Lesson, chunk, logits_of
 from forerun.train.objectives.descent import Descent, Group, by_kind
-from forerun.train.objectives.losses import losses
-from forerun.train.ranks import Ranks, projected, ranks_of
+from forerun.train.objectives.losses import losses, paced
+from forerun.train.ranks import Ranks, conditional, projected, ranks_of
 from forerun.train.run import Watch, unwatched
 from forerun.train.schedule import Schedule
 from forerun.train.teacher import Teacher
@@ -86,19 +86,22 @@ class HeadsObjective(Descent):
     def _sums(self, lesson: Lesson) -> Tensor:
         """Per head, the loss summed over the places of a chunk, [K]."""
         logits = logits_of(self.module, self.teacher, lesson).flatten(0, 1)
-        each = losses(logits, self._target_logits(lesson), lesson.labels_KP.flatten(), self.weights)
-        return (each.view(lesson.valid_KP.shape) * lesson.valid_KP).sum(1)
+        found = losses(logits, self._target_logits(lesson), lesson.labels_KP.flatten(), self.weights)
+        each, said = (part.view(lesson.valid_KP.shape) for part in found)
+        counts = paced(said, lesson.valid_KP) if self.weights.pace else lesson.valid_KP
+        return (each * counts).sum(1)
 
     @torch.no_grad()
     def _target_logits(self, lesson: Lesson) -> Tensor | None:
         """[K P, V], where a term asks for the target's law."""
-        if not (self.weights.teacher or self.weights.distance):
+        if not self.weights.asks_target:
             return None
         return F.linear(lesson.states_PKD.transpose(0, 1).flatten(0, 1), self.teacher.head_VD)
 
     def validate(self, watch: Watch = unwatched) -> dict[str, float]:
         """`loss`, `head1_loss` .. `headK_loss` (each alone, in nats), `head1_top1` .. `headK_top5` (shares of answer
-        tokens), and `tokens_per_step` as projected for the tree."""
+        tokens), `head1_given` .. (the share of top 1 where all heads before were right), and `tokens_per_step` as
+        projected for the tree."""
         most = max(1, round(self.most_validated * self.share))
         samples = self.answers.heldout[:most] or self.answers.training[:most]
         self.module.eval()
@@ -114,5 +117,6 @@ class HeadsObjective(Descent):
         for head in range(self.module.count):
             known = np.concatenate([table[table[:, head] >= 0, head] for table in ranks])
             figures |= {f"head{head + 1}_top{k}": float((known < k).mean()) if known.size else 0.0 for k in SHOWN_TOP}
+        figures |= {f"head{k}_given": one for k, one in enumerate(conditional(ranks), 1)}
         figures["tokens_per_step"] = projected(ranks, self.tree)
         return figures

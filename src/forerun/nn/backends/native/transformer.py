@@ -333,7 +333,9 @@ class NativeBackend:
     def pack(self, module: nn.Module, weights: torch.dtype | Formats) -> Network:
         return pack(module, weights)
 
-    def heads(self, module: DraftHeads, network: Network, weights: torch.dtype) -> Drafting:
+    def heads(self, module: DraftHeads, network: Network, weights: torch.dtype) -> Drafting | None:
+        if module.markov is not None:  # not known to the kernels yet
+            return None
         embedding = network.input_embedding if module.sees_tokens else None
         return PackedHeads(module.weights(network.output_head), embedding, network.dtype, weights)
 
