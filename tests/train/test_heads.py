@@ -798,12 +798,13 @@ def test_a_training_leaves_heads_that_draft_as_was_projected(
     training, out = prepared(target_folder, data, preset, steps=30), tmp_path / "heads"
     figures = training.fit(tmp_path / "run", out)
     held = training.answers.heldout
-    description = f"{KINDS[preset]}:{out}"
-    engine = forerun.load(target_folder, description, dtype="fp32", kernels="torch")
+    tree = training.objective.tree
+    settings = {"checkpoint": str(out), "tree": [list(path) for path in tree.nodes]}
+    engine = forerun.load(target_folder, {"drafter": KINDS[preset], **settings}, dtype="fp32", kernels="torch")
     outputs = engine.generate([list(s.prompt) for s in held], SamplingParams(max_new_tokens=40))
     assert [output.token_ids for output in outputs] == [list(s.answer) for s in held]
     tables = ranks_of(module_of(str(out)), training.objective.teacher, held, training.answers)
-    assert [o.stats.steps for o in outputs] == [steps_of(table, engine.drafter.head.tree) for table in tables]
+    assert [o.stats.steps for o in outputs] == [steps_of(table, tree) for table in tables]
     assert set(figures) > {"loss", "tokens_per_step"} and figures["tokens_per_step"] >= 1
     config = json.loads((out / "config.json").read_text())
     assert config["drafter"] == KINDS[preset] and config["training"]["preset"] == preset
@@ -848,16 +849,20 @@ def test_a_preset_is_that_of_its_paper(preset: str, data: Path, target_folder: P
             "medusa": ("MedusaConfig", 5, 1, "own"),
             "hydra": ("HydraConfig", 4, 1, "own"),
             "hydra++": ("HydraConfig", 4, 4, "own"),
+            "medusa-fused": ("MedusaConfig", 7, 1, "shared"),
+            "block": ("BlockConfig", 7, 1, "shared"),
         }[preset]
     )
     schedules = {
         "medusa": (1e-3, 100, 0.0, 0.0),
         "hydra": (1e-3, 100, 0.0, 0.0),
         "hydra++": (5e-4, 100, 0.33, 0.1),
+        "medusa-fused": (1e-3, 100, 0.0, 0.0),
+        "block": (1e-3, 40, 0.0, 0.0),
     }
     schedule = schedule_for(PRESETS[preset], 1000)
     assert (schedule.adam_rate, schedule.warmup, schedule.floor, schedule.weight_decay) == schedules[preset]
-    assert (schedule.shape, schedule.muon_rate) == ("cosine", 0.0)
+    assert (schedule.shape, schedule.muon_rate) == ("cosine", 2e-3 if preset == "block" else 0.0)
     assert schedule_for(PRESETS["hydra++"], 50).warmup == 25, "a short run does not only warm up"
     if isinstance(config, HydraConfig) and preset == "hydra++":
         assert config.tied_layers and config.dropout == 0.2 and PRESETS[preset].weights == TEACHER
