@@ -119,6 +119,8 @@ struct Shared {
     InputRoom normal, mixed, gated, final;                   // what products read: norms, attention, the multilayer perceptron, the last
     InputRoom contexts, hidden[2];                           // draft heads: z, and y before and after a block
     Scratch y, plain, top_values, top_at, top_held, tops;    // y as fp32, contexts as fp32, and the best tokens of every level
+    InputRoom sources, fused, before;                        // block drafters: what the target said, fused, and the Markov term's inputs
+    Scratch sums, memory, rows, scores, laws;  // the same as fp32: fused, keys and values, a block's rows, their logits, with the term
 };
 
 // What every thread has for itself.
@@ -154,6 +156,7 @@ struct Kernels {
     void (*norm)(const float* x, const float* weight, const float* bias, float* y, int64_t width, float eps, bool centred);
     void (*emit)(const float* row, int64_t width, Inputs& to, int64_t token);
     void (*attention)(Team&, const struct AttentionCall&, Shelf& own);
+    void (*append_all)(const struct AttentionCall&, int64_t begin, int64_t end);
     void (*silu_gate)(const float* gate_up, float* y, int64_t width);
     void (*top)(const float* logits, int64_t vocabulary, int32_t k, float* values, int64_t* indices, float* logsumexp);
 };
