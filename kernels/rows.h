@@ -133,21 +133,45 @@ static inline void offer(float value, Index index, int32_t k, int32_t& held, flo
     indices[place] = index;
 }
 
-static void top(const float* logits, int64_t vocabulary, int32_t k, float* values, int64_t* indices, float* logsumexp) {
-    int32_t held = 0;
+// The largest of every sixteenth logit; a NaN counts as minus infinity.
+static V largest_by_lane(const float* logits, int64_t vocabulary) {
     V most = all(-__builtin_inff());
     for (int64_t i = 0; i < vocabulary; i += 16) {
-        const int64_t rest = vocabulary - i < 16 ? vocabulary - i : 16;
+        if (vocabulary - i >= 16) {
+            most = larger(load(logits + i), most);
+            continue;
+        }
         float lane[16];
-        V x = load_some(logits + i, rest);
-        if (rest == 16) most = larger(x, most);
-        if (rest == 16 && held == k && !(largest_of(x) > values[k - 1])) continue;
-        store(lane, x);
-        for (int64_t j = 0; j < rest; ++j) offer(lane[j], i + j, k, held, values, indices);
-        if (rest < 16)
-            for (int64_t j = 0; j < rest; ++j) most = larger(all(lane[j]), most);
+        store(lane, most);
+        for (int64_t j = 0; j < vocabulary - i; ++j) lane[j] = logits[i + j] > lane[j] ? logits[i + j] : lane[j];
+        most = load(lane);
     }
-    const float largest = largest_of(most);
+    return most;
+}
+
+// The k-th largest of sixteen; minus infinity for larger k. Of what they are the largest of, k are no smaller.
+static float kth_largest(V x, int32_t k) {
+    float lane[16], values[16];
+    int32_t ignored[16], held = 0;
+    if (k > 16) return -__builtin_inff();
+    store(lane, x);
+    for (int32_t i = 0; i < 16; ++i) offer(lane[i], i, k, held, values, ignored);
+    return values[k - 1];
+}
+
+static void top(const float* logits, int64_t vocabulary, int32_t k, float* values, int64_t* indices, float* logsumexp) {
+    const V most = largest_by_lane(logits, vocabulary);
+    const float largest = largest_of(most), least = kth_largest(most, k);
+    int32_t held = 0;
+    for (int64_t i = 0; i < vocabulary; i += 32) {
+        const int64_t rest = vocabulary - i < 32 ? vocabulary - i : 32;
+        if (rest == 32 && least > -__builtin_inff()) {
+            const float best = largest_of(larger(load(logits + i), larger(load(logits + i + 16), all(-__builtin_inff()))));
+            if (!(best >= least) || (held == k && !(best > values[k - 1]))) continue;
+        }
+        for (int64_t j = i; j < i + rest; ++j)
+            if (logits[j] >= least || least == -__builtin_inff()) offer(logits[j], j, k, held, values, indices);
+    }
     if (largest == __builtin_inff() || largest == -__builtin_inff()) {
         *logsumexp = largest;
         return;
