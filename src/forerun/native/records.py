@@ -251,9 +251,9 @@ class BlockStatesRecord(ctypes.Structure):
         ("rows", c_int32),
         ("start", c_int32),
         ("format", c_int32),
-        ("lengths", c_void_p),
-        ("counts", c_void_p),
-        ("states", c_void_p),
+        ("lengths", POINTER(c_int32)),
+        ("counts", POINTER(c_int32)),
+        ("states", POINTER(c_void_p)),
     )
 
 
@@ -262,11 +262,11 @@ class BlockWishRecord(ctypes.Structure):
 
     _fields_ = (
         ("rows", c_int32),
-        ("lengths", c_void_p),
-        ("roots", c_void_p),
-        ("nodes", c_void_p),
-        ("depths", c_void_p),
-        ("least", c_void_p),
+        ("lengths", POINTER(c_int32)),
+        ("roots", POINTER(c_int64)),
+        ("nodes", POINTER(c_int32)),
+        ("depths", POINTER(c_int32)),
+        ("least", POINTER(c_double)),
     )
 
 
@@ -275,10 +275,10 @@ class BlockTreesRecord(ctypes.Structure):
 
     _fields_ = (
         ("room", c_int32),
-        ("sizes", c_void_p),
-        ("tokens", c_void_p),
-        ("parents", c_void_p),
-        ("log_probs", c_void_p),
+        ("sizes", POINTER(c_int32)),
+        ("tokens", POINTER(c_int64)),
+        ("parents", POINTER(c_int32)),
+        ("log_probs", POINTER(c_double)),
     )
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from ctypes import c_double, c_int32, c_int64, c_void_p
 from itertools import islice
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,11 +72,15 @@ class PackedBlocks:
             return
         dtype = states[0].dtype if states[0].dtype in FORMATS else torch.float32
         parts = [part.detach().to(dtype).contiguous() for part in states]
-        lengths = [cache.lengths[start + row] for row in range(len(parts))]
-        ints = np.array(lengths + counts, np.int32)
-        places = np.array([part.data_ptr() for part in parts], np.uintp)
-        place = ints.ctypes.data
-        record = BlockStatesRecord(len(parts), start, FORMATS[dtype], place, place + 4 * len(parts), places.ctypes.data)
+        ints, rows = c_int32 * len(parts), range(len(parts))
+        record = BlockStatesRecord(
+            len(parts),
+            start,
+            FORMATS[dtype],
+            ints(*(cache.lengths[start + row] for row in rows)),
+            ints(*counts),
+            (c_void_p * len(parts))(*(part.data_ptr() for part in parts)),
+        )
         self._call(kernels().fr_block_read, record, cache)
         for row, count in enumerate(counts):
             cache.lengths[start + row] += count
@@ -86,22 +90,19 @@ class PackedBlocks:
     def logits(self, cache: Cache, roots: Sequence[int]) -> Tensor:
         """See `BlockNetwork.logits`."""
         logits = torch.empty((len(roots), self.count, self.vocab_size))
-        wish = _Wish(cache, roots, [TreeLimits(1, 1, 0.0)] * len(roots))
-        self._call(kernels().fr_block_score, wish.record, cache, logits.data_ptr())
+        wish = _wish(cache, roots, [TreeLimits(1, 1, 0.0)] * len(roots))
+        self._call(kernels().fr_block_score, wish, cache, logits.data_ptr())
         return logits
 
     def grow(self, cache: Cache, roots: Sequence[int], limits: Sequence[TreeLimits]) -> list[BestTree]:
         """See `BlockNetwork.grow`. Of equal paths the shallower comes first, then that of the better ranks."""
-        wish, rows, room = _Wish(cache, roots, limits), len(roots), 1 + max(one.nodes for one in limits)
-        tokens, log_probs = np.empty((rows, room), np.int64), np.empty((rows, room))
-        parents, sizes = np.empty((rows, room), np.int32), np.empty(rows, np.int32)
-        places = (found.ctypes.data for found in (sizes, tokens, parents, log_probs))
-        trees = BlockTreesRecord(room, *places)
-        self._call(kernels().fr_block_grow, wish.record, cache, ctypes.addressof(trees))
-        return [
-            BestTree(*(found[row, :size].tolist() for found in (tokens, parents, log_probs)))
-            for row, size in enumerate(sizes.tolist())
-        ]
+        rows, room = len(roots), 1 + max(one.nodes for one in limits)
+        sizes, tokens = (c_int32 * rows)(), (c_int64 * (rows * room))()
+        parents, log_probs = (c_int32 * (rows * room))(), (c_double * (rows * room))()
+        trees = BlockTreesRecord(room, sizes, tokens, parents, log_probs)
+        self._call(kernels().fr_block_grow, _wish(cache, roots, limits), cache, ctypes.addressof(trees))
+        parts = [slice(row * room, row * room + size) for row, size in enumerate(sizes)]
+        return [BestTree(tokens[part], parents[part], log_probs[part]) for part in parts]
 
     def _call(self, function: Callable[..., int], asked: ctypes.Structure, cache: Cache, *into: int) -> None:
         self._stack.turn_up_to(cache.capacity)
@@ -109,25 +110,20 @@ class PackedBlocks:
         demand_fine(function(*map(ctypes.byref, records), *into, torch.get_num_threads()))
 
 
-class _Wish:
+def _wish(cache: Cache, roots: Sequence[int], limits: Sequence[TreeLimits]) -> BlockWishRecord:
     """What is asked about every row, as the kernels read it."""
-
-    def __init__(self, cache: Cache, roots: Sequence[int], limits: Sequence[TreeLimits]):
-        rows = len(roots)
-        if len(limits) != rows or rows > cache.rows:
-            raise ValueError(f"{rows} roots and limits for {len(limits)} for the {cache.rows} rows of the cache")
-        nodes, depths, least = zip(*((one.nodes, one.depth, one.least) for one in limits), strict=True)
-        self._ints = np.array((*islice(cache.lengths, rows), *nodes, *depths), np.int32)
-        self._roots, self._least = np.array(roots, np.int64), np.array(least, np.float64)
-        lengths = self._ints.ctypes.data
-        self.record = BlockWishRecord(
-            rows,
-            lengths,
-            self._roots.ctypes.data,
-            lengths + 4 * rows,
-            lengths + 8 * rows,
-            self._least.ctypes.data,
-        )
+    rows = len(roots)
+    if len(limits) != rows or rows > cache.rows:
+        raise ValueError(f"{rows} roots and {len(limits)} limits for the {cache.rows} rows of a cache")
+    ints = c_int32 * rows
+    return BlockWishRecord(
+        rows,
+        ints(*islice(cache.lengths, rows)),
+        (c_int64 * rows)(*roots),
+        ints(*(one.nodes for one in limits)),
+        ints(*(one.depth for one in limits)),
+        (c_double * rows)(*(one.least for one in limits)),
+    )
 
 
 def _check(block: BlockWeights, vocabulary: int, width: int) -> None:
