@@ -70,7 +70,7 @@ class PackedBlocks:
         counts = [len(part) for part in states]
         if not any(counts):
             return
-        dtype = states[0].dtype if states[0].dtype in FORMATS else torch.float32
+        dtype = torch.bfloat16 if states[0].dtype == torch.bfloat16 else torch.float32
         parts = [part.detach().to(dtype).contiguous() for part in states]
         ints, rows = c_int32 * len(parts), range(len(parts))
         record = BlockStatesRecord(
