@@ -263,7 +263,9 @@ class Grove {
         for (int64_t i = 0; i < count(); ++i) std::memset(laws_ + i * stride_ + vocabulary_, 0, size_t(stride_ - vocabulary_) * 4);
     }
 
+    // Steps that it takes: the first, and at most two for every node.
     int64_t steps() const { return 2 * rounds_ + 1; }
+    bool is_empty() const { return trees_.empty(); }
 
     void run(Team team) {
         Shelf& own = work_.own[size_t(team.rank)];
@@ -346,6 +348,7 @@ FR_API int32_t fr_block_grow(const fr_block* block, const fr_block_wish* wish, c
         float* logits = work.shared.scores.get<float>(int64_t(wish->rows) * block->count * block->stack->vocabulary);
         if (const int32_t error = score(*block, *wish, *cache, logits, threads)) return error;
         Grove grove(*block, *wish, *trees, logits, work);
+        if (grove.is_empty()) return FR_FINE;
         Step* steps = work.begin(threads, grove.steps());
         together(threads, steps, [&](Team team) { grove.run(team); });
     } catch (const std::bad_alloc&) {

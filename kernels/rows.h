@@ -133,44 +133,45 @@ static inline void offer(float value, Index index, int32_t k, int32_t& held, flo
     indices[place] = index;
 }
 
-// The largest of every sixteenth logit; a NaN counts as minus infinity.
-static V largest_by_lane(const float* logits, int64_t vocabulary) {
-    V most = all(-__builtin_inff());
-    for (int64_t i = 0; i < vocabulary; i += 16) {
-        if (vocabulary - i >= 16) {
-            most = larger(load(logits + i), most);
-            continue;
-        }
-        float lane[16];
-        store(lane, most);
-        for (int64_t j = 0; j < vocabulary - i; ++j) lane[j] = logits[i + j] > lane[j] ? logits[i + j] : lane[j];
-        most = load(lane);
+// The largest of every LANES-th logit; a NaN counts as minus infinity.
+constexpr int32_t LANES = 32;
+static void largest_by_lane(const float* logits, int64_t vocabulary, float* most) {
+    V low = all(-__builtin_inff()), high = low;
+    const int64_t whole = vocabulary / LANES * LANES;
+    for (int64_t i = 0; i < whole; i += LANES) {
+        low = larger(load(logits + i), low);
+        high = larger(load(logits + i + 16), high);
     }
-    return most;
+    store(most, low);
+    store(most + 16, high);
+    for (int64_t i = whole; i < vocabulary; ++i)
+        if (logits[i] > most[i - whole]) most[i - whole] = logits[i];
 }
 
-// The k-th largest of sixteen; minus infinity for larger k. Of what they are the largest of, k are no smaller.
-static float kth_largest(V x, int32_t k) {
-    float lane[16], values[16];
-    int32_t ignored[16], held = 0;
-    if (k > 16) return -__builtin_inff();
-    store(lane, x);
-    for (int32_t i = 0; i < 16; ++i) offer(lane[i], i, k, held, values, ignored);
+// The k-th largest of the lanes, than which k logits are no smaller; minus infinity for larger k.
+static float kth_largest(const float* most, int32_t k) {
+    float values[LANES];
+    int32_t ignored[LANES], held = 0;
+    if (k > LANES) return -__builtin_inff();
+    for (int32_t i = 0; i < LANES; ++i) offer(most[i], i, k, held, values, ignored);
     return values[k - 1];
 }
 
 static void top(const float* logits, int64_t vocabulary, int32_t k, float* values, int64_t* indices, float* logsumexp) {
-    const V most = largest_by_lane(logits, vocabulary);
-    const float largest = largest_of(most), least = kth_largest(most, k);
+    const V nothing = all(-__builtin_inff());
+    float most[LANES];
+    largest_by_lane(logits, vocabulary, most);
+    const float largest = largest_of(larger(load(most), load(most + 16))), least = kth_largest(most, k);
+    const bool everything = least == -__builtin_inff();
     int32_t held = 0;
-    for (int64_t i = 0; i < vocabulary; i += 32) {
-        const int64_t rest = vocabulary - i < 32 ? vocabulary - i : 32;
-        if (rest == 32 && least > -__builtin_inff()) {
-            const float best = largest_of(larger(load(logits + i), larger(load(logits + i + 16), all(-__builtin_inff()))));
-            if (!(best >= least) || (held == k && !(best > values[k - 1]))) continue;
+    for (int64_t i = 0; i < vocabulary; i += LANES) {
+        const int64_t end = vocabulary - i < LANES ? vocabulary : i + LANES;
+        if (end - i == LANES) {
+            const float best = largest_of(larger(load(logits + i), larger(load(logits + i + 16), nothing)));
+            if (best < least || (held == k && !(best > values[k - 1]))) continue;
         }
-        for (int64_t j = i; j < i + rest; ++j)
-            if (logits[j] >= least || least == -__builtin_inff()) offer(logits[j], j, k, held, values, indices);
+        for (int64_t j = i; j < end; ++j)
+            if (everything || logits[j] >= least) offer(logits[j], j, k, held, values, indices);
     }
     if (largest == __builtin_inff() || largest == -__builtin_inff()) {
         *logsumexp = largest;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -20,7 +21,7 @@ from forerun.drafters.block.drafter import BlockDrafter, BlockExpander, Blocks, 
 from forerun.drafters.block.network import BlockModule, sources_of
 from forerun.drafting import checkpoint as checkpoints
 from forerun.drafting.checkpoint import Checkpoint
-from forerun.drafting.drafter import Context
+from forerun.drafting.drafter import Context, Drafter
 from forerun.drafting.growth import TopTree
 from forerun.drafting.heads import Places
 from forerun.drafting.workshop import Workshop
@@ -274,26 +275,31 @@ SETTINGS: dict[str, dict[str, object]] = {
 
 
 @needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_text_on_the_native_kernels_is_that_of_plain_decoding(settings: dict[str, object], checkpoint: str) -> None:
-    """Greedy, drawn, alone, in company, where rows come and go and where budgets change."""
-    network = on(lively(), "native")
-    drafter = make(
-        {"drafter": "block", "checkpoint": checkpoint, **settings}, Workshop(Model(network, 1), {}.__getitem__)
-    )
+def test_text_on_the_native_kernels_is_that_of_plain_decoding(
+    settings: dict[str, object], dtype: torch.dtype, checkpoint: str
+) -> None:
+    """Greedy, drawn, alone, in company, where rows come and go and where budgets change; bit by bit in bf16, too."""
+    network = on(deepcopy(lively()).to(dtype), "native")
+    workshop = Workshop(Model(network, 1), {}.__getitem__)
+    drafter = make({"drafter": "block", "checkpoint": checkpoint, **settings}, workshop)
     assert isinstance(drafter, BlockDrafter) and isinstance(drafter.blocks, PackedBlocks)
+
+    def said(drafter: Drafter, prompts: Sequence[list[int]], wishes: Any, rows: int = 8) -> list[list[int]]:
+        outputs = Engine(network, drafter, max_rows=rows).generate(prompts, wishes)
+        return [output.token_ids for output in outputs]
+
     long = SamplingParams(max_new_tokens=150)
     for prompts in (PROMPTS[:1], PROMPTS[1:4]):
-        said = [output.token_ids for output in Engine(network, drafter).generate(prompts, long)]
-        assert said == [greedy(lively(), prompt, 150) for prompt in prompts]
+        expected = said(make("none", workshop), prompts, long)
+        assert said(drafter, prompts, long) == expected
+        assert dtype == torch.bfloat16 or expected == [greedy(lively(), prompt, 150) for prompt in prompts]
     wishes = [
         SamplingParams(temperature=row % 3 * 0.6, seed=row, max_new_tokens=(30, 3, 41, 1, 12)[row]) for row in range(5)
     ]
-    none = make("none", Workshop(Model(network, 1), {}.__getitem__))
-    expected = [output.token_ids for output in Engine(network, none, max_rows=3).generate(PROMPTS, wishes)]
-    for rows in (2, 3):
-        outputs = Engine(network, drafter, max_rows=rows).generate(PROMPTS, wishes)
-        assert [output.token_ids for output in outputs] == expected
+    expected = said(make("none", workshop), PROMPTS, wishes, 3)
+    assert said(drafter, PROMPTS, wishes, 2) == said(drafter, PROMPTS, wishes, 3) == expected
     assert drafter.blocks.cache.rows == 0
 
 
