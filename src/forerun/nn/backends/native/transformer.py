@@ -272,7 +272,7 @@ class PackedTransformer:
             raise ValueError(
                 f"an embedding {list(embedding.shape)} and a head {list(shape)} for layers of width {self.config.width}"
             )
-        embedding = embedding.detach().contiguous()
+        embedding = embedding.detach().to(self.dtype).contiguous()
         self.record.head, self.record.vocabulary = head.record, head.out
         self.record.embedding, self.record.embedding_format = embedding.data_ptr(), FORMATS[embedding.dtype]
         self._borrowed = (embedding, head)  # kept alive
