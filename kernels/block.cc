@@ -43,8 +43,10 @@ class Reading {
         fused_ = inputs_for(stack_.layer[0].qkv, count(), room.fused);
         memory_ = room.memory.get<float>(stack_.layers * count() * memory_stride_);
         for (int32_t l = 0; l < stack_.layers; ++l) parts_.emplace_back(stack_, stack_.layer[l]);
-        for (int32_t l = 0; l < stack_.layers; ++l)
-            products_.push_back({&parts_[size_t(l)].matrix, fused_, Outputs{Into::store, memory_of(l) + parts_[size_t(l)].column, memory_stride_}});
+        for (int32_t l = 0; l < stack_.layers; ++l) {
+            const KeysAndValues& part = parts_[size_t(l)];
+            products_.push_back({&part.matrix, fused_, Outputs{Into::store, memory_of(l) + part.column, memory_stride_}});
+        }
     }
 
     static constexpr int64_t STEPS = 5;
@@ -120,7 +122,7 @@ class Reading {
 
 bool is_asked(const fr_block_wish& wish, int32_t row) { return wish.nodes[row] > 0 && wish.depths[row] > 0; }
 
-int32_t score(const fr_block& block, const fr_block_wish& wish, const fr_cache& cache, float* logits, int32_t threads) {
+int32_t score(const fr_block& block, const fr_block_wish& wish, const fr_cache& cache, float* logits, Afterwards* then, int32_t threads) {
     const fr_transformer& stack = *block.stack;
     std::vector<int32_t> counts(size_t(wish.rows), 0), positions(size_t(wish.rows) * block.count, 0);
     float* x = workspace().shared.rows.get<float>(int64_t(wish.rows) * block.count * stack.width);
@@ -150,7 +152,7 @@ int32_t score(const fr_block& block, const fr_block_wish& wish, const fr_cache& 
                        .reach = 0,
                        .mutual = 1};
     const fr_wanted wanted{logits, nullptr, nullptr, 0, 0, nullptr, nullptr};
-    return fr_forward(&stack, &feed, &cache, &wanted, threads);
+    return forward(stack, feed, cache, wanted, then, threads);
 }
 
 // ---- trees
@@ -241,7 +243,7 @@ class Tree {
 };
 
 // All trees grow side by side: in every round each expands one node, and the Markov term of all of them is one product.
-class Grove {
+class Grove : public Afterwards {
   public:
     Grove(const fr_block& block, const fr_block_wish& wish, const fr_block_trees& trees, const float* logits, Workspace& work)
         : block_(block), vocabulary_(block.stack->vocabulary), logits_(logits), work_(work) {
@@ -264,10 +266,10 @@ class Grove {
     }
 
     // Steps that it takes: the first, and at most two for every node.
-    int64_t steps() const { return 2 * rounds_ + 1; }
+    int64_t steps() const override { return 2 * rounds_ + 1; }
     bool is_empty() const { return trees_.empty(); }
 
-    void run(Team team) {
+    void run(Team team) override {
         Shelf& own = work_.own[size_t(team.rank)];
         team.each(count(), 1, [&](int64_t first, int64_t last) {
             for (int64_t i = first; i < last; ++i) prepare(i, own);
@@ -320,8 +322,10 @@ class Grove {
 }  // namespace
 
 FR_API int32_t fr_block_read(const fr_block* block, const fr_block_states* states, const fr_cache* cache, int32_t threads) {
-    for (int32_t row = 0; row < states->rows; ++row)
-        if (const int32_t error = room_for(*block->stack, *cache, states->start + row, states->lengths[row], states->counts[row])) return error;
+    for (int32_t row = 0; row < states->rows; ++row) {
+        const int32_t slot = states->start + row;
+        if (const int32_t error = room_for(*block->stack, *cache, slot, states->lengths[row], states->counts[row])) return error;
+    }
     try {
         Workspace& work = workspace();
         Step* steps = work.begin(threads, Reading::STEPS);
@@ -335,7 +339,7 @@ FR_API int32_t fr_block_read(const fr_block* block, const fr_block_states* state
 
 FR_API int32_t fr_block_score(const fr_block* block, const fr_block_wish* wish, const fr_cache* cache, float* logits, int32_t threads) {
     try {
-        return score(*block, *wish, *cache, logits, threads);
+        return score(*block, *wish, *cache, logits, nullptr, threads);
     } catch (const std::bad_alloc&) {
         return FR_NO_MEMORY;
     }
@@ -346,13 +350,9 @@ FR_API int32_t fr_block_grow(const fr_block* block, const fr_block_wish* wish, c
     try {
         Workspace& work = workspace();
         float* logits = work.shared.scores.get<float>(int64_t(wish->rows) * block->count * block->stack->vocabulary);
-        if (const int32_t error = score(*block, *wish, *cache, logits, threads)) return error;
         Grove grove(*block, *wish, *trees, logits, work);
-        if (grove.is_empty()) return FR_FINE;
-        Step* steps = work.begin(threads, grove.steps());
-        together(threads, steps, [&](Team team) { grove.run(team); });
+        return grove.is_empty() ? int32_t(FR_FINE) : score(*block, *wish, *cache, logits, &grove, threads);
     } catch (const std::bad_alloc&) {
         return FR_NO_MEMORY;
     }
-    return FR_FINE;
 }

@@ -198,5 +198,15 @@ static inline int64_t partial_floats(const Tokens& tokens, const fr_cache& cache
     return running_floats(queries, round_up(cache.head_dim, PANEL)) * chunks_of(tokens, 0, tokens.count()) * cache.kv_heads;
 }
 
+// What a team goes on with behind a forward, in at most `steps` steps.
+struct Afterwards {
+    virtual ~Afterwards() = default;
+    virtual int64_t steps() const = 0;
+    virtual void run(Team team) = 0;
+};
+// fr_forward, and what comes afterwards (null: nothing) before the threads part.
+int32_t forward(const fr_transformer& model, const fr_feed& feed, const fr_cache& cache, const fr_wanted& wanted, Afterwards* then,
+                int32_t threads);
+
 const Kernels& kernels();  // of the active instruction set
 extern const Kernels portable_kernels, avx2_kernels, avx512_kernels, avx512_bf16_kernels, amx_kernels;
