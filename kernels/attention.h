@@ -489,6 +489,14 @@ static void attention_in(Team& team, const AttentionCall& call, Shelf& own) {
     if (split) attend_split<F>(team, heads, own);
 }
 
+// Nothing but write the keys and values of tokens [begin, end).
+static void append_all(const AttentionCall& call, int64_t begin, int64_t end) {
+    for (int32_t head = 0; head < call.cache->kv_heads; ++head) {
+        if (call.cache->format == FR_BF16) append(Heads<FR_BF16>(call), begin, end, head);
+        else append(Heads<FR_F32>(call), begin, end, head);
+    }
+}
+
 static void attention(Team& team, const AttentionCall& call, Shelf& own) {
     if (call.cache->format == FR_BF16) attention_in<FR_BF16>(team, call, own);
     else attention_in<FR_F32>(team, call, own);

@@ -34,7 +34,8 @@ struct fr_matrix {
 // Row r lives in cache slot `start + r`, holds lengths[r] committed entries and `held` earlier scratch entries behind them.
 // paths: [rows, count, reach], the scratch entries (numbers below held + count) that a token sees, in order of depth, which ascends, with
 // itself as the last, and -1 behind that; null: all up to itself. positions: for the rotary embedding. states: [rows, count, width] in `states_format` (bf16 or fp32), the inputs
-// themselves instead of embedded tokens, which are not looked at then; null: none.
+// themselves instead of embedded tokens, which are not looked at then; null: none. mutual: without paths, tokens of a row see those behind
+// them in the feed too.
 struct fr_feed {
     int32_t rows, count, start, held;
     const int32_t* counts;
@@ -44,6 +45,7 @@ struct fr_feed {
     const int32_t* paths;
     const uint8_t* states;
     int32_t states_format, reach;
+    int32_t mutual;
 };
 
 // Keys and values: [layers, 2, slots, capacity, kv_heads, head_dim] in `format` (bf16 or fp32).
@@ -120,6 +122,47 @@ struct fr_tree {
     const fr_level* level;
 };
 
+// A block drafter: a block is `count` rows, of which the first is an embedded token, the root, and the others are `mask` [width]. Its layers
+// are those of `stack`, whose head and embedding are the target's, and whose qkv have one number format. Rows see one another, and the
+// memory that is made of what the target has read: norm(fuse x) with the weight fuse_norm, x being states of several of its layers side
+// by side. Row k says what may be at depth k + 1: its logits, and with a `rank` above 0 behind before[token above it].
+struct fr_block {
+    const fr_transformer* stack;
+    fr_matrix fuse;  // [width, sources * width]
+    const float* fuse_norm;
+    const float* mask;
+    fr_matrix behind;       // [vocabulary, rank], bf16 or fp32
+    const uint8_t* before;  // [vocabulary, rank], in the format of the embedding
+    int32_t count, rank;
+};
+// What the target has read in rows that live in slots from `start` on and hold lengths[r] entries: counts[r] more tokens, whose states
+// [counts[r], sources * width] are at states[r] in `format` (bf16 or fp32).
+struct fr_block_states {
+    int32_t rows, start, format;
+    const int32_t* lengths;
+    const int32_t* counts;
+    const uint8_t* const* states;
+};
+// Trees for the rows in slots from 0 on: below the root at most nodes[r] nodes, depths[r] deep, none whose path's log-probability is below
+// least[r]. Rows without nodes or depth are left out.
+struct fr_block_wish {
+    int32_t rows;
+    const int32_t* lengths;
+    const int64_t* roots;
+    const int32_t* nodes;
+    const int32_t* depths;
+    const double* least;
+};
+// The most probable paths of each row, parents before their children: [rows, room] each, of which sizes[r] are filled, the root included.
+// room: more than any nodes[r].
+struct fr_block_trees {
+    int32_t room;
+    int32_t* sizes;
+    int64_t* tokens;
+    int32_t* parents;
+    double* log_probs;
+};
+
 // Instruction sets, best last. fr_isa_best: the best this processor runs; fr_isa_use: choose one (false: cannot).
 enum fr_isa : int32_t { FR_PORTABLE = 0, FR_AVX2 = 1, FR_AVX512 = 2, FR_AVX512_BF16 = 3, FR_AMX = 4 };
 FR_API int32_t fr_isa_best();
@@ -155,6 +198,15 @@ FR_API int32_t fr_forward(const fr_transformer* model, const fr_feed* feed, cons
 // Grow a tree below every row's root: tokens [rows, nodes] of all nodes, the root first. contexts: [rows, width].
 FR_API int32_t fr_draft(const fr_heads* heads, const fr_tree* tree, const uint8_t* contexts, const int64_t* roots, int64_t* tokens,
                         int64_t rows, int32_t threads);
+
+// Of a block drafter: write the keys and values of what the target has read into the cache, behind what the rows hold.
+FR_API int32_t fr_block_read(const fr_block* block, const fr_block_states* states, const fr_cache* cache, int32_t threads);
+// Logits [rows, count, vocabulary] of all rows' blocks, without the term of the tokens above; rows that are left out get zeros. What a block
+// itself adds to the cache lies behind the rows' entries, and is not needed any more.
+FR_API int32_t fr_block_score(const fr_block* block, const fr_block_wish* wish, const fr_cache* cache, float* logits, int32_t threads);
+// Trees of them. Of equal paths the shallower comes first, then that of the more probable tokens, then the lower token.
+FR_API int32_t fr_block_grow(const fr_block* block, const fr_block_wish* wish, const fr_cache* cache, const fr_block_trees* trees,
+                             int32_t threads);
 
 // ---- text that is looked up (automaton.cc)
 

@@ -50,7 +50,7 @@ class Forward {
     // thread that comes late may find that the others are layers ahead.
     static int64_t steps(const fr_transformer& model) { return 12 * int64_t(model.layers) + 10; }
 
-    void run(Team team) {
+    void run(Team& team) {
         Shelf& own = work_.own[size_t(team.rank)];
         begin(team);
         for (int32_t l = 0; l < model_.layers; ++l) {
@@ -273,17 +273,25 @@ int32_t checked(const fr_transformer& model, const fr_feed& feed, const fr_cache
 
 }  // namespace
 
-FR_API int32_t fr_forward(const fr_transformer* model, const fr_feed* feed, const fr_cache* cache, const fr_wanted* wanted,
-                          int32_t threads) {
-    if (const int32_t error = checked(*model, *feed, *cache)) return error;
+int32_t forward(const fr_transformer& model, const fr_feed& feed, const fr_cache& cache, const fr_wanted& wanted, Afterwards* then,
+                int32_t threads) {
+    if (const int32_t error = checked(model, feed, cache)) return error;
     try {
         Workspace& work = workspace();
-        Step* steps = work.begin(threads, Forward::steps(*model));
-        Forward forward(*model, *feed, *cache, *wanted, work, threads);
-        together(threads, steps, [&](Team team) { forward.run(team); });
+        Step* steps = work.begin(threads, Forward::steps(model) + (then ? then->steps() : 0));
+        Forward forward(model, feed, cache, wanted, work, threads);
+        together(threads, steps, [&](Team team) {
+            forward.run(team);
+            if (then) then->run(team);
+        });
         forward.finish(threads);
     } catch (const std::bad_alloc&) {
         return FR_NO_MEMORY;
     }
     return FR_FINE;
+}
+
+FR_API int32_t fr_forward(const fr_transformer* model, const fr_feed* feed, const fr_cache* cache, const fr_wanted* wanted,
+                          int32_t threads) {
+    return forward(*model, *feed, *cache, *wanted, nullptr, threads);
 }

@@ -133,21 +133,46 @@ static inline void offer(float value, Index index, int32_t k, int32_t& held, flo
     indices[place] = index;
 }
 
-static void top(const float* logits, int64_t vocabulary, int32_t k, float* values, int64_t* indices, float* logsumexp) {
-    int32_t held = 0;
-    V most = all(-__builtin_inff());
-    for (int64_t i = 0; i < vocabulary; i += 16) {
-        const int64_t rest = vocabulary - i < 16 ? vocabulary - i : 16;
-        float lane[16];
-        V x = load_some(logits + i, rest);
-        if (rest == 16) most = larger(x, most);
-        if (rest == 16 && held == k && !(largest_of(x) > values[k - 1])) continue;
-        store(lane, x);
-        for (int64_t j = 0; j < rest; ++j) offer(lane[j], i + j, k, held, values, indices);
-        if (rest < 16)
-            for (int64_t j = 0; j < rest; ++j) most = larger(all(lane[j]), most);
+// The largest of every LANES-th logit; a NaN counts as minus infinity.
+constexpr int32_t LANES = 32;
+static void largest_by_lane(const float* logits, int64_t vocabulary, float* most) {
+    V low = all(-__builtin_inff()), high = low;
+    const int64_t whole = vocabulary / LANES * LANES;
+    for (int64_t i = 0; i < whole; i += LANES) {
+        low = larger(load(logits + i), low);
+        high = larger(load(logits + i + 16), high);
     }
-    const float largest = largest_of(most);
+    store(most, low);
+    store(most + 16, high);
+    for (int64_t i = whole; i < vocabulary; ++i)
+        if (logits[i] > most[i - whole]) most[i - whole] = logits[i];
+}
+
+// The k-th largest of the lanes, than which k logits are no smaller; minus infinity for larger k.
+static float kth_largest(const float* most, int32_t k) {
+    float values[LANES];
+    int32_t ignored[LANES], held = 0;
+    if (k > LANES) return -__builtin_inff();
+    for (int32_t i = 0; i < LANES; ++i) offer(most[i], i, k, held, values, ignored);
+    return values[k - 1];
+}
+
+static void top(const float* logits, int64_t vocabulary, int32_t k, float* values, int64_t* indices, float* logsumexp) {
+    const V nothing = all(-__builtin_inff());
+    float most[LANES];
+    largest_by_lane(logits, vocabulary, most);
+    const float largest = largest_of(larger(load(most), load(most + 16))), least = kth_largest(most, k);
+    const bool everything = least == -__builtin_inff();
+    int32_t held = 0;
+    for (int64_t i = 0; i < vocabulary; i += LANES) {
+        const int64_t end = vocabulary - i < LANES ? vocabulary : i + LANES;
+        if (end - i == LANES) {
+            const float best = largest_of(larger(load(logits + i), larger(load(logits + i + 16), nothing)));
+            if (best < least || (held == k && !(best > values[k - 1]))) continue;
+        }
+        for (int64_t j = i; j < end; ++j)
+            if (everything || logits[j] >= least) offer(logits[j], j, k, held, values, indices);
+    }
     if (largest == __builtin_inff() || largest == -__builtin_inff()) {
         *logsumexp = largest;
         return;

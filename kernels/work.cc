@@ -59,6 +59,8 @@ void Tokens::read(const fr_feed& feed) {
             if (feed.paths) {
                 token.path = path_of(feed, place);
                 token.logical = length + length_of(token.path, feed.reach) - 1;
+            } else if (feed.mutual) {
+                token.logical = length + feed.held + feed.counts[row] - 1;
             }
             list.push_back(token);
         }

@@ -119,6 +119,8 @@ struct Shared {
     InputRoom normal, mixed, gated, final;                   // what products read: norms, attention, the multilayer perceptron, the last
     InputRoom contexts, hidden[2];                           // draft heads: z, and y before and after a block
     Scratch y, plain, top_values, top_at, top_held, tops;    // y as fp32, contexts as fp32, and the best tokens of every level
+    InputRoom sources, fused, before;                        // block drafters: what the target said, fused, and the Markov term's inputs
+    Scratch sums, memory, rows, scores, laws;  // the same as fp32: fused, keys and values, a block's rows, their logits, with the term
 };
 
 // What every thread has for itself.
@@ -154,6 +156,7 @@ struct Kernels {
     void (*norm)(const float* x, const float* weight, const float* bias, float* y, int64_t width, float eps, bool centred);
     void (*emit)(const float* row, int64_t width, Inputs& to, int64_t token);
     void (*attention)(Team&, const struct AttentionCall&, Shelf& own);
+    void (*append_all)(const struct AttentionCall&, int64_t begin, int64_t end);
     void (*silu_gate)(const float* gate_up, float* y, int64_t width);
     void (*top)(const float* logits, int64_t vocabulary, int32_t k, float* values, int64_t* indices, float* logsumexp);
 };
@@ -194,6 +197,16 @@ static inline int64_t partial_floats(const Tokens& tokens, const fr_cache& cache
     const int64_t queries = tokens.count() * (heads / cache.kv_heads);
     return running_floats(queries, round_up(cache.head_dim, PANEL)) * chunks_of(tokens, 0, tokens.count()) * cache.kv_heads;
 }
+
+// What a team goes on with behind a forward, in at most `steps` steps.
+struct Afterwards {
+    virtual ~Afterwards() = default;
+    virtual int64_t steps() const = 0;
+    virtual void run(Team team) = 0;
+};
+// fr_forward, and what comes afterwards (null: nothing) before the threads part.
+int32_t forward(const fr_transformer& model, const fr_feed& feed, const fr_cache& cache, const fr_wanted& wanted, Afterwards* then,
+                int32_t threads);
 
 const Kernels& kernels();  // of the active instruction set
 extern const Kernels portable_kernels, avx2_kernels, avx512_kernels, avx512_bf16_kernels, amx_kernels;

@@ -5,26 +5,33 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from drafters.heading import PREFIX, PROMPTS, VOCAB, WIDTH, filled, greedy, lively
+from drafters.heading import PREFIX, PROMPTS, VOCAB, WIDTH, every_kernel, filled, greedy, lively, needs_kernels, on
 from forerun.drafters.block import BlockConfig
-from forerun.drafters.block.drafter import BlockDrafter, TorchBlocks
+from forerun.drafters.block.drafter import BlockDrafter, BlockExpander, Blocks, PackedBlocks, TorchBlocks, blocks_on
 from forerun.drafters.block.network import BlockModule, sources_of
-from forerun.drafting.drafter import Context
+from forerun.drafting import checkpoint as checkpoints
+from forerun.drafting.checkpoint import Checkpoint
+from forerun.drafting.drafter import Context, Drafter
 from forerun.drafting.growth import TopTree
 from forerun.drafting.heads import Places
+from forerun.drafting.workshop import Workshop
+from forerun.drafting.workshop import build as make
 from forerun.engine.engine import Engine
 from forerun.errors import DrafterError
 from forerun.model import Inputs, Model
 from forerun.row import Row
 from forerun.sampling import SamplingParams
+from forerun.tree import TokenTree
 
 BLOCK = 5
 CONFIGS = {
@@ -135,9 +142,9 @@ def row_of(tokens: Sequence[int]) -> Row:
     return Row([*tokens], len(tokens), SamplingParams(max_new_tokens=40), key=0, limit=200)
 
 
-def following(config: BlockConfig, read: Sequence[Sequence[int]]) -> TorchBlocks:
+def following(config: BlockConfig, read: Sequence[Sequence[int]], kernels: str = "torch") -> Blocks:
     """Blocks that have followed these texts up to, but without, the last token, in pieces of a few tokens."""
-    blocks = TorchBlocks(block(config), lively().embedding.weight, lively().head.weight)
+    blocks = blocks_on(block(config), on(lively(), kernels), torch.float32)
     for text in read:
         states = joined(config, text)[:, :-1]
         blocks.admit(row_of(text), states[:, :1])
@@ -146,12 +153,14 @@ def following(config: BlockConfig, read: Sequence[Sequence[int]]) -> TorchBlocks
     return blocks
 
 
+@every_kernel
 @every_config
-def test_drafting_computes_what_training_does(config: BlockConfig) -> None:
+def test_drafting_computes_what_training_does(config: BlockConfig, kernels: str) -> None:
     """Rows of several lengths side by side, whose text came piece by piece."""
     read = [TEXT[:12], TEXT[:4], TEXT[:15]]
-    blocks, logits = following(config, read), taught(block(config), [TEXT] * 3, [(0, 10), (1, 2), (2, 13)])
+    blocks, logits = following(config, read, kernels), taught(block(config), [TEXT] * 3, [(0, 10), (1, 2), (2, 13)])
     found = blocks.expander([text[-1] for text in read])
+    assert isinstance(found, BlockExpander) and isinstance(blocks, TorchBlocks if kernels == "torch" else PackedBlocks)
     for row, text in enumerate(read):
         for depth in range(BLOCK):
             scores = found._after(torch.tensor([[TEXT[len(text) - 1 + depth]]] * 3), depth)
@@ -179,16 +188,17 @@ def best_first(log_probs: Sequence[Tensor], tokens: int, nodes: int, least: floa
     return found
 
 
+@every_kernel
 @every_config
 @pytest.mark.parametrize(("nodes", "price"), [(1, None), (6, None), (16, None), (16, 0.05), (16, 0.3)])
 def test_a_tree_as_wide_as_it_has_nodes_is_the_best_first_one(
-    config: BlockConfig, nodes: int, price: float | None
+    config: BlockConfig, nodes: int, price: float | None, kernels: str
 ) -> None:
     module, text = block(config), TEXT[:9]
     row = row_of(text)
     prices = None if price is None else [price]
     context = Context([row], [nodes], [BLOCK], torch.device("cpu"), prices=prices)
-    grown = TopTree(nodes, BLOCK, nodes).grow(following(config, [text]).expander([text[-1]]), context, [BLOCK]).tree
+    grown = BlockDrafter(following(config, [text], kernels), TopTree(nodes, BLOCK, nodes), ()).propose(context)
     states = slow_states(module, [*text, 0], len(text) - 2) @ lively().head.weight.double().T
     markov = torch.zeros(VOCAB, VOCAB)
     if module.before is not None and module.behind is not None:
@@ -212,14 +222,14 @@ def paths_of(tokens: Sequence[int], parents: Sequence[int]) -> list[tuple[int, .
 class Watching(BlockDrafter):
     """Compares its memory, at every step, with that of blocks that were given the whole text at once."""
 
+    config: BlockConfig
     compared = 0
 
     def propose(self, context: Context):  # type: ignore[no-untyped-def]
         tree = super().propose(context)
-        assert isinstance(self.blocks, TorchBlocks)
         for slot, row in enumerate(context.rows):
             if self.blocks.known(slot) == len(row.tokens) - 1 > 0:
-                fresh = following(self.blocks.module.config, [row.tokens])
+                fresh = following(self.config, [row.tokens])
                 torch.testing.assert_close(
                     self.blocks.cache.entries(slot), fresh.cache.entries(0), rtol=1e-4, atol=1e-4
                 )
@@ -227,18 +237,92 @@ class Watching(BlockDrafter):
         return tree
 
 
+@every_kernel
 @every_config
-def test_the_memory_is_that_of_the_text_whatever_runs_beside_it(config: BlockConfig) -> None:
-    blocks = TorchBlocks(block(config), lively().embedding.weight, lively().head.weight)
-    drafter = Watching(blocks, TopTree(8, BLOCK, 8), blocks.module.reads(2))
+def test_the_memory_is_that_of_the_text_whatever_runs_beside_it(config: BlockConfig, kernels: str) -> None:
+    blocks = blocks_on(block(config), on(lively(), kernels), torch.float32)
+    drafter = Watching(blocks, TopTree(8, BLOCK, 8), block(config).reads(2))
+    drafter.config = config
     engine, wishes = (
-        Engine(lively(), drafter, max_rows=3),
+        Engine(on(lively(), kernels), drafter, max_rows=3),
         [SamplingParams(max_new_tokens=n) for n in (9, 25, 4, 17, 12)],
     )
     outputs = engine.generate(PROMPTS, wishes)
     expected = [greedy(lively(), prompt, one.max_new_tokens or 0) for prompt, one in zip(PROMPTS, wishes, strict=True)]
     assert [output.token_ids for output in outputs] == expected
     assert drafter.compared > 40 and blocks.cache.rows == 0
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two layers that say what the target does, more or less."""
+    config = CONFIGS["two layers"]
+    module = BlockModule(config).initialise(lively().head.weight)
+    for weight, knock in zip(module.parameters(), filled(BlockModule(config), 0.3).parameters(), strict=True):
+        weight.data += knock.data
+    path = tmp_path_factory.mktemp("blocks") / "block"
+    checkpoints.write(module, config, Checkpoint(path, "block", {}, "lively", {}), torch.float32)
+    return str(path)
+
+
+SETTINGS: dict[str, dict[str, object]] = {
+    "best first": {},
+    "few nodes": {"nodes": 3},
+    "static": {"tree": [[0], [1], [0, 0], [0, 1], [0, 0, 0]]},
+    "chain": {"tree": [[0], [0, 0], [0, 0, 0], [0, 0, 0, 0]]},
+    "int8": {"weights": "int8"},
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_text_on_the_native_kernels_is_that_of_plain_decoding(
+    settings: dict[str, object], dtype: torch.dtype, checkpoint: str
+) -> None:
+    """Greedy, drawn, alone, in company, where rows come and go and where budgets change; bit by bit in bf16, too."""
+    network = on(deepcopy(lively()).to(dtype), "native")
+    workshop = Workshop(Model(network, 1), {}.__getitem__)
+    drafter = make({"drafter": "block", "checkpoint": checkpoint, **settings}, workshop)
+    assert isinstance(drafter, BlockDrafter) and isinstance(drafter.blocks, PackedBlocks)
+
+    def said(drafter: Drafter, prompts: Sequence[list[int]], wishes: Any, rows: int = 8) -> list[list[int]]:
+        outputs = Engine(network, drafter, max_rows=rows).generate(prompts, wishes)
+        return [output.token_ids for output in outputs]
+
+    long = SamplingParams(max_new_tokens=150)
+    for prompts in (PROMPTS[:1], PROMPTS[1:4]):
+        expected = said(make("none", workshop), prompts, long)
+        assert said(drafter, prompts, long) == expected
+        assert dtype == torch.bfloat16 or expected == [greedy(lively(), prompt, 150) for prompt in prompts]
+    wishes = [
+        SamplingParams(temperature=row % 3 * 0.6, seed=row, max_new_tokens=(30, 3, 41, 1, 12)[row]) for row in range(5)
+    ]
+    expected = said(make("none", workshop), PROMPTS, wishes, 3)
+    assert said(drafter, PROMPTS, wishes, 2) == said(drafter, PROMPTS, wishes, 3) == expected
+    assert drafter.blocks.cache.rows == 0
+
+
+@needs_kernels
+def test_both_backends_propose_the_same(checkpoint: str) -> None:
+    """And accept as much: texts of two engines side by side, step by step."""
+    trees: dict[str, list[object]] = {}
+    for kernels in ("torch", "native"):
+        network = on(lively(), kernels)
+        drafter = make({"drafter": "block", "checkpoint": checkpoint}, Workshop(Model(network, 1), {}.__getitem__))
+        propose, seen = drafter.propose, trees.setdefault(kernels, [])
+
+        def watched(context: Context, propose: Any = propose, seen: list[object] = seen) -> TokenTree:
+            tree: TokenTree = propose(replace(context, prices=None))
+            rows = zip(tree.tokens, tree.topology.parents, strict=True)
+            seen.append([sorted(paths_of(tokens, parents)) for tokens, parents in rows])
+            return tree
+
+        drafter.propose = watched  # type: ignore[method-assign]
+        Engine(network, drafter).generate(PROMPTS[:3], SamplingParams(max_new_tokens=60))
+    assert len(trees["torch"]) == len(trees["native"]) > 10
+    equal = sum(one == other for one, other in zip(trees["torch"], trees["native"], strict=True))
+    assert equal > 0.9 * len(trees["torch"])
 
 
 # ---- the configuration

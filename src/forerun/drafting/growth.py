@@ -340,10 +340,15 @@ class TopTree:
     def scratch(self) -> int:
         return self.width * self.depth
 
+    @property
+    def is_best_first(self) -> bool:
+        """Nothing that belongs into the tree is left out while it grows."""
+        return self.width >= self.nodes
+
     def grow(self, expander: Expander, context: Context, depths: Sequence[int]) -> Grown:
         grove = _Grove(context)
         frontiers: list[list[int]] = [[0] for _ in context.rows]
-        scores, deepest, least = expander.begin(), min(self.depth, max(depths)), _least(context)
+        scores, deepest, least = expander.begin(), min(self.depth, max(depths)), least_of(context)
         for level in range(1, deepest + 1):
             log_probs, best = expander.top(scores.logits_BNV, min(self.width, scores.logits_BNV.shape[-1]))
             values, tokens = log_probs.tolist(), best.tolist()
@@ -382,7 +387,7 @@ class TopTree:
         return tree.pruned(sorted(worth, key=lambda n: (-tree.scores[n], tree.depths[n], n))[:nodes])
 
 
-def _least(context: Context) -> list[float]:
+def least_of(context: Context) -> list[float]:
     """The log-probability per row from which a node is worth reading, as far as the clock knows."""
     prices = [context.price(slot) for slot in range(len(context.rows))]
     return [-inf if price is None else log(price) for price in prices]

@@ -44,6 +44,7 @@ class FeedRecord(ctypes.Structure):
         ("states", c_void_p),
         ("states_format", c_int32),
         ("reach", c_int32),
+        ("mutual", c_int32),
     )
 
 
@@ -228,6 +229,59 @@ class CorpusDraftRecord(ctypes.Structure):
     )
 
 
+class BlockRecord(ctypes.Structure):
+    """`fr_block`."""
+
+    _fields_ = (
+        ("stack", POINTER(TransformerRecord)),
+        ("fuse", Matrix),
+        ("fuse_norm", c_void_p),
+        ("mask", c_void_p),
+        ("behind", Matrix),
+        ("before", c_void_p),
+        ("count", c_int32),
+        ("rank", c_int32),
+    )
+
+
+class BlockStatesRecord(ctypes.Structure):
+    """`fr_block_states`."""
+
+    _fields_ = (
+        ("rows", c_int32),
+        ("start", c_int32),
+        ("format", c_int32),
+        ("lengths", POINTER(c_int32)),
+        ("counts", POINTER(c_int32)),
+        ("states", POINTER(c_void_p)),
+    )
+
+
+class BlockWishRecord(ctypes.Structure):
+    """`fr_block_wish`."""
+
+    _fields_ = (
+        ("rows", c_int32),
+        ("lengths", POINTER(c_int32)),
+        ("roots", POINTER(c_int64)),
+        ("nodes", POINTER(c_int32)),
+        ("depths", POINTER(c_int32)),
+        ("least", POINTER(c_double)),
+    )
+
+
+class BlockTreesRecord(ctypes.Structure):
+    """`fr_block_trees`."""
+
+    _fields_ = (
+        ("room", c_int32),
+        ("sizes", POINTER(c_int32)),
+        ("tokens", POINTER(c_int64)),
+        ("parents", POINTER(c_int32)),
+        ("log_probs", POINTER(c_double)),
+    )
+
+
 RECORDS = (
     Matrix,
     FeedRecord,
@@ -244,6 +298,10 @@ RECORDS = (
     CorpusRecord,
     CorpusWishRecord,
     CorpusDraftRecord,
+    BlockRecord,
+    BlockStatesRecord,
+    BlockWishRecord,
+    BlockTreesRecord,
 )
 SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "fr_sizes": (None, (c_void_p,)),
@@ -260,6 +318,9 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "fr_top": (None, (c_void_p, c_int64, c_int64, c_int32, *(c_void_p,) * 3, c_int32)),
     "fr_forward": (c_int32, (*(c_void_p,) * 4, c_int32)),
     "fr_draft": (c_int32, (*(c_void_p,) * 5, c_int64, c_int32)),
+    "fr_block_read": (c_int32, (*(c_void_p,) * 3, c_int32)),
+    "fr_block_score": (c_int32, (*(c_void_p,) * 4, c_int32)),
+    "fr_block_grow": (c_int32, (*(c_void_p,) * 4, c_int32)),
     "fr_automaton_new": (c_void_p, (c_int32,)),
     "fr_automaton_free": (None, (c_void_p,)),
     "fr_automaton_extend": (c_int32, (c_void_p, c_void_p, c_int64)),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from forerun.native.matrix import Packed
+from forerun.nn.backends.blocks import BlockNetwork, BlockWeights
 from forerun.nn.backends.heads import DraftHeads, Drafting
 from forerun.nn.cache import Cache, CacheShape
 from forerun.nn.feed import Feed, Read
@@ -60,6 +61,11 @@ class Backend(Protocol):
     def heads(self, module: DraftHeads, network: Network, weights: torch.dtype) -> Drafting | None:
         """Draft heads beside a network of this backend, on its device and in its dtype already, that grow a static
         tree in one go; None where the readable growth does as well (`drafting.growth`)."""
+        ...
+
+    def blocks(self, block: BlockWeights, network: Network, weights: torch.dtype) -> BlockNetwork | None:
+        """A block drafter's network beside a network of this backend, with its embedding and its head; None where the
+        readable one does as well (`drafters.block`)."""
         ...
 
     def top_log_probs(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

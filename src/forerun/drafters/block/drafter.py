@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,37 +11,45 @@ from forerun.drafters.block import BlockConfig, BlockSettings
 from forerun.drafters.block.network import BlockModule
 from forerun.drafting.checkpoint import demand_fit, load, tree_for
 from forerun.drafting.drafter import Context, Drafter
-from forerun.drafting.growth import Expander, Form, Frontier, StaticTree, TopTree
-from forerun.drafting.heads import ContextReader, StatesDrafter
+from forerun.drafting.growth import Expander, Form, Frontier, StaticTree, TopTree, least_of
+from forerun.drafting.heads import StatesDrafter, format_of
 from forerun.drafting.workshop import Workshop
 from forerun.model import CHUNK, Scores
 from forerun.nn import ops
+from forerun.nn.backends.blocks import BestTree, BlockNetwork, TreeLimits
 from forerun.nn.cache import Cache
+from forerun.nn.network import Network
 from forerun.row import Row
 from forerun.tree import TokenTree
 
 
-class Blocks(ContextReader, Protocol):
-    """A block's network with the memory of what the target has read, row by row in slot order."""
+class Blocks:
+    """A block's network with the memory of what the target has read, row by row in slot order (a `ContextReader`). The
+    memory holds verified tokens alone; `room`: entries that a draft needs behind them."""
+
+    def __init__(self, cache: Cache, room: int = 0):
+        self.cache, self._room = cache, room
 
     def expander(self, roots: Sequence[int]) -> Expander:
         """What may follow in every row, whose newest token, not read by the target, is the root."""
+        raise NotImplementedError
 
+    def best_first(self, roots: Sequence[int], limits: Sequence[TreeLimits]) -> list[BestTree] | None:
+        """The best-first trees in one go; None where they are grown over `expander`."""
+        return None
 
-class TorchBlocks:
-    """In plain torch: the readable version, and the one for CUDA. The memory holds verified tokens alone."""
-
-    def __init__(self, module: BlockModule, embedding_VD: Tensor, head_VD: Tensor):
-        self.module, self.embedding, self.head = module, embedding_VD, head_VD
-        self.cache = Cache(module.stack.config.cache_shape, embedding_VD.dtype, embedding_VD.device)
+    def _read(self, start: int, states: Sequence[Tensor]) -> None:
+        """Remember these states [n, M D] of the rows in slots from `start` on."""
+        raise NotImplementedError
 
     def admit(self, row: Row, states_1SD: Tensor | None) -> None:
         rows = self.cache.rows
-        self.cache.reserve(rows + 1 if rows < self.cache.slots else max(1, 2 * rows), row.limit)
+        slots = rows + 1 if rows < self.cache.slots else max(1, 2 * rows)
+        self.cache.reserve(slots, row.limit + self._room)
         slot = self.cache.admit()
         try:
             for part in () if states_1SD is None else torch.split(states_1SD[0], CHUNK):
-                self._read(slot, part)
+                self._read(slot, [part])
         except BaseException:
             self.cache.release(slot)
             raise
@@ -51,9 +58,7 @@ class TorchBlocks:
         self.cache.release(slot)
 
     def observe(self, states: Sequence[Tensor]) -> None:
-        for slot, part in enumerate(states):
-            if len(part):
-                self._read(slot, part)
+        self._read(0, states)
 
     def retract(self, slot: int, length: int) -> None:
         self.cache.truncate(slot, length)
@@ -61,8 +66,38 @@ class TorchBlocks:
     def known(self, slot: int) -> int:
         return self.cache.lengths[slot]
 
+
+class PackedBlocks(Blocks):
+    """In one call of the target's backend."""
+
+    def __init__(self, network: BlockNetwork, module: BlockModule, cache: Cache):
+        super().__init__(cache, network.count)
+        self.network, self._term = network, module.term
+
+    def expander(self, roots: Sequence[int]) -> Expander:
+        return BlockExpander(self._term, self.network.logits(self.cache, roots), torch.tensor(roots))
+
+    def best_first(self, roots: Sequence[int], limits: Sequence[TreeLimits]) -> list[BestTree]:
+        return self.network.grow(self.cache, roots, limits)
+
+    def _read(self, start: int, states: Sequence[Tensor]) -> None:
+        self.network.read(self.cache, start, states)
+
+
+class TorchBlocks(Blocks):
+    """In plain torch: the readable version, and the one for CUDA."""
+
+    def __init__(self, module: BlockModule, embedding_VD: Tensor, head_VD: Tensor):
+        super().__init__(Cache(module.stack.config.cache_shape, embedding_VD.dtype, embedding_VD.device))
+        self.module, self.embedding, self.head = module, embedding_VD, head_VD
+
     @torch.inference_mode()
-    def _read(self, slot: int, states_NM: Tensor) -> None:
+    def _read(self, start: int, states: Sequence[Tensor]) -> None:
+        for slot, part_NM in enumerate(states, start):
+            if len(part_NM):
+                self._read_row(slot, part_NM)
+
+    def _read_row(self, slot: int, states_NM: Tensor) -> None:
         begin = self.cache.lengths[slot]
         end = begin + len(states_NM)
         fused = self.module.fused(states_NM[None].to(self.cache.dtype))
@@ -75,7 +110,7 @@ class TorchBlocks:
     @torch.inference_mode()
     def expander(self, roots: Sequence[int]) -> Expander:
         root_B = torch.tensor(roots, device=self.embedding.device)
-        return BlockExpander(self.module, self.states(root_B) @ self.head.T, root_B)
+        return BlockExpander(self.module.term, self.states(root_B) @ self.head.T, root_B)
 
     def states(self, root_B: Tensor) -> Tensor:
         """The last states of the rows of every block, [B, W, D]."""
@@ -98,8 +133,8 @@ class TorchBlocks:
 class BlockExpander(Expander):
     """All depths are known at once but for what the token before says."""
 
-    def __init__(self, module: BlockModule, logits_BWV: Tensor, root_B: Tensor):
-        self._module, self._logits, self._root = module, logits_BWV, root_B
+    def __init__(self, term: tuple[Tensor, Tensor] | None, logits_BWV: Tensor, root_B: Tensor):
+        self._term, self._logits, self._root = term, logits_BWV, root_B
 
     def begin(self) -> Scores:
         return self._after(self._root[:, None], 0)
@@ -110,9 +145,9 @@ class BlockExpander(Expander):
     @torch.inference_mode()
     def _after(self, tokens_BN: Tensor, depth: int) -> Scores:
         logits = self._logits[:, depth : depth + 1].expand(-1, tokens_BN.shape[1], -1)
-        before, behind = self._module.before, self._module.behind
-        if before is None or behind is None:
+        if self._term is None:
             return Scores(logits)
+        before, behind = self._term
         return Scores(logits + before[tokens_BN] @ behind.T)
 
 
@@ -133,7 +168,18 @@ class BlockDrafter(StatesDrafter):
         depths = [min(depth, most) for depth, most in zip(self.depths(context), context.budgets, strict=True)]
         if not any(depths):
             return TokenTree.root(roots, context.device)
+        if isinstance(self.form, TopTree) and self.form.is_best_first:
+            trees = self.blocks.best_first(roots, self._limits(self.form, context, depths))
+            if trees is not None:
+                return TokenTree.of([one.tokens for one in trees], [one.parents for one in trees], context.device)
         return self.form.grow(self.blocks.expander(roots), context, depths).tree
+
+    @staticmethod
+    def _limits(form: TopTree, context: Context, depths: Sequence[int]) -> list[TreeLimits]:
+        return [
+            TreeLimits(min(form.nodes, most), min(form.depth, depth), least)
+            for most, depth, least in zip(context.budgets, depths, least_of(context), strict=True)
+        ]
 
 
 def build(workshop: Workshop, settings: BlockSettings) -> Drafter:
@@ -142,9 +188,18 @@ def build(workshop: Workshop, settings: BlockSettings) -> Drafter:
     module = stored.module(BlockModule, BlockConfig)
     config, network = module.config, workshop.target.network
     demand_fit(stored, config.width, config.vocab_size, network)
+    kind = format_of(network, settings.weights)
     module = module.to(device=network.device, dtype=network.dtype).eval().requires_grad_(False)
-    blocks = TorchBlocks(module, network.input_embedding, network.head_matrix())
+    blocks = blocks_on(module, network, kind)
     form: Form = TopTree(settings.nodes, module.count, settings.nodes)
     if settings.tree is not None:
         form = StaticTree(tree_for(stored, settings.tree, module.count, config.vocab_size))
     return BlockDrafter(blocks, form, module.reads(network.cache_shape.layers))
+
+
+def blocks_on(module: BlockModule, network: Network, weights: torch.dtype) -> Blocks:
+    """On the target's own backend. weights: the number format of what the backend packs."""
+    in_one_go = network.backend.blocks(module.parts(), network, weights)
+    if in_one_go is None:
+        return TorchBlocks(module, network.input_embedding, network.head_matrix())
+    return PackedBlocks(in_one_go, module, Cache(module.stack.config.cache_shape, network.dtype, network.device))

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from forerun.drafters.block import LAST, BlockConfig
 from forerun.drafting.heads import HeadsModule, Places, layer_like
 from forerun.nn import ops
+from forerun.nn.backends.blocks import BlockWeights
 from forerun.nn.network import Network
 from forerun.nn.transformer import Layer, Transformer
 
@@ -77,6 +78,15 @@ class BlockModule(HeadsModule):
 
     def table(self, embedding_VD: Tensor) -> Tensor:
         return embedding_VD[:, :0] if self.before is None else self.before
+
+    @property
+    def term(self) -> tuple[Tensor, Tensor] | None:
+        """The Markov term's tables, before and behind."""
+        return None if self.before is None or self.behind is None else (self.before, self.behind)
+
+    def parts(self) -> BlockWeights:
+        """Everything as plain matrices, for the kernels."""
+        return BlockWeights(self.count, self.stack, self.mask, self.fuse, self.fuse_norm, self.before, self.behind)
 
     # ---- what the rows of blocks say
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from forerun.nn.backends.blocks import BlockNetwork, BlockWeights
 from forerun.nn.backends.heads import DraftHeads, Drafting
 from forerun.nn.formats import Formats
 from forerun.nn.network import Footprint, Network
@@ -25,6 +26,9 @@ class TorchBackend:
         return packed
 
     def heads(self, module: DraftHeads, network: Network, weights: torch.dtype) -> Drafting | None:
+        return None
+
+    def blocks(self, block: BlockWeights, network: Network, weights: torch.dtype) -> BlockNetwork | None:
         return None
 
     def top_log_probs(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -31,8 +31,10 @@ from forerun.native.records import (
     WantedRecord,
     cache_record,
 )
+from forerun.nn.backends.blocks import BlockWeights
 from forerun.nn.backends.heads import DraftHeads, Drafting
 from forerun.nn.backends.native.arena import Arena
+from forerun.nn.backends.native.blocks import PackedBlocks
 from forerun.nn.backends.native.heads import PackedHeads
 from forerun.nn.cache import Cache, CacheShape
 from forerun.nn.feed import Feed, Read
@@ -95,7 +97,7 @@ class PackedTransformer:
         self.norms = {name: torch.zeros(size) for name, size in _norm_sizes(config).items()}
         self._tables: list[tuple[Tensor, Tensor]] = []
         self._growing = Lock()
-        self._record = TransformerRecord()
+        self.record = TransformerRecord()
         self._layer_records = (LayerRecord * config.layers)()
 
     def _matrix(self, dtype: torch.dtype, shape: MatrixShape) -> Packed:
@@ -200,7 +202,7 @@ class PackedTransformer:
 
     def ready(self) -> PackedTransformer:
         """Call once after all values are in."""
-        config, record = self.config, self._record
+        config, record = self.config, self.record
         for index, (matrices, layer) in enumerate(zip(self.layers, self._layer_records, strict=True)):
             prefix = f"blocks.{index}."
             for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm"):
@@ -235,7 +237,7 @@ class PackedTransformer:
             wanted.hidden_count, wanted.hidden_format = len(hidden), FORMATS[self.dtype]
             wanted.hidden_layers = ctypes.cast(layers, ctypes.c_void_p)
             wanted.hidden = ctypes.cast(places, ctypes.c_void_p)
-        self._turn_up_to(cache.capacity)
+        self.turn_up_to(cache.capacity)
         tokens, paths = feed.tokens_BN.contiguous(), feed.paths_BNJ
         if tokens.dtype != torch.int64 or tokens.shape != feed.where_BN.shape:
             raise ValueError(f"tokens are int64 and have positions: {tokens.dtype} {list(tokens.shape)}")
@@ -254,7 +256,7 @@ class PackedTransformer:
             paths = np.ascontiguousarray(paths, np.int32)
             record.paths, record.reach = paths.ctypes.data, paths.shape[2]
         error = kernels().fr_forward(
-            ctypes.byref(self._record),
+            ctypes.byref(self.record),
             ctypes.byref(record),
             ctypes.byref(cache_record(cache.store)),
             ctypes.byref(wanted),
@@ -262,6 +264,18 @@ class PackedTransformer:
         )
         demand_fine(error)
         return Read(logits, hidden, best)
+
+    def borrow(self, embedding: Tensor, head: Packed) -> None:
+        """A stack of layers scores with another network's vocabulary from now on, in calls of its `record`."""
+        shape = (head.out, int(head.record.in_))
+        if embedding.shape != shape or shape[1] != self.config.width or head.record.gated:
+            raise ValueError(
+                f"an embedding {list(embedding.shape)} and a head {list(shape)} for layers of width {self.config.width}"
+            )
+        embedding = embedding.detach().to(self.dtype).contiguous()
+        self.record.head, self.record.vocabulary = head.record, head.out
+        self.record.embedding, self.record.embedding_format = embedding.data_ptr(), FORMATS[embedding.dtype]
+        self._borrowed = (embedding, head)  # kept alive
 
     def _states(self, feed: Feed) -> Tensor | None:
         """Inputs that are no tokens, as the kernels read them."""
@@ -276,18 +290,18 @@ class PackedTransformer:
             )
         return states if states.dtype in (torch.bfloat16, torch.float32) else states.to(self.dtype)
 
-    def _turn_up_to(self, length: int) -> None:
+    def turn_up_to(self, length: int) -> None:
         """Rotary tables [length, head_dim / 2] for every position the cache may hold. Old ones are
         kept: another thread may be reading them."""
         length = min(length, self.max_length)
-        if self._record.table_length >= length:
+        if self.record.table_length >= length:
             return
         with self._growing:
-            length = min(max(length, 2 * self._record.table_length), self.max_length)
+            length = min(max(length, 2 * self.record.table_length), self.max_length)
             cos, sin = (table.contiguous() for table in rope_tables(self.config, length))
             self._tables.append((cos, sin))
-            self._record.cos, self._record.sin = cos.data_ptr(), sin.data_ptr()
-            self._record.table_length = length
+            self.record.cos, self.record.sin = cos.data_ptr(), sin.data_ptr()
+            self.record.table_length = length
 
 
 def _integers(feed: Feed) -> np.ndarray:
@@ -338,6 +352,11 @@ class NativeBackend:
             return None
         embedding = network.input_embedding if module.sees_tokens else None
         return PackedHeads(module.weights(network.output_head), embedding, network.dtype, weights)
+
+    def blocks(self, block: BlockWeights, network: Network, weights: torch.dtype) -> PackedBlocks:
+        stack, head = pack(block.stack, weights), network.output_head
+        stack.borrow(network.input_embedding, head if isinstance(head, Packed) else Packed.of(head, weights))
+        return PackedBlocks(block, stack, weights)
 
     def top_log_probs(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         values, tokens, total = top(logits, k)

@@ -1,0 +1,139 @@
+"""Block drafters on native kernels (kernels/block.cc): a call reads what was verified, another grows the trees."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from ctypes import c_double, c_int32, c_int64, c_void_p
+from itertools import islice
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from forerun.native.library import demand_fine, kernels
+from forerun.native.matrix import Packed
+from forerun.native.records import (
+    FORMATS,
+    BlockRecord,
+    BlockStatesRecord,
+    BlockTreesRecord,
+    BlockWishRecord,
+    TransformerRecord,
+    cache_record,
+)
+from forerun.nn.backends.blocks import BestTree, BlockWeights, TreeLimits
+from forerun.nn.cache import Cache
+
+
+class Stack(Protocol):
+    """Packed layers that have borrowed the target's vocabulary: embedding and head."""
+
+    dtype: torch.dtype
+    record: TransformerRecord
+
+    def turn_up_to(self, length: int) -> None:
+        """Have rotary tables for so many positions."""
+
+
+class PackedBlocks:
+    """A `BlockNetwork`.
+
+    Args:
+        block: its weights, apart from its layers.
+        stack: these, packed.
+        weights: of the matrices packed here: bf16, fp32 or int8. The tables of the term are never int8.
+
+    Raises ValueError for matrices that do not fit together.
+    """
+
+    def __init__(self, block: BlockWeights, stack: Stack, weights: torch.dtype):
+        _check(block, stack.record.vocabulary, stack.record.width)
+        self.count, self.vocab_size, self._stack = block.count, stack.record.vocabulary, stack
+        self._fuse = Packed.of(block.fuse.detach(), weights)
+        self._norm, self._mask = (part.detach().float().contiguous() for part in (block.fuse_norm, block.mask))
+        self._record = BlockRecord(ctypes.pointer(stack.record), self._fuse.record, count=block.count)
+        self._record.fuse_norm, self._record.mask = self._norm.data_ptr(), self._mask.data_ptr()
+        if block.before is not None and block.behind is not None:
+            self._before = block.before.detach().to(stack.dtype).contiguous()
+            self._behind = Packed.of(block.behind.detach(), stack.dtype if weights == torch.int8 else weights)
+            self._record.rank, self._record.before = block.before.shape[1], self._before.data_ptr()
+            self._record.behind = self._behind.record
+
+    # ---- reading
+
+    def read(self, cache: Cache, start: int, states: Sequence[Tensor]) -> None:
+        """See `BlockNetwork.read`."""
+        width = int(self._fuse.record.in_)
+        if any(part.dim() != 2 or part.shape[1] != width for part in states):
+            raise ValueError(f"states {[list(part.shape) for part in states]}: they are {width} wide")
+        counts = [len(part) for part in states]
+        if not any(counts):
+            return
+        dtype = torch.bfloat16 if states[0].dtype == torch.bfloat16 else torch.float32
+        parts = [part.detach().to(dtype).contiguous() for part in states]
+        ints, rows = c_int32 * len(parts), range(len(parts))
+        record = BlockStatesRecord(
+            len(parts),
+            start,
+            FORMATS[dtype],
+            ints(*(cache.lengths[start + row] for row in rows)),
+            ints(*counts),
+            (c_void_p * len(parts))(*(part.data_ptr() for part in parts)),
+        )
+        self._call(kernels().fr_block_read, record, cache)
+        for row, count in enumerate(counts):
+            cache.lengths[start + row] += count
+
+    # ---- drafting
+
+    def logits(self, cache: Cache, roots: Sequence[int]) -> Tensor:
+        """See `BlockNetwork.logits`."""
+        logits = torch.empty((len(roots), self.count, self.vocab_size))
+        wish = _wish(cache, roots, [TreeLimits(1, 1, 0.0)] * len(roots))
+        self._call(kernels().fr_block_score, wish, cache, logits.data_ptr())
+        return logits
+
+    def grow(self, cache: Cache, roots: Sequence[int], limits: Sequence[TreeLimits]) -> list[BestTree]:
+        """See `BlockNetwork.grow`. Of equal paths the shallower comes first, then that of the better ranks."""
+        rows, room = len(roots), 1 + max(one.nodes for one in limits)
+        sizes, tokens = (c_int32 * rows)(), (c_int64 * (rows * room))()
+        parents, log_probs = (c_int32 * (rows * room))(), (c_double * (rows * room))()
+        trees = BlockTreesRecord(room, sizes, tokens, parents, log_probs)
+        self._call(kernels().fr_block_grow, _wish(cache, roots, limits), cache, ctypes.addressof(trees))
+        parts = [slice(row * room, row * room + size) for row, size in enumerate(sizes)]
+        return [BestTree(tokens[part], parents[part], log_probs[part]) for part in parts]
+
+    def _call(self, function: Callable[..., int], asked: ctypes.Structure, cache: Cache, *into: int) -> None:
+        self._stack.turn_up_to(cache.capacity)
+        records = (self._record, asked, cache_record(cache.store))
+        demand_fine(function(*map(ctypes.byref, records), *into, torch.get_num_threads()))
+
+
+def _wish(cache: Cache, roots: Sequence[int], limits: Sequence[TreeLimits]) -> BlockWishRecord:
+    """What is asked about every row, as the kernels read it."""
+    rows = len(roots)
+    if len(limits) != rows or rows > cache.rows:
+        raise ValueError(f"{rows} roots and {len(limits)} limits for the {cache.rows} rows of a cache")
+    ints = c_int32 * rows
+    return BlockWishRecord(
+        rows,
+        ints(*islice(cache.lengths, rows)),
+        (c_int64 * rows)(*roots),
+        ints(*(one.nodes for one in limits)),
+        ints(*(one.depth for one in limits)),
+        (c_double * rows)(*(one.least for one in limits)),
+    )
+
+
+def _check(block: BlockWeights, vocabulary: int, width: int) -> None:
+    """Raises ValueError where something does not fit."""
+    if (block.before is None) != (block.behind is None):
+        raise ValueError("the term of the token above has two tables: give both, or none")
+    expected = {"mask": (width,), "fuse_norm": (width,), "fuse": (width, block.fuse.shape[-1])}
+    if block.before is not None:
+        expected |= dict.fromkeys(("before", "behind"), (vocabulary, block.before.shape[-1]))
+    for name, shape in expected.items():
+        found = tuple(getattr(block, name).shape)
+        if found != shape:
+            raise ValueError(f"{name} is {list(found)} and not {list(shape)}")
