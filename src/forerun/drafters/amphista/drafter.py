@@ -40,7 +40,9 @@ class AdaptedState(LastState):
     def admit(self, row: Row, states_1SD: Tensor | None) -> None:
         slot = self.model.admit(row.limit)
         try:
-            before = () if states_1SD is None else torch.split(states_1SD[0, :-1], CHUNK)  # the newest one's root may change
+            before = (
+                () if states_1SD is None else torch.split(states_1SD[0, :-1], CHUNK)
+            )  # the newest one's root may change
             for part in filter(len, before):
                 begin = self.model.cache.lengths[slot]
                 self._read([self._beside(part, row.tokens[begin + 1 : begin + 1 + len(part)])], slot)
