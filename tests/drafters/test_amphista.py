@@ -51,7 +51,7 @@ from forerun.drafting.trained import HeadSettings, LayerConfig, Weights
 from forerun.drafting.workshop import Workshop
 from forerun.engine.engine import Engine
 from forerun.errors import DrafterError
-from forerun.model import Inputs, Model
+from forerun.model import Model
 from forerun.nn.network import Network
 from forerun.nn.transformer import Transformer
 from forerun.plan import calibrate as calibration
@@ -131,7 +131,7 @@ class Slow:
         stages, config = [states], self.config
         for stage in range(config.stages):
             x = stages[-1]
-            if config.sampled_token == "every" or (config.sampled_token == "first" and stage == 0):
+            if config.sampled_token == "all" or (config.sampled_token == "first" and stage == 0):
                 fuse = self.w[f"adaptation.fuse.{stage}"]
                 x = [fuse @ torch.cat((root, state)) for root, state in zip(roots, x, strict=True)]
             for number in range(stage * config.layers, (stage + 1) * config.layers):
@@ -370,7 +370,7 @@ def test_sizes_are_those_of_the_specification(changes: dict[str, Any], count: in
     ("changes", "says"),
     [
         ({"stages": 3}, "3 stages"),
-        ({"sampled_token": "all"}, "'all'"),
+        ({"sampled_token": "every"}, "'every'"),
         ({"auto_embedding": "both ways"}, "'both ways'"),
         ({"ae_mlp": 1}, "ae_mlp 1"),
         ({"ae_positions": "no"}, "ae_positions 'no'"),

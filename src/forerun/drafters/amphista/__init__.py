@@ -19,7 +19,7 @@ from forerun.drafting.settings import option
 from forerun.drafting.trained import HeadsConfig, HeadSettings, LayerConfig, Preset, Trained, Weights, demand_counts
 from forerun.errors import DrafterError
 
-EVERY, FIRST, NO = "every", "first", "no"
+ALL, FIRST, NO = "all", "first", "no"
 BOTH, ONE_WAY, NONE = "both", "one-way", "none"
 
 
@@ -34,7 +34,7 @@ class AmphistaConfig(HeadsConfig):
     layers: int = option(1, "Layers of a stage.", least=1)
     tied_layers: bool = False
     stages: int = option(2, "Stages of adaptation layers.", least=0, most=2)
-    sampled_token: str = option(EVERY, "Stages that are given the newest token.", words=(EVERY, FIRST, NO))
+    sampled_token: str = option(ALL, "Stages that are given the newest token.", words=(ALL, FIRST, NO))
     auto_embedding: str = option(BOTH, "How heads hear one another.", words=(BOTH, ONE_WAY, NONE))
     ae_layers: int = 1
     ae_mlp: bool = True
@@ -46,8 +46,8 @@ class AmphistaConfig(HeadsConfig):
         demand_counts(self, ("ae_layers",))
         if type(self.stages) is not int or not 0 <= self.stages <= 2:
             raise DrafterError(f"{self.stages!r} stages make no sense: give 0, 1 or 2")
-        if self.sampled_token not in (EVERY, FIRST, NO):
-            raise DrafterError(f"a sampled_token for {self.sampled_token!r} makes no sense: give every, first or no")
+        if self.sampled_token not in (ALL, FIRST, NO):
+            raise DrafterError(f"a sampled_token for {self.sampled_token!r} makes no sense: give all, first or no")
         if self.auto_embedding not in (BOTH, ONE_WAY, NONE):
             raise DrafterError(f"an auto_embedding {self.auto_embedding!r} makes no sense: give both, one-way or none")
         for name in ("ae_mlp", "ae_positions"):
@@ -67,7 +67,7 @@ class AmphistaConfig(HeadsConfig):
 
     def is_given(self, stage: int) -> bool:
         """Whether a stage, from 0, sees the newest token."""
-        return self.sampled_token == EVERY or (self.sampled_token == FIRST and stage == 0)
+        return self.sampled_token == ALL or (self.sampled_token == FIRST and stage == 0)
 
 
 METHOD = Method(
