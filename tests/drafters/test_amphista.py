@@ -36,18 +36,19 @@ from drafters.heading import (
 from drafters.test_hydra import crowded
 from enumeration import Luck, distance, ideal_dice, law_of, one_law, plain_law
 from forerun.chance import key_of
-from forerun.drafters.amphista import AmphistaConfig
+from forerun.drafters.amphista import METHOD, AmphistaConfig
 from forerun.drafters.amphista.drafter import AdaptedState, build, reader
 from forerun.drafters.amphista.network import AmphistaHeads
 from forerun.drafters.cascade import Cascade, Part
 from forerun.drafters.maxgram import MaxGram, Successors
 from forerun.drafters.medusa import MedusaConfig
 from forerun.drafters.medusa.network import MedusaHeads
+from forerun.drafters.none import Nothing
 from forerun.drafters.verified import Verified
 from forerun.drafting import checkpoint as checkpoints
 from forerun.drafting.checkpoint import Checkpoint
 from forerun.drafting.heads import HeadDrafter, HeadParts, Places, TorchHeads
-from forerun.drafting.trained import HeadSettings, LayerConfig, Weights
+from forerun.drafting.trained import HeadSettings, LayerConfig
 from forerun.drafting.workshop import Workshop
 from forerun.engine.engine import Engine
 from forerun.errors import DrafterError
@@ -454,13 +455,13 @@ def some_answers(vocab: int = VOCAB) -> list[Sample]:
     return [Sample(tuple(text[: 1 + n]), tuple(text[1 + n :])) for n, text in enumerate(texts)]
 
 
-def objective(
-    module: Any, samples: Sequence[Sample], target: Transformer | None = None, weights: Weights | None = None
-) -> HeadsObjective:
+TAUGHT = METHOD.trained.presets["amphista"].weights  # type: ignore[union-attr]
+
+
+def objective(module: Any, samples: Sequence[Sample], target: Transformer | None = None) -> HeadsObjective:
     schedule = Schedule(60, warmup=5, muon_rate=0.0, adam_rate=1e-2, weight_decay=0.0, shape="cosine")
     answers = Answers(samples, rows=4, length=64, holdout=1000)
-    weights = weights or Weights(text=0.125, teacher=1.25, decay=0.8)
-    return HeadsObjective(module, Teacher(target or lively()), answers, weights, RankTree.chain(1), schedule)
+    return HeadsObjective(module, Teacher(target or lively()), answers, TAUGHT, RankTree.chain(1), schedule)
 
 
 @torch.no_grad()
@@ -737,3 +738,22 @@ def test_calibration_finds_the_tree_that_the_engine_walks_as_projected(monkeypat
     tables = ranks_of(module, Teacher(lively()), asked, Answers(asked, rows=4, length=64, holdout=1000))
     assert [o.stats.steps for o in outputs] == [steps_of(table, best.tree) for table in tables]
     assert best.tokens_per_step == pytest.approx(projected(tables, best.tree)) and math.isfinite(best.speedup)
+
+
+@every_kernel
+@pytest.mark.parametrize("name", ["whole", "no stages", "no auto-embedding", "shared"])
+def test_a_target_in_bf16_teaches_and_is_drafted_for(name: str, kernels: str) -> None:
+    """Heads learn in fp32 and draft in bf16, which moves what they say a little."""
+    network = on(deepcopy(lively()).bfloat16(), kernels)
+    module = AmphistaHeads(CONFIGS[name]).initialise(network.head_matrix().float())
+    one = HeadsObjective(
+        module, Teacher(network), Answers(some_answers(), 4, 64, holdout=1000), TAUGHT, RankTree.chain(1), Schedule(9)
+    )
+    losses = [one.update(step) for step in range(9)]
+    assert all(map(math.isfinite, losses)) and losses[-1] < losses[0]
+    heads = drafter(deepcopy(module).bfloat16().eval().requires_grad_(False), network, TREES["gaps"])
+    outputs = Engine(network, heads).generate(PROMPTS, SamplingParams(max_new_tokens=20))
+    expected = Engine(network, Nothing()).generate(PROMPTS, SamplingParams(max_new_tokens=20))
+    if kernels == "native":  # there bits do not depend on the tree
+        assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]
+    assert all(output.stats.steps <= 20 for output in outputs)
