@@ -40,6 +40,7 @@ from forerun.drafters.amphista import METHOD, AmphistaConfig
 from forerun.drafters.amphista.drafter import AdaptedState, build, reader
 from forerun.drafters.amphista.network import AmphistaHeads
 from forerun.drafters.cascade import Cascade, Part
+from forerun.drafters.fallback import Fallback
 from forerun.drafters.maxgram import MaxGram, Successors
 from forerun.drafters.medusa import MedusaConfig
 from forerun.drafters.medusa.network import MedusaHeads
@@ -50,6 +51,7 @@ from forerun.drafting.checkpoint import Checkpoint
 from forerun.drafting.heads import HeadDrafter, HeadParts, Places, TorchHeads
 from forerun.drafting.trained import HeadSettings, LayerConfig
 from forerun.drafting.workshop import Workshop
+from forerun.drafting.workshop import build as build_spec
 from forerun.engine.engine import Engine
 from forerun.errors import DrafterError
 from forerun.model import Model
@@ -85,7 +87,7 @@ CONFIGS = {
     "one head": replace(WHOLE, heads=1),
 }
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-STAGED = [config for config in CONFIGS.values() if config.stages]
+TAUGHT = METHOD.trained.presets["amphista"].weights  # type: ignore[union-attr]
 TEXT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4]
 
 
@@ -455,9 +457,6 @@ def some_answers(vocab: int = VOCAB) -> list[Sample]:
     return [Sample(tuple(text[: 1 + n]), tuple(text[1 + n :])) for n, text in enumerate(texts)]
 
 
-TAUGHT = METHOD.trained.presets["amphista"].weights  # type: ignore[union-attr]
-
-
 def objective(module: Any, samples: Sequence[Sample], target: Transformer | None = None) -> HeadsObjective:
     schedule = Schedule(60, warmup=5, muon_rate=0.0, adam_rate=1e-2, weight_decay=0.0, shape="cosine")
     answers = Answers(samples, rows=4, length=64, holdout=1000)
@@ -671,6 +670,18 @@ def test_heads_at_the_bottom_of_three_models(temperature: float) -> None:
 def test_heads_that_are_asked_again_and_again_without_a_word_from_above() -> None:
     inner = WatchingStages(some(), relative(0, 0.2), "torch")
     crowded(inner, Cascade([Part(Verified(inner.model, inner, 3), 8), Part(MaxGram(4, Successors()), 10)]))
+
+
+@pytest.mark.parametrize("front", ["lookup", "hierarchy"])
+def test_heads_behind_a_store_see_what_they_would_have_seen_at_once(front: str) -> None:
+    """It answers for some rows of a step, for all of them, or for none."""
+    inner = WatchingStages(some(), relative(0, 0.1), "torch")
+    store = build_spec(front, Workshop(inner.model, {}.__getitem__))
+    over = Verified(Model(relative(0, 0.1), 65), Fallback([store, inner]), 4)
+    inner.model = over.model
+    crowded(inner, over)
+    asked, answered = over.inner.tallies()[0].asked, over.inner.tallies()[0].hits
+    assert 0 < answered < asked
 
 
 def test_rows_that_stand_still_for_long_do_not_fill_the_stages_memory() -> None:
