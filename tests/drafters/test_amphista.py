@@ -538,6 +538,33 @@ def test_heads_that_start_from_the_fit_know_a_cyclic_text_at_once() -> None:
     assert (ranks >= 0).any(0).all() and (ranks[ranks >= 0] == 0).all()
 
 
+def own_answers(count: int = 96) -> list[Sample]:
+    """What the lively target says at temperature 0.5."""
+    luck = np.random.default_rng(5)
+    prompts = [luck.integers(0, VOCAB, 3).tolist() for _ in range(count)]
+    wishes = [SamplingParams(max_new_tokens=40, temperature=0.5, seed=seed) for seed in range(count)]
+    outputs = Engine(lively(), Nothing()).generate(prompts, wishes)
+    return [Sample(tuple(p), tuple(o.token_ids), 0.5) for p, o in zip(prompts, outputs, strict=True)]
+
+
+def test_every_part_helps_at_equal_steps() -> None:
+    """Medusa's heads, then stages, then their token, then the block between heads: loss and tokens per step."""
+    bare, answers = replace(CONFIGS["no stages"], auto_embedding="none"), Answers(own_answers(), 12, 64, holdout=4)
+    growing = [bare, CONFIGS["no token"], CONFIGS["whole"]]
+    without = replace(WHOLE, auto_embedding="none")
+    figures = []
+    for config in [*growing, without]:
+        module = AmphistaHeads(config).initialise(lively().head.weight)
+        schedule = Schedule(60, warmup=5, muon_rate=0.0, adam_rate=3e-3, weight_decay=0.0, shape="cosine")
+        one = HeadsObjective(module, Teacher(lively()), answers, TAUGHT, TREES["dense"], schedule)
+        for step in range(60):
+            one.update(step)
+        figures.append(one.validate())
+    losses, tokens = ([each[name] for each in figures] for name in ("loss", "tokens_per_step"))
+    assert losses[0] > losses[1] + 0.1 and losses[1] > losses[2] + 0.1 and losses[3] > losses[2] + 0.05
+    assert tokens[0] < tokens[1] < tokens[2] and tokens[3] < tokens[2]
+
+
 # ---- in the engine
 
 
