@@ -4,10 +4,11 @@ it says, and the text is the target's own."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,7 @@ from forerun.drafting.workshop import Workshop
 from forerun.drafting.workshop import build as build_spec
 from forerun.engine.engine import Engine
 from forerun.errors import DrafterError
+from forerun.layouts import exchange
 from forerun.model import Model
 from forerun.nn.network import Network
 from forerun.nn.transformer import Transformer
@@ -144,7 +146,7 @@ class Slow:
         for head in range(config.heads):
             early = config.stages == 2 and head < config.heads // 2
             z = stages[1 if early else -1][-1]
-            ys.append(z + F.silu(self.w["blocks"][head] @ z + self.w["biases"][head]))
+            ys.append(z + F.silu(self.w["mlps"][head] @ z + self.w["mlp_biases"][head]))
         if config.auto_embedding != "none":
             if config.ae_positions:
                 ys = [y + position for y, position in zip(ys, self.w["embedding.positions"], strict=True)]
@@ -323,8 +325,8 @@ def test_with_everything_off_they_are_medusas_heads(vocabulary: str) -> None:
     bare = replace(CONFIGS["no stages"], auto_embedding="none", vocabulary=vocabulary)
     module = some(bare)
     medusa = MedusaHeads(MedusaConfig(WIDTH, VOCAB, HEADS, vocabulary=vocabulary)).requires_grad_(False)
-    medusa.blocks.copy_(module.blocks[None])
-    medusa.biases.copy_(module.biases[None])
+    medusa.blocks.copy_(module.mlps[None])
+    medusa.biases.copy_(module.mlp_biases[None])
     if medusa.vocabulary is not None:
         medusa.vocabulary.copy_(module.vocabulary)
     states = noise(9, WIDTH)
@@ -733,23 +735,25 @@ def test_heads_whose_memory_was_taken_back_whole_fall_silent(monkeypatch: pytest
 # ---- from files
 
 
-@pytest.fixture
-def stored(tmp_path: Any) -> Iterator[str]:
-    module = AmphistaHeads(WHOLE)
-    module.load_state_dict(some().state_dict())
-    checkpoints.write(module, WHOLE, Checkpoint(tmp_path / "heads", "amphista", {}, "lively", {}), torch.float32)
-    yield str(tmp_path / "heads")
+def written(folder: Path, config: AmphistaConfig) -> str:
+    about = Checkpoint(folder / "heads", "amphista", {}, "lively", {})
+    checkpoints.write(some(config), config, about, torch.float32)
+    return str(folder / "heads")
 
 
-def test_a_checkpoint_is_read_as_it_was_written(stored: str) -> None:
-    module = calibration.module_of(stored)
-    assert isinstance(module, AmphistaHeads) and module.config == WHOLE
-    for (name, one), (_, other) in zip(module.named_parameters(), some().named_parameters(), strict=True):
-        assert torch.equal(one, other), name
+@every_config
+def test_a_checkpoint_is_read_as_it_was_written(config: AmphistaConfig, tmp_path: Path) -> None:
+    """Also where any layout is read: layers of stages are never taken for one that is repeated."""
+    place = written(tmp_path, config)
+    module, heads = calibration.module_of(place), exchange.read(place)
+    assert isinstance(module, AmphistaHeads) and module.config == config == heads.config
+    for name, weight in some(config).named_parameters():
+        assert torch.equal(module.get_parameter(name), weight) and torch.equal(heads.tensors[name], weight), name
 
 
 @every_kernel
-def test_heads_have_the_number_format_of_their_target(stored: str, kernels: str) -> None:
+def test_heads_have_the_number_format_of_their_target(tmp_path: Path, kernels: str) -> None:
+    stored = written(tmp_path, WHOLE)
     workshop = Workshop(Model(on(lively(), kernels), 1), {}.__getitem__)
     for weights, says in (("int8", "number format"), ("fp4", "fp4")):
         with pytest.raises(DrafterError, match=says):

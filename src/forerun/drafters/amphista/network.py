@@ -156,15 +156,15 @@ def _begin(blocks: nn.ModuleList, seed: int) -> None:
 
 
 class AmphistaHeads(HeadsModule):
-    """adaptation: the stages, or None; blocks [K, D, D] and biases [K, D], those of the heads; embedding: the block
+    """adaptation: the stages, or None; mlps [K, D, D] and mlp_biases [K, D], W and b of the heads; embedding: the block
     between them, or None; vocabulary [K, V, D], or None for the target's own."""
 
     def __init__(self, config: AmphistaConfig):
         super().__init__()
         self.config, self.count = config, config.heads
         self.adaptation = Adaptation(config) if config.stages else None
-        self.blocks = nn.Parameter(torch.zeros(config.heads, config.width, config.width))
-        self.biases = nn.Parameter(torch.zeros(config.heads, config.width))
+        self.mlps = nn.Parameter(torch.zeros(config.heads, config.width, config.width))
+        self.mlp_biases = nn.Parameter(torch.zeros(config.heads, config.width))
         self.embedding = AutoEmbedding(config) if config.auto_embedding != NONE else None
         own = config.vocabulary == "own"
         self.vocabulary = nn.Parameter(torch.zeros(config.heads, config.vocab_size, config.width)) if own else None
@@ -206,15 +206,19 @@ class AmphistaHeads(HeadsModule):
         first, last = context_PD[:, : self.config.width], context_PD[:, -self.config.width :]
         split = self.config.split
         z_KPD = torch.cat((first.expand(split, -1, -1), last.expand(self.count - split, -1, -1)))
-        return z_KPD + F.silu(torch.baddbmm(self.biases[:, None], z_KPD, self.blocks.transpose(1, 2)))
+        return z_KPD + F.silu(torch.baddbmm(self.mlp_biases[:, None], z_KPD, self.mlps.transpose(1, 2)))
 
     def embed(self, y_KPD: Tensor) -> Tensor:
         """The same once they have."""
-        return y_KPD if self.embedding is None else self.embedding(y_KPD.transpose(0, 1)).transpose(0, 1)
+        if self.embedding is None:
+            return y_KPD
+        mixed: Tensor = self.embedding(torch.stack(tuple(y_KPD), 1))  # a view's strides would slow every product
+        return mixed.transpose(0, 1)
 
     def project(self, y_KPD: Tensor, head_VD: Tensor) -> Tensor:
         if self.vocabulary is None:
-            return F.linear(y_KPD, head_VD)
+            rows = y_KPD.flatten(0, 1)  # a plain product: strided batches would have the matrix copied K times
+            return F.linear(rows, head_VD).view(*y_KPD.shape[:2], -1)
         return torch.bmm(y_KPD, self.vocabulary.transpose(1, 2))
 
     def head_logits(self, index: int, z: Tensor, head_VD: Tensor) -> Tensor:
