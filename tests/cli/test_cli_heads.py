@@ -107,7 +107,7 @@ def test_the_presets_are_the_papers(trained):
     assert (plus["heads"], plus["layers"], plus["tied_layers"]) == (4, 4, True) and plus["prefix"]["mlp_width"] == 48
     assert "prefix" not in hydra and {one["vocabulary"] for one in (medusa, hydra, plus)} == {"own"}
     training = found["hydra++"]["training"]
-    assert training["weights"] == {"text": 0.0, "teacher": 1.0, "decay": 1.0}
+    assert training["weights"] == {"text": 0.0, "teacher": 1.0, "decay": 1.0, "distance": 0.0}
     assert (training["schedule"]["adam_rate"], training["schedule"]["floor"]) == (5e-4, 0.33)
     assert found["medusa"]["training"]["weights"]["decay"] == 0.8
     assert all(one["target"] == "target" and one["training"]["answers"] == 60 for one in found.values())
@@ -120,8 +120,17 @@ def test_options_have_the_last_word(trained):
     architecture, training = found["architecture"], found["training"]
     names = ("heads", "layers", "tied_layers", "vocabulary")
     assert [architecture[name] for name in names] == [2, 3, False, "shared"] and "prefix" in architecture
-    assert training["weights"] == {"text": 0.5, "teacher": 0.25, "decay": 0.9}
+    assert training["weights"] == {"text": 0.5, "teacher": 0.25, "decay": 0.9, "distance": 0.0}
     assert (training["schedule"]["adam_rate"], training["schedule"]["parts"], training["seed"]) == (0.002, 2, 5)
+
+
+def test_parts_of_a_method_are_switched_off_by_options(trained):
+    """Those of its own; another method's are refused."""
+    switches = {"--stages": 1, "--sampled-token": "first", "--auto-embedding": "one-way"}
+    given = [word for pair in switches.items() for word in pair]
+    architecture = config_of(trained("amphista", "heads", *given)[0])["architecture"]
+    names = ("stages", "sampled_token", "auto_embedding")
+    assert [architecture[name] for name in names] == [*switches.values()]
 
 
 def test_the_sample_that_is_shown_is_one_that_is_trained_on(trained, answers, family):
@@ -358,6 +367,7 @@ def test_targets_that_cannot_be_had(refused_run, family, tmp_path):
         ("hydra", ("--layers", 0), "--layers"),
         ("hydra++", ("--dropout", 1.5), "--dropout"),
         ("medusa", ("--dropout", 0.1), "no dropout"),
+        ("medusa", ("--stages", 1), "no stages"),
         ("medusa", ("--text-weight", 0), "nothing would be learnt"),
         ("hydra++", ("--teacher-weight", 0), "nothing would be learnt"),
         ("medusa", ("--teacher-weight", -1), "--teacher-weight"),
