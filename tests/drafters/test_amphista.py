@@ -436,6 +436,15 @@ def test_a_root_that_changes_is_read_again() -> None:
         torch.testing.assert_close(context, seen_of(some(), row.tokens)[-1], atol=1e-4, rtol=1e-4)
 
 
+def test_a_long_prompt_is_read_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forerun.drafters.amphista.drafter.CHUNK", 4)
+    found, row = reader(some(), lively()), row_of(TEXT)
+    found.admit(row, lively().features(torch.tensor([TEXT[:-1]])))
+    assert isinstance(found, AdaptedState) and found.model.passes == 5
+    (context,) = found.contexts()
+    torch.testing.assert_close(context, seen_of(some(), TEXT)[-1], atol=1e-4, rtol=1e-4)
+
+
 def test_states_that_wait_are_read_before_they_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """A drafter in front answers for a long time; the memory is that of the text all the same."""
     monkeypatch.setattr("forerun.drafting.heads.REMEMBERED", 20)

@@ -40,17 +40,18 @@ class AdaptedState(LastState):
     def admit(self, row: Row, states_1SD: Tensor | None) -> None:
         slot = self.model.admit(row.limit)
         try:
-            before = (
-                () if states_1SD is None else torch.split(states_1SD[0, :-1], CHUNK)
-            )  # the newest one's root may change
-            for part in filter(len, before):
-                begin = self.model.cache.lengths[slot]
-                self._read([self._beside(part, row.tokens[begin + 1 : begin + 1 + len(part)])], slot)
+            if states_1SD is not None:
+                self._read_prompt(slot, row, states_1SD[0, :-1])  # the newest waits for its root
         except BaseException:
             self.model.release(slot)
             raise
         super().admit(row, states_1SD)
         self._texts.admit(row)
+
+    def _read_prompt(self, slot: int, row: Row, states_ND: Tensor) -> None:
+        for part in filter(len, torch.split(states_ND, CHUNK)):
+            begin = self.model.cache.lengths[slot] + 1
+            self._read([self._beside(part, row.tokens[begin : begin + len(part)])], slot)
 
     def release(self, slot: int) -> None:
         self._texts.release(slot)
