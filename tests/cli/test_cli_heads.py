@@ -126,6 +126,15 @@ def test_options_have_the_last_word(trained):
     assert (training["schedule"]["adam_rate"], training["schedule"]["parts"], training["seed"]) == (0.002, 2, 5)
 
 
+def test_parts_of_a_method_are_switched_off_by_options(trained):
+    """Those of its own; another method's are refused."""
+    switches = {"--stages": 1, "--sampled-token": "first", "--auto-embedding": "one-way"}
+    given = [word for pair in switches.items() for word in pair]
+    architecture = config_of(trained("amphista", "heads", *given)[0])["architecture"]
+    names = ("stages", "sampled_token", "auto_embedding")
+    assert [architecture[name] for name in names] == [*switches.values()]
+
+
 def test_the_sample_that_is_shown_is_one_that_is_trained_on(trained, answers, family):
     _, _, err = trained("medusa", "heads")
     samples = read(answers).samples
@@ -360,6 +369,7 @@ def test_targets_that_cannot_be_had(refused_run, family, tmp_path):
         ("hydra", ("--layers", 0), "--layers"),
         ("hydra++", ("--dropout", 1.5), "--dropout"),
         ("medusa", ("--dropout", 0.1), "No such option: --dropout"),
+        ("medusa", ("--stages", 1), "No such option: --stages"),
         ("medusa", ("--text-weight", 0), "nothing would be learnt"),
         ("hydra++", ("--teacher-weight", 0), "nothing would be learnt"),
         ("medusa", ("--teacher-weight", -1), "--teacher-weight"),

@@ -47,6 +47,7 @@ OPTIONS = {
     "train block": f"{HEADS} --block --markov-rank",
     "train hydra": f"{HEADS} --heads --tied-layers --vocabulary --dropout",
     "train hydra++": f"{HEADS} --heads --tied-layers --vocabulary --dropout",
+    "train amphista": f"{HEADS} --heads --vocabulary --stages --sampled-token --auto-embedding",
     "train medusa2": "--target --data --out --run --init-from --heads --layers --tied-layers --vocabulary --keep"
     " --markov-rank --head-weight --ramp --head-decay --rank --alpha --steps --rows --batch-size --length --parts"
     " --rate --lr --head-rate --validate-every"

@@ -281,11 +281,15 @@ class Watching(Telling):
         assert isinstance(self.head.drafting, Told)
         for slot, row in enumerate(context.rows):
             if ready[slot]:
-                read = self._module.contexts(self._network.features(torch.tensor([row.tokens[:-1]])))
-                torch.testing.assert_close(self.head.drafting.contexts[slot], read[0, -1], rtol=1e-4, atol=1e-4)
+                expected = self._context(row.tokens)
+                torch.testing.assert_close(self.head.drafting.contexts[slot], expected, rtol=1e-4, atol=1e-4)
                 self.spoken += 1
             self.silent += context.depths[slot] > 0 and not ready[slot]
         return tree
+
+    def _context(self, tokens: Sequence[int]) -> Tensor:
+        """What heads see that have been given a text at once, all but its newest token."""
+        return self._module.contexts(self._network.features(torch.tensor([tokens[:-1]])))[0, -1]
 
 
 def telling(say: Say, tree: RankTree) -> Telling:

@@ -34,9 +34,7 @@ TextShare = Annotated[
     float,
     typer.Option(min=0.0, max=0.99, help="Of the batches, how many are that text.", rich_help_panel=options.ADVANCED),
 ]
-Out = Annotated[
-    Path, typer.Option(metavar="DIR", help="Folder for the finished heads; older heads in it are replaced.")
-]
+Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder for the heads; older ones in it are replaced.")]
 Run = Annotated[
     Path | None,
     typer.Option(

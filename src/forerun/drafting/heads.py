@@ -36,12 +36,17 @@ from forerun.tree import TokenTree
 
 @dataclass(frozen=True)
 class Places:
-    """P places in texts, [P] each: the text's row, and the last token that the target has read. embedded_PD: the
-    embedding of the token behind it, the root."""
+    """P places in texts, [P] each: the text's row, and the last token that the target has read. embedded_BND: the
+    embeddings of the texts."""
 
     rows_P: Tensor
     places_P: Tensor
-    embedded_PD: Tensor
+    embedded_BND: Tensor
+
+    @property
+    def roots_PD(self) -> Tensor:
+        """The embedding of the token behind each place."""
+        return self.embedded_BND[self.rows_P, self.places_P + 1]
 
 
 class HeadsModule(nn.Module):
@@ -88,6 +93,10 @@ class HeadsModule(nn.Module):
     def unconditional(self, context_PD: Tensor, head_VD: Tensor) -> Tensor:
         """The same without what drafted tokens say: all of it, or all but for the Markov term."""
         return self.logits(context_PD, context_PD[:, None], head_VD)
+
+    def linear_context(self, context_PD: Tensor) -> Tensor:
+        """Of what the heads see, the [P, D] that linear maps may begin from."""
+        return context_PD
 
     def start_from(self, maps: Sequence[Tensor], head_VD: Tensor) -> None:
         """Begin from linear guesses: maps[i], [D, M], takes what head i sees to the state that the target will have one
@@ -254,6 +263,17 @@ class _States:
     @property
     def last(self) -> Tensor | None:
         return self._parts[-1][-1] if self._parts else None
+
+    def since(self, number: int) -> Tensor | None:
+        """Those of the tokens from this number on, [n, D]; None where one of them is not remembered, or there are
+        none."""
+        wanted, parts = self.count - number, list[Tensor]()
+        for part in reversed(self._parts):
+            if wanted <= 0:
+                break
+            parts.insert(0, part[-wanted:])
+            wanted -= len(part)
+        return torch.cat(parts) if parts and wanted <= 0 else None
 
 
 class LastState:

@@ -55,7 +55,8 @@ class LeastSquares:
         with teacher.precision():
             lesson = Lesson.of(module, teacher, self.answers.batch(number))
         embedded = F.embedding(lesson.tokens_PK[:, : module.count], teacher.embedding_VD)
-        inputs = torch.cat((lesson.context_PD[:, None], embedded), 1).flatten(1).float()
+        context_PD = module.linear_context(lesson.context_PD)
+        inputs = torch.cat((context_PD[:, None], embedded), 1).flatten(1).float()
         for head, size in enumerate(self._sizes):
             there = lesson.valid_KP[head]
             seen = inputs[there, :size]

@@ -25,7 +25,7 @@ class HydraConfig(HeadsConfig):
 
     tied_layers: bool = option(True, "One block, repeated, or each its own weights.", flag="--tied-layers/--own-layers")
     prefix: LayerConfig | None = None
-    dropout: float = option(0.0, "In training, before every block and projection.", least=0.0, most=0.99)
+    dropout: float = option(0.0, "In training, before blocks and projections.", least=0.0, most=0.99)
 
     def __post_init__(self) -> None:
         super().__post_init__()
