@@ -36,11 +36,13 @@ from forerun.tree import TokenTree
 @dataclass(frozen=True)
 class Places:
     """P places in texts, [P] each: the text's row, and the last token that the target has read. embedded_PD: the
-    embedding of the token behind it, the root."""
+    embedding of the token behind it, the root. behind_BND: the same of every token of the texts, zeros behind the last
+    one, for heads that read the whole text."""
 
     rows_P: Tensor
     places_P: Tensor
     embedded_PD: Tensor
+    behind_BND: Tensor | None = None
 
 
 class HeadsModule(nn.Module):
@@ -48,14 +50,21 @@ class HeadsModule(nn.Module):
 
     sees_tokens: heads see the tokens drafted before theirs, not only the context. solvable: a linear map may be
     their start (`start_from`). tables: how the names of parameters begin that are looked up like embeddings. borrows:
-    how many of the target's last layers their own begin as (`borrow`).
+    how many of the target's last layers their own begin as (`borrow`). foresees: they guess the target's states, which
+    may be taught (`foreseen`).
     """
 
     sees_tokens = False
     solvable = True
     tables: tuple[str, ...] = ()
     borrows = 0
+    foresees = False
     count: int
+
+    @property
+    def taught(self) -> int:
+        """The first so many heads learn; figures tell about all that `count` names after training."""
+        return self.count
 
     def reads(self, top: int) -> tuple[int, ...]:
         """The target's layers whose states they see; `top` is what its output projection sees."""
@@ -77,6 +86,10 @@ class HeadsModule(nn.Module):
     def logits(self, context_PD: Tensor, embedded_PKD: Tensor, head_VD: Tensor) -> Tensor:
         """Of all heads at P places, [K, P, V]. context: as `seen`; embedded: of the K tokens that follow each place,
         the root first, their rows of `table`; head: the target's output projection, for heads that share it."""
+        raise NotImplementedError
+
+    def foreseen(self, context_PD: Tensor) -> Tensor:
+        """Of every head, its guess at the state behind which the target says the token that it proposes, [K, P, D]."""
         raise NotImplementedError
 
     def start_from(self, maps: Sequence[Tensor], head_VD: Tensor) -> None:

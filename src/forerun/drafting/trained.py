@@ -100,12 +100,14 @@ class LayerConfig:
 class Weights:
     """Of the terms of a heads' loss. text: cross-entropy with the next token; teacher: with the
     target's law; distance: the L1 distance between the head's law and the target's, which is twice the chance that
-    a token drawn from the head is rejected. The k-th head counts decay^k (k from 1)."""
+    a token drawn from the head is rejected; state: the smooth L1 distance between a guess at the target's state and that
+    state, the mean over its numbers, for heads that guess one. The k-th head counts decay^k (k from 1)."""
 
     text: float = option(1.0, "Of the next token's log-probability.", least=0.0, flag="--text-weight")
     teacher: float = option(0.0, "Of the target's whole law there.", least=0.0, flag="--teacher-weight")
     decay: float = option(1.0, "Head k counts this to the power of k.", least=0.0, flag="--head-decay")
     distance: float = option(0.0, "Of the L1 distance to that law.", least=0.0, flag="--distance-weight")
+    state: float = option(0.0, "Of the distance to its state, where one is foreseen.", least=0.0, flag="--state-weight")
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class Preset:
     """A paper's training as data. sense: one line. architecture: fields of the config, except for
     those that follow from the target. warmup: a share of the steps, or steps if 1 or more. floor:
     the share of the rate at the end. muon: the rate of matrices, moved by Muon (0: AdamW moves all). share: of the
-    places of a batch, how many teach, drawn anew for every batch."""
+    places of a batch, how many teach, drawn anew for every batch. clip: the largest norm of a step's gradient."""
 
     sense: str
     architecture: Mapping[str, object]
@@ -124,6 +126,7 @@ class Preset:
     weight_decay: float = 0.0
     muon: float = 0.0
     share: float = 1.0
+    clip: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,7 @@ def schedule_for(
         weight_decay=preset.weight_decay,
         shape="cosine",
         floor=preset.floor if floor is None else floor,
+        clip=preset.clip,
         **rest,
     )
 
@@ -172,6 +173,8 @@ def prepare(recipe: HeadsRecipe, device: torch.device) -> HeadsTraining:
         checkpoints.read(recipe.init_from).fill(module)
     weights = recipe.weights or preset.weights
     _demand_a_law(network, weights, recipe)
+    if weights.state and not module.foresees:
+        raise TrainingError(f"{recipe.preset} heads foresee no states of the target: leave --state-weight out")
     tree = DEFAULT_TREE.within(module.count, DEFAULT_TREE.size) or DEFAULT_TREE
     objective = HeadsObjective(module.to(device), teacher, answers, weights, tree, recipe.schedule, preset.share)
     return HeadsTraining(recipe, objective, config, answers, distilled)

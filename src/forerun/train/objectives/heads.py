@@ -65,10 +65,9 @@ class HeadsObjective(Descent):
         return torch.randperm(count)[: max(1, round(self.share * count))].sort().values
 
     def _total(self, losses_K: Tensor) -> Tensor:
-        """Heads count by their weights."""
-        total: Tensor = (
-            losses_K * self.weights.decay ** torch.arange(1, len(losses_K) + 1, device=losses_K.device)
-        ).sum()
+        """Heads that are taught count by their weights."""
+        taught = losses_K[: self.module.taught]
+        total: Tensor = (taught * self.weights.decay ** torch.arange(1, len(taught) + 1, device=taught.device)).sum()
         return total
 
     def losses_on(self, batch: Batch, chosen: Tensor | None = None) -> Tensor:
@@ -87,7 +86,15 @@ class HeadsObjective(Descent):
         """Per head, the loss summed over the places of a chunk, [K]."""
         logits = logits_of(self.module, self.teacher, lesson).flatten(0, 1)
         each = losses(logits, self._target_logits(lesson), lesson.labels_KP.flatten(), self.weights)
-        return (each.view(lesson.valid_KP.shape) * lesson.valid_KP).sum(1)
+        each = each.view(lesson.valid_KP.shape)
+        if self.weights.state:
+            each = each + self.weights.state * self._apart(lesson)
+        return (each * lesson.valid_KP).sum(1)
+
+    def _apart(self, lesson: Lesson) -> Tensor:
+        """How far the foreseen states are from the target's, [K, P]."""
+        foreseen, states = self.module.foreseen(lesson.context_PD), lesson.states_PKD.transpose(0, 1)
+        return F.smooth_l1_loss(foreseen.float(), states.float(), reduction="none").mean(-1)
 
     @torch.no_grad()
     def _target_logits(self, lesson: Lesson) -> Tensor | None:
