@@ -100,7 +100,7 @@ class LayerConfig:
 class Weights:
     """Of the terms of a heads' loss. text: cross-entropy with the next token; teacher: with the
     target's law; distance: the L1 distance between the head's law and the target's, which is twice the chance that
-    a token drawn from the head is rejected; state: the smooth L1 distance between a guess at the target's state and that
+    a token drawn from the head is rejected; state: the smooth L1 distance of a guess at the target's state from that
     state, the mean over its numbers, for heads that guess one. The k-th head counts decay^k (k from 1)."""
 
     text: float = option(1.0, "Of the next token's log-probability.", least=0.0, flag="--text-weight")

@@ -1,23 +1,25 @@
-"""EAGLE: a layer that goes on where the target stopped, state by state. This is the entry, which imports nothing
-heavy; the network is in `network.py`.
+"""EAGLE: a layer that goes on where the target stopped, state by state. This is the entry, which
+imports nothing heavy; the network is in `network.py`.
 
-EAGLE-1 (arXiv 2401.15077) foresees the target's next state from its states and the tokens behind them. EAGLE-2 (arXiv
-2406.16858) keeps its weights and grows the tree by confidence: `TopTree` here. EAGLE-3 (arXiv 2503.01840) fuses a low, a
-middle and a high state, demands no state of its output, and learns on what it has said itself ("training-time test").
-Where the papers and their code (SafeAILab/EAGLE) differ, this follows the code; what is reconstructed is said where it
-stands. The papers' rate and steps are for batches of four texts and 800,000 steps; AdamW's second decay is torch's 0.999
-here and theirs is 0.95.
+EAGLE-1 (arXiv 2401.15077) foresees the target's next state from its states and the tokens behind
+them. EAGLE-2 (arXiv 2406.16858) keeps its weights and grows the tree by confidence: `TopTree` here.
+EAGLE-3 (arXiv 2503.01840) fuses a low, a middle and a high state, demands no state of its output,
+and learns on what it has said itself ("training-time test"). Where the papers and their code
+(SafeAILab/EAGLE) differ, this follows the code; what is reconstructed is said where it stands. The
+papers' rate and warm-up are for 800,000 steps of four texts; AdamW's second decay is torch's 0.999
+here, and theirs is 0.95.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from forerun.drafting.method import Method, later
 from forerun.drafting.settings import demand_count, option, setting
-from forerun.drafting.trained import HeadsConfig, LayerConfig, Layout, Preset, Trained, Weights, demand_counts
+from forerun.drafting.trained import HeadsConfig, LayerConfig, Preset, Trained, Weights, demand_counts
 from forerun.errors import DrafterError
 
 LAST = -1
@@ -25,17 +27,21 @@ LAST = -1
 
 @dataclass(frozen=True)
 class EagleConfig(HeadsConfig):
-    """heads: the steps that figures look ahead, and taught: those of them that learn; both say nothing about the
-    weights. layers: its own. fused: EAGLE-3's form. sources: the target's layers that it reads, numbered as hidden states
-    are; LAST is what the output projection sees, however many layers there are. layer: the shape of its layers. kept: the
-    tokens that it can propose, ascending, where they are not all.
+    """heads: the steps that figures look ahead, and taught: those of them that learn; both say
+    nothing about the weights. layers: its own. fused: EAGLE-3's form. sources: the target's layers
+    that it reads, numbered as hidden states are; LAST is what the output projection sees, however
+    many layers there are. layer: the shape of its layers. kept: the tokens that it can propose,
+    ascending, where they are not all.
 
-    fuse_bias: of the projection that joins a token and a state (EAGLE-1's older checkpoints). The others are EAGLE-3's:
-    residual_normed: the layer's residual is the normed state; sources_normed, joined_normed: a norm for every source, or
-    one over all of them, before they are fused; output_normed: the next step reads the normed output (EAGLE-3.1)."""
+    fuse_bias: of the projection that joins a token and a state (EAGLE-1's older checkpoints). The
+    others are EAGLE-3's: residual_normed: the layer's residual is the normed state; sources_normed,
+    joined_normed: a norm for every source, or one over all of them, before they are fused;
+    output_normed: the next step reads the normed output (EAGLE-3.1)."""
 
     heads: int = option(5, "Steps that the figures look ahead.", least=1, flag="--ahead", identifies=False)
-    taught: int = option(1, "Steps ahead that learn, each on the one before.", least=1, flag="--unrolled", identifies=False)
+    taught: int = option(
+        1, "Steps ahead that learn, each on the one before.", least=1, flag="--unrolled", identifies=False
+    )
     layers: int = option(1, "Layers of its own.", least=1)
     tied_layers: bool = False
     vocabulary: str = option(
@@ -91,13 +97,13 @@ class EagleConfig(HeadsConfig):
         stranger = next((name for name in of_three if getattr(self, name)), None)
         if not self.fused and (stranger or self.vocabulary != "shared"):
             raise DrafterError(f"EAGLE-1 has no {stranger or 'vocabulary of its own'}: train eagle3 for one")
-        if self.fused and self.fuse_bias or self.sources_normed and self.joined_normed:
+        if (self.fused and self.fuse_bias) or (self.sources_normed and self.joined_normed):
             raise DrafterError("EAGLE-3 fuses its sources without a bias, and norms them one by one or together")
 
     def _demand_tokens(self) -> None:
         kept = self.kept
-        ascending = all(type(one) is int for one in kept) and all(a < b for a, b in zip(kept, kept[1:], strict=False))
-        if kept and not (ascending and 0 <= kept[0] and kept[-1] < self.vocab_size and self.vocabulary == "own"):
+        ascending = all(type(one) is int for one in kept) and all(a < b for a, b in pairwise(kept))
+        if kept and not (ascending and kept[0] >= 0 and kept[-1] < self.vocab_size and self.vocabulary == "own"):
             raise DrafterError("a part of the vocabulary is ascending token ids, and has a projection of its own")
 
 

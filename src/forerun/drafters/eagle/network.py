@@ -1,20 +1,21 @@
-"""The network of EAGLE: the target's states, each with the token behind it, through a layer, to the next state.
+"""The network of EAGLE: the target's states, each with the token behind it, through a layer, to the
+next state.
 
     pair t    (f_t, x_{t+1}): a state of the target and the token behind it; its position is t, the state's
-    EAGLE-1   u = W [E(x); f] + b, through a decoder layer without an input norm, is f'_{t+1}, a guess at the target's state
-              after its last norm, which the target's own projection reads; no norm comes last
-    EAGLE-3   g = W [l; m; h], of three states of the target; attention reads [norm(E(x)); norm(g)], the residual is g;
-              the output o_{t+1} is read through a norm and a projection, mostly its own
-    further   the next pair is (f' or o, the token that was drafted): the output as it is, nothing is fused again
+    EAGLE-1   u = W [E(x); f] + b, through a decoder layer without an input norm, is f'_{t+1}: a guess at
+              the target's state behind its last norm, which the target's own projection reads as it is
+    EAGLE-3   g = W [l; m; h], of three states of the target; attention reads [norm(E(x)); norm(g)], the
+              residual is g; the output o_{t+1} is read through a norm and a projection, mostly its own
+    further   the next pair is (f' or o, the token that was drafted): nothing is fused again
 
-After the papers' code (SafeAILab/EAGLE), which was read for the specification that this follows; the three norms that a
-config may ask for beside EAGLE-3's own are those of speculators' `eagle3`. Departures: what is not told begins as nothing
-(the fusion passes the newest state, the projection of EAGLE-3 is the target's), and rotary frequencies are the target's
-(EAGLE-3's training code has the base 10000 whatever the target has).
+After a specification that was made from the papers' code (SafeAILab/EAGLE); the norms that a config
+may ask for beside EAGLE-3's own are those of speculators' `eagle3`. Departures: the fusion begins by
+passing the newest state and EAGLE-3's projection as the target's, not at random; rotary frequencies
+are the target's (EAGLE-3's training code has the base 10000 whatever the target has).
 
-In training a place t is unrolled (7.2 of the specification): step s reads what step s - 1 said there and the true token
-x_{t+1+s}, at position t + s; it sees the pairs of the text up to t and its own earlier steps. That is what drafting does
-with the same tokens.
+In training a place t is unrolled: step s reads what step s - 1 said there and the true token
+x_{t+1+s}, at position t + s; it sees the pairs of the text up to t and its own earlier steps. That
+is what drafting does with the same tokens.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class EagleStack(Transformer):
         if not self.form.fused:
             return x
         if self.fuse_norm is not None:  # of every source, or of all of them
-            parts = x.unflatten(-1, (-1, self.fuse_norm.shape[-1]))
+            parts = x.view(*x.shape[:-1], -1, self.fuse_norm.shape[-1])
             x = (F.rms_norm(parts, parts.shape[-1:], eps=self.config.norm_eps) * self.fuse_norm).flatten(-2)
         return ops.linear(x, self.fuse).to(self.dtype)
 
@@ -153,16 +154,12 @@ class EagleModule(HeadsModule):
 
     def __init__(self, config: EagleConfig):
         super().__init__()
-        self.config, self.count = config, config.heads
+        self.config, self.count, self.foresees = config, config.heads, not config.fused
         self.stack = EagleStack(config)
 
     @property
     def taught(self) -> int:
         return self.config.taught
-
-    @property
-    def foresees(self) -> bool:
-        return not self.config.fused
 
     def train(self, mode: bool = True) -> EagleModule:
         self.count = self.config.taught if mode else self.config.heads
@@ -252,7 +249,7 @@ class _Unrolled:
 def _mixed(q_BNHE: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
     """[B, N, H E]. keys, values: [B, N, G, E] of every step, the text's first."""
     (text_k, *own_k), (text_v, *own_v) = keys, values
-    q = q_BNHE.unflatten(2, (text_k.shape[2], -1))
+    q = q_BNHE.view(*q_BNHE.shape[:2], text_k.shape[2], -1, q_BNHE.shape[3])
     of_text = torch.einsum("bngre,bmge->bgrnm", q, text_k)
     own = torch.einsum("bngre,bnsge->bgrns", q, torch.stack(own_k, 2))
     entries = torch.arange(q.shape[1], device=q.device)
