@@ -74,7 +74,7 @@ CONFIGS = {
     "eagle3, the target's projection": replace(THREE, vocabulary="shared", sources=(1, 0)),
     "eagle3, part of the vocabulary": replace(THREE, kept=KEPT, residual_normed=True),
     "eagle3, normed together": replace(THREE, layers=2, qkv_bias=True, joined_normed=True),
-    "eagle3.1": replace(THREE, sources_normed=True, output_normed=True),
+    "eagle3.1": replace(THREE, sources_normed=True, output_normed=True, qk_norm=True),
 }
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 TEXT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4]
@@ -163,9 +163,12 @@ class Slow:
         size, group = self.shape.head_dim, self.shape.heads // self.shape.kv_heads
         made = own["qkv.weight"] @ seen + own.get("qkv.bias", 0.0)
         q, k, v = made.split([n * size for n in (self.shape.heads, self.shape.kv_heads, self.shape.kv_heads)])
-        memory.append((torch.stack([self.turned(one, position) for one in k.split(size)]), v.view(-1, size)))
+        keys = [self.norm(one, own["k_norm"]) if "k_norm" in own else one for one in k.split(size)]
+        memory.append((torch.stack([self.turned(one, position) for one in keys]), v.view(-1, size)))
         mixed = []
         for head, query in enumerate(q.split(size)):
+            if "q_norm" in own:
+                query = self.norm(query, own["q_norm"])
             query = self.turned(query, position)
             law = torch.stack([query @ keys[head // group] for keys, _ in memory]).div(size**0.5).softmax(-1)
             mixed.append(law @ torch.stack([values[head // group] for _, values in memory]))

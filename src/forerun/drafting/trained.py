@@ -57,6 +57,12 @@ class HeadsConfig:
         if self.vocabulary not in ("own", "shared"):
             raise DrafterError(f"heads with the vocabulary {self.vocabulary!r} make no sense: give own or shared")
 
+    @property
+    def brief(self) -> str:
+        """A few words about its shape."""
+        tied = " (tied)" if self.layers > 1 and self.tied_layers else ""
+        return f"{self.heads} heads of {self.layers} layer{'s' if self.layers > 1 else ''}{tied}"
+
 
 def demand_counts(config: Any, names: Sequence[str]) -> None:
     """DrafterError unless these fields are sizes that something can have."""

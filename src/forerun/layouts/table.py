@@ -155,7 +155,9 @@ def _settled(config: HeadsConfig, tensors: dict[str, Tensor]) -> tuple[HeadsConf
     """Layers that are equal are tied, and of layers that cannot differ every kind of heads says it
     in one way, its default."""
     blocks, biases = tensors.get("blocks"), tensors.get("biases")
-    if blocks is None or biases is None or len(blocks) == 1:
+    if blocks is None or biases is None:
+        return replace(config, tied_layers=type(config).tied_layers), tensors
+    if len(blocks) == 1:
         return replace(config, tied_layers=type(config).tied_layers or config.layers > 1), tensors
     if not all(torch.equal(layer, stack[0]) for stack in (blocks, biases) for layer in stack):
         return config, tensors

@@ -19,7 +19,7 @@ from typing import Any
 
 from forerun.drafting.method import Method, later
 from forerun.drafting.settings import demand_count, option, setting
-from forerun.drafting.trained import HeadsConfig, LayerConfig, Preset, Trained, Weights, demand_counts
+from forerun.drafting.trained import HeadsConfig, LayerConfig, Layout, Preset, Trained, Weights, demand_counts
 from forerun.errors import DrafterError
 
 LAST = -1
@@ -33,10 +33,11 @@ class EagleConfig(HeadsConfig):
     many layers there are. layer: the shape of its layers. kept: the tokens that it can propose,
     ascending, where they are not all.
 
-    fuse_bias: of the projection that joins a token and a state (EAGLE-1's older checkpoints). The
-    others are EAGLE-3's: residual_normed: the layer's residual is the normed state; sources_normed,
-    joined_normed: a norm for every source, or one over all of them, before they are fused;
-    output_normed: the next step reads the normed output (EAGLE-3.1)."""
+    qkv_bias, qk_norm: of its layers, as some families have them. fuse_bias: of the projection that
+    joins a token and a state (EAGLE-1's older checkpoints). The others are EAGLE-3's:
+    residual_normed: the layer's residual is the normed state; sources_normed, joined_normed: a norm
+    for every source, or one over all of them, before they are fused; output_normed: the next step
+    reads the normed output (EAGLE-3.1)."""
 
     heads: int = option(5, "Steps that the figures look ahead.", least=1, flag="--ahead", identifies=False)
     taught: int = option(
@@ -58,6 +59,7 @@ class EagleConfig(HeadsConfig):
     layer: LayerConfig | None = None
     kept: tuple[int, ...] = ()
     qkv_bias: bool = False
+    qk_norm: bool = False
     fuse_bias: bool = False
     residual_normed: bool = False
     sources_normed: bool = False
@@ -71,6 +73,11 @@ class EagleConfig(HeadsConfig):
         if isinstance(self.layer, Mapping):
             object.__setattr__(self, "layer", LayerConfig(**self.layer))
         self._demand_sense()
+
+    @property
+    def brief(self) -> str:
+        knows = f", {len(self.kept)} tokens" if self.kept else ""
+        return f"EAGLE-{3 if self.fused else 1} of {self.layers} layer{'s' if self.layers > 1 else ''}{knows}"
 
     def _demand_sense(self) -> None:
         if not isinstance(self.layer, LayerConfig):
@@ -91,7 +98,7 @@ class EagleConfig(HeadsConfig):
 
     def _demand_form(self) -> None:
         of_three = ("residual_normed", "sources_normed", "joined_normed", "output_normed")
-        for name in ("fused", "qkv_bias", "fuse_bias", *of_three):
+        for name in ("fused", "qkv_bias", "qk_norm", "fuse_bias", *of_three):
             if type(getattr(self, name)) is not bool:
                 raise DrafterError(f"an eagle with {name} {getattr(self, name)!r} makes no sense: give true or false")
         stranger = next((name for name in of_three if getattr(self, name)), None)
@@ -124,6 +131,21 @@ class EagleSettings:
             demand_count("eagle", name, getattr(self, name))
 
 
+def is_three(config: Mapping[str, Any]) -> bool:
+    """Of a config.json: it speaks of EAGLE-3, in speculators' form or a flat one."""
+    names = [str(one).lower() for one in config.get("architectures") or ()]
+    spoken = any("eagle3" in name for name in names) or "draft_vocab_size" in config
+    return config.get("speculators_model_type", "eagle3") == "eagle3" and spoken
+
+
+def is_one(config: Mapping[str, Any]) -> bool:
+    """It says that it is an EAGLE, or it is, as EAGLE's own, that of a Llama with one layer or a bias."""
+    names = [str(one).lower() for one in config.get("architectures") or ()]
+    spoken = config.get("model_type") == "eagle" or any("eagle" in name for name in names)
+    llama = names == ["llamaforcausallm"] and (config.get("num_hidden_layers") == 1 or "bias" in config)
+    return not is_three(config) and (spoken or llama)
+
+
 METHOD = Method(
     "eagle",
     "A layer that foresees the target's next states one after the other, and grows a tree by confidence.",
@@ -154,5 +176,28 @@ METHOD = Method(
                 clip=0.5,
             ),
         },
+        layouts=(
+            Layout(
+                "eagle3",
+                "speculators (EAGLE-3)",
+                later("forerun.drafters.eagle.layouts:read_three"),
+                later("forerun.drafters.eagle.layouts:as_speculators"),
+                knows=is_three,
+            ),
+            Layout(
+                "specforge",
+                "SpecForge and SGLang (EAGLE-3)",
+                later("forerun.drafters.eagle.layouts:read_three"),
+                later("forerun.drafters.eagle.layouts:as_specforge"),
+                knows=is_three,
+            ),
+            Layout(
+                "eagle",
+                "EAGLE's code",
+                later("forerun.drafters.eagle.layouts:read_one"),
+                later("forerun.drafters.eagle.layouts:as_one"),
+                knows=is_one,
+            ),
+        ),
     ),
 )

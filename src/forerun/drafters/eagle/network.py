@@ -54,7 +54,9 @@ class EagleStack(Transformer):
     def __init__(self, config: EagleConfig):
         assert config.layer is not None
         width, sources = config.width, len(config.sources)
-        super().__init__(config.layer.transformer(width, config.layers, qkv_bias=config.qkv_bias))
+        super().__init__(
+            config.layer.transformer(width, config.layers, qkv_bias=config.qkv_bias, qk_norm=config.qk_norm)
+        )
         self.form = config
         first = self.first
         if config.fused:
