@@ -20,7 +20,8 @@ HEADS = (
     "--target --data --out --run --heads --layers --tied-layers --vocabulary --dropout --text-weight --teacher-weight"
     " --head-decay --steps --rows --batch-size --length --parts --rate --lr --validate-every --save-every --seed"
     " --init-from --dtype --device"
-    " --kernels --floor --start-batches"
+    " --kernels --floor --start-batches --text --text-share --distance-weight --block --rank"
+    " --state-weight --ahead --unrolled --noise"
 )
 OPTIONS = {
     "demo": f"{SAMPLING} {MACHINE} {PROMPTS} --acceptance --drafter --drafters --show --limit --rounds --json --plot"
@@ -46,6 +47,9 @@ OPTIONS = {
     "train medusa": HEADS,
     "train hydra": HEADS,
     "train hydra++": HEADS,
+    "train block": HEADS,
+    "train eagle": HEADS,
+    "train eagle3": HEADS,
     "train medusa2": "--target --data --out --run --init-from --heads --layers --tied-layers --vocabulary --keep"
     " --head-weight --ramp --head-decay --rank --alpha --steps --rows --batch-size --length --parts --rate --lr"
     " --head-rate --validate-every"

@@ -113,8 +113,8 @@ def taught(module: BlockModule, texts: Sequence[Sequence[int]], places: Sequence
     tokens = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts])
     read = Model(lively(), 0).read(Inputs.whole(tokens), module.reads(2))
     rows, at = (torch.tensor(part) for part in zip(*places, strict=True))
-    roots = F.embedding(tokens[rows, at + 1], lively().embedding.weight)
-    seen = module.seen({layer: states.clone() for layer, states in read.items()}, Places(rows, at, roots))
+    there = Places(rows, at, F.embedding(tokens, lively().embedding.weight))
+    seen = module.seen({layer: states.clone() for layer, states in read.items()}, there)
     behind = tokens[rows[:, None], at[:, None] + 1 + torch.arange(module.count)]
     return module.logits(seen, F.embedding(behind, module.table(lively().embedding.weight)), lively().head.weight)
 

@@ -14,6 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from drafters.heading import filled
@@ -128,7 +129,9 @@ def said(heads: Heads, states: Tensor, embedded: Tensor, head_VD: Tensor) -> tup
     """The first step's state and logits at every place of one text."""
     module = heads.module().eval()
     rows, at = torch.zeros(states.shape[1], dtype=torch.int64), torch.arange(states.shape[1])
-    seen = module.seen({0: states}, Places(rows, at, embedded[0], embedded))
+    states = F.pad(states, (0, 0, 0, 1))  # of the last token, which nothing follows
+    texts = torch.cat((torch.zeros_like(embedded[:, :1]), embedded), 1)  # each is the token behind a state
+    seen = module.seen({0: states}, Places(rows, at, texts))
     return seen[:, 0], module.logits(seen, seen[..., :0], head_VD)[0]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,15 +25,13 @@ Target = Annotated[str, typer.Option(metavar="MODEL", help="The model that the h
 Data = Annotated[Path, typer.Option(metavar="FILE", help="Its answers, as forerun distill leaves them.")]
 Text = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Plain text to learn from beside the answers: the train.bin of a corpus."),
+    typer.Option(metavar="FILE", help="Plain text to read beside them: the train.bin of a corpus."),
 ]
 TextShare = Annotated[
     float,
     typer.Option(min=0.0, max=0.99, help="Of the batches, how many are that text.", rich_help_panel=options.ADVANCED),
 ]
-Out = Annotated[
-    Path, typer.Option(metavar="DIR", help="Folder for the finished heads; older heads in it are replaced.")
-]
+Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder for the heads; older ones in it are replaced.")]
 Run = Annotated[
     Path | None,
     typer.Option(
@@ -87,10 +86,10 @@ InitFrom = Annotated[
 
 
 def command(preset: str) -> Callable[..., None]:
-    """The command that trains heads of this kind. It offers what the architectures of all kinds
+    """The command that trains heads of this kind. It knows what the architectures of all kinds
     have, for scripts that go through the presets, and refuses what its own has not."""
     _, method, chosen = registry.preset(preset)
-    shapes = {one.name: one for kind in _own_last(method) for one in fields.parameters(kind.config, SHAPE)}
+    shapes = _shapes(method)
 
     def train(
         target: Target,
@@ -117,9 +116,9 @@ def command(preset: str) -> Callable[..., None]:
         kernels: options.Kernels = "auto",
         **given: Any,
     ) -> None:
-        architecture = {name: given[name] for name in shapes if given[name] is not None}
+        architecture = given_of(method.config, given)
         loss_weights = replace(chosen.weights, **given_of(Weights, given))
-        _demand_sense(preset, out, architecture, loss_weights)
+        _demand_sense(preset, out, [name for name in shapes if given[name] is not None], loss_weights)
 
         from forerun.train import drafters
 
@@ -162,11 +161,14 @@ def given_of(record: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: given[option] for option, name in fields.flags(record).items() if given.get(option) is not None}
 
 
-def _own_last(method: Trained) -> list[Trained]:
-    return [*(one for one in registry.trained().values() if one is not method), method]
+def _shapes(method: Trained) -> dict[str, inspect.Parameter]:
+    """A method's options, and of others those that it has not, which its page only names."""
+    own = {one.name: one for one in fields.parameters(method.config, SHAPE)}
+    kinds = [one.config for one in registry.trained().values()]
+    return {one.name: one for kind in kinds for one in fields.parameters(kind, options.ADVANCED)} | own
 
 
-def _demand_sense(preset: str, out: Path, shape: Mapping[str, object], weights: Weights) -> None:
+def _demand_sense(preset: str, out: Path, shape: Sequence[str], weights: Weights) -> None:
     """Refuse what could not be followed to the end, before the target is read."""
     from forerun.errors import TrainingError
 
@@ -175,7 +177,7 @@ def _demand_sense(preset: str, out: Path, shape: Mapping[str, object], weights: 
         raise TrainingError(f"{preset} heads have no {stranger}: leave --{stranger.replace('_', '-')} out")
     if not weights.decay:
         raise TrainingError("nothing would be learnt: give --head-decay a number above 0")
-    if not (weights.text or weights.teacher or weights.distance):
+    if not (weights.text or weights.teacher or weights.distance or weights.state):
         raise TrainingError("nothing would be learnt: give --text-weight or --teacher-weight a number above 0")
     if out.name in ("", ".."):
         raise TrainingError(f"--out {out} has no name of its own: name a folder, new or with older heads")

@@ -35,14 +35,17 @@ from forerun.tree import TokenTree
 
 @dataclass(frozen=True)
 class Places:
-    """P places in texts, [P] each: the text's row, and the last token that the target has read. embedded_PD: the
-    embedding of the token behind it, the root. behind_BND: the same of every token of the texts, zeros behind the last
-    one, for heads that read the whole text."""
+    """P places in texts, [P] each: the text's row, and the last token that the target has read. embedded_BND: the
+    embeddings of the texts."""
 
     rows_P: Tensor
     places_P: Tensor
-    embedded_PD: Tensor
-    behind_BND: Tensor | None = None
+    embedded_BND: Tensor
+
+    @property
+    def roots_PD(self) -> Tensor:
+        """The embedding of the token behind each place."""
+        return self.embedded_BND[self.rows_P, self.places_P + 1]
 
 
 class HeadsModule(nn.Module):

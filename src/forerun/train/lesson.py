@@ -43,9 +43,8 @@ class Lesson:
         rows, places = (index.to(teacher.device) for index in batch.places())
         if chosen is not None:
             rows, places = rows[chosen], places[chosen]
-        roots = F.embedding(tokens[rows, places + 1], teacher.embedding_VD)
-        embedded = F.pad(F.embedding(tokens[:, 1:], teacher.embedding_VD), (0, 0, 0, 1))
-        context = module.seen({layer: known[layer] for layer in layers}, Places(rows, places, roots, embedded))
+        embedded = F.embedding(tokens, teacher.embedding_VD)
+        context = module.seen({layer: known[layer] for layer in layers}, Places(rows, places, embedded))
         behind = places[:, None] + torch.arange(1, module.count + 2, device=teacher.device)
         ends = torch.from_numpy(batch.ends).to(teacher.device)[rows, None]
         inside = behind.clamp(max=tokens.shape[1] - 1)

@@ -135,7 +135,7 @@ class BlockModule(HeadsModule):
         texts = [places.places_P[places.rows_P == row] for row in range(len(fused))]
         positions_BN = torch.arange(fused.shape[1], device=fused.device).expand(len(fused), -1)
         positions_PW = 1 + places.places_P[:, None] + torch.arange(self.count, device=fused.device)
-        x = self.rows(places.embedded_PD)
+        x = self.rows(places.roots_PD)
         for layer in range(self.config.layers):
             keys, values = self.memory(layer, fused, positions_BN)
             parts = [torch.split(part, list(map(len, texts))) for part in self.project(layer, x, positions_PW)]

@@ -191,12 +191,11 @@ class EagleModule(HeadsModule):
 
     def seen(self, states: Mapping[int, Tensor], places: Places) -> Tensor:
         """What every step says at every place, to be scored, [P, K, D]."""
-        assert places.behind_BND is not None
         said = self._noised(torch.cat(list(states.values()), -1).to(self.stack.dtype))
         said, found, memory = self.stack.fused(said), list[Tensor](), _Unrolled(self.stack)
         text = torch.arange(said.shape[1], device=said.device)[None]
         for step in range(self.count):
-            behind = F.pad(places.behind_BND[:, step:], (0, 0, 0, step))
+            behind = F.pad(places.embedded_BND[:, step + 1 :], (0, 0, 0, step + 1))
             said, scored = self.stack.run(said, behind, self.stack.angles(text + step), memory.mix)
             found.append(scored[places.rows_P, places.places_P])
         return torch.stack(found, 1)
