@@ -411,6 +411,37 @@ def test_later_steps_count_less_and_reach_the_fusion() -> None:
     assert float(found.module.stack.fuse.grad.abs().sum()) > 0  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("text", [0.0, 1.0])
+def test_a_part_of_the_vocabulary_learns_the_law_among_its_tokens(text: float) -> None:
+    """Where the target's best token is one of them, and where the true one is, if it is asked for (7.2)."""
+    config = replace(THREE, taught=1, heads=1, kept=tuple(range(3, 33)))
+    found = objective(config, Weights(text=text, teacher=1.0))
+    found.module.train()
+    batch, known = found.answers.batch(0), list(config.kept)
+    texts = [row[:end] for row, end in zip(batch.tokens_BN.tolist(), batch.ends, strict=True)]
+    assert isinstance(found.module, EagleModule)
+    total, learnt, outside = 0.0, 0, 0
+    for row, at in zip(*(part.tolist() for part in batch.places()), strict=True):
+        states = states_of(tuple(texts[row]), lively())
+        theirs = lively().head.weight.double() @ states[2][0, at + 1].double()
+        label = texts[row][at + 2]
+        if int(theirs.argmax()) not in known or (text and label not in known):
+            outside += 1
+            continue
+        slow, scored = Slow(found.module), torch.zeros(0)
+        for t in range(at + 1):
+            state = torch.cat([states[layer][0, t] for layer in config.sources]).double()
+            _, scored = slow.read(slow.fused(state), lively().embedding.weight[texts[row][t + 1]].double(), t)
+        mine = slow.logits(scored)[known].log_softmax(-1).detach()
+        total -= float((theirs[known].softmax(-1) * mine).sum())
+        total -= text * float(mine[known.index(label)]) if text else 0.0
+        learnt += 1
+    assert learnt > 5 and outside > 1
+    assert found.loss_on(batch).item() == pytest.approx(total / learnt, rel=1e-3)
+    found.loss_on(batch).backward()
+    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in found.module.parameters())
+
+
 def test_what_lies_behind_the_answers_changes_no_loss() -> None:
     """Padding, and the last token, which nothing follows."""
     found = objective(replace(THREE, taught=STEPS), Weights(text=0.0, teacher=1.0))

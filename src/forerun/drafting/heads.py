@@ -65,6 +65,12 @@ class HeadsModule(nn.Module):
     count: int
 
     @property
+    def known(self) -> Tensor | None:
+        """The tokens that they can propose, ascending, where they are not all: the logits of others are
+        -inf. They learn the target's law among these, where the target's best token is one of them."""
+        return None
+
+    @property
     def taught(self) -> int:
         """The first so many heads learn; figures tell about all that `count` names after training."""
         return self.count

@@ -163,6 +163,11 @@ class EagleModule(HeadsModule):
     def taught(self) -> int:
         return self.config.taught
 
+    @property
+    def known(self) -> Tensor | None:
+        kept = self.config.kept
+        return torch.tensor(kept, device=self.stack.device) if kept else None
+
     def train(self, mode: bool = True) -> EagleModule:
         self.count = self.config.taught if mode else self.config.heads
         super().train(mode)
@@ -216,11 +221,10 @@ class EagleModule(HeadsModule):
         if self.stack.vocabulary is None:
             return F.linear(context, head_VD)
         logits = F.linear(context, self.stack.vocabulary)
-        if not self.config.kept:
+        if self.known is None:
             return logits
-        kept = torch.tensor(self.config.kept, device=logits.device)
         whole = logits.new_full((*logits.shape[:-1], self.config.vocab_size), float("-inf"))
-        return whole.index_copy(-1, kept, logits)
+        return whole.index_copy(-1, self.known, logits)
 
     def head_logits(self, index: int, z: Tensor, head_VD: Tensor) -> Tensor:
         raise NotImplementedError("an eagle's steps are made one after the other")

@@ -74,22 +74,29 @@ class HeadsObjective(Descent):
         """The loss of every head, [K]. chosen: the places that teach (None: all)."""
         with self.teacher.precision():
             lesson = Lesson.of(self.module, self.teacher, batch, chosen)
-            counts_K = lesson.valid_KP.sum(1).clamp(min=1)
             parts = list(lesson.chunks(chunk(self.module, self.teacher)))
             if len(parts) == 1:  # nothing to save
                 sums = [self._sums(lesson)]
             else:
                 sums = [checkpoint(self._sums, part, use_reentrant=False) for part in parts]
-        return torch.stack(sums).sum(0) / counts_K
+        total_K, count_K = torch.stack(sums).sum(0)
+        found: Tensor = total_K / count_K.clamp(min=1)
+        return found
 
     def _sums(self, lesson: Lesson) -> Tensor:
-        """Per head, the loss summed over the places of a chunk, [K]."""
+        """Per head, the loss summed over the places of a chunk, and how many they are, [2, K]."""
         logits = logits_of(self.module, self.teacher, lesson).flatten(0, 1)
-        each = losses(logits, self._target_logits(lesson), lesson.labels_KP.flatten(), self.weights)
-        each = each.view(lesson.valid_KP.shape)
+        theirs, labels, learn = self._target_logits(lesson), lesson.labels_KP.flatten(), lesson.valid_KP
+        if (known := self.module.known) is not None:
+            learn = learn & torch.isin(labels if theirs is None else theirs.argmax(-1), known).view(learn.shape)
+            if self.weights.text:
+                learn = learn & torch.isin(labels, known).view(learn.shape)
+            logits, theirs = logits[:, known], None if theirs is None else theirs[:, known]
+            labels = torch.searchsorted(known, labels.contiguous()).clamp(max=len(known) - 1)
+        each = losses(logits, theirs, labels, self.weights).view(learn.shape)
         if self.weights.state:
             each = each + self.weights.state * self._apart(lesson)
-        return (each * lesson.valid_KP).sum(1)
+        return torch.stack(((each * learn).sum(1), learn.sum(1)))
 
     def _apart(self, lesson: Lesson) -> Tensor:
         """How far the foreseen states are from the target's, [K, P]."""
