@@ -21,7 +21,7 @@ HEADS = (
     " --head-decay --steps --rows --batch-size --length --parts --rate --lr --validate-every --save-every --seed"
     " --init-from --dtype --device"
     " --kernels --floor --start-batches --text --text-share --distance-weight --block --rank"
-    " --state-weight --ahead --unrolled --noise"
+    " --state-weight --ahead --unrolled --noise --known"
 )
 OPTIONS = {
     "demo": f"{SAMPLING} {MACHINE} {PROMPTS} --acceptance --drafter --drafters --show --limit --rounds --json --plot"

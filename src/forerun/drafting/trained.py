@@ -193,8 +193,9 @@ class Trained:
     number, by which methods are listed, the oldest first. config: the record of the architecture,
     whose options the command line offers. network: from a config to the heads without their
     weights. fitted: from (fields of a config, the target's network) to the fields with what follows
-    from the target. presets: by name, each a command. joint: with the target together. layouts: of
-    other code."""
+    from the target. narrowed: from (a config, how often each token is in the answers, [V]) to the
+    config that fits them. presets: by name, each a command. joint: with the target together.
+    layouts: of other code."""
 
     title: str
     paper: str
@@ -202,5 +203,6 @@ class Trained:
     network: Callable[[Any], Any]
     presets: Mapping[str, Preset]
     fitted: Callable[[dict[str, Any], Any], dict[str, Any]] = lambda fields, network: fields
+    narrowed: Callable[[Any, Any], Any] = lambda config, counts_V: config
     joint: JointMethod | None = None
     layouts: Sequence[Layout] = ()

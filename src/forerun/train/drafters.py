@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from forerun.drafting import checkpoint as checkpoints
@@ -165,7 +166,7 @@ def prepare(recipe: HeadsRecipe, device: torch.device) -> HeadsTraining:
     _demand_data(answers, network, recipe)
     _warn_of_another_target(distilled, recipe)
     teacher = Teacher(network)
-    module, config = _heads(recipe, network)
+    module, config = _heads(recipe, network, answers)
     if recipe.init_from is None:
         module.initialise(teacher.head_VD.float().cpu(), recipe.seed)
         _borrow(module, recipe)
@@ -187,12 +188,14 @@ def _answers(samples: Sequence[Sample], recipe: HeadsRecipe) -> Answers:
     return Answers(samples, recipe.rows, recipe.length, recipe.seed, text=text, text_share=recipe.text_share)
 
 
-def _heads(recipe: HeadsRecipe, network: Network) -> tuple[Any, HeadsConfig]:
+def _heads(recipe: HeadsRecipe, network: Network, answers: Answers) -> tuple[Any, HeadsConfig]:
     vocab_size, width = network.input_embedding.shape
     drafter, method, preset = registry.preset(recipe.preset)
     start = checkpoints.load(recipe.init_from, drafter).architecture if recipe.init_from else {}
     fields: dict[str, Any] = {**preset.architecture, **start, **recipe.architecture}
     config = method.config(**method.fitted(fields | {"width": width, "vocab_size": vocab_size}, network))
+    said = np.concatenate([np.asarray(sample.answer, np.int64) for sample in answers.training])
+    config = method.narrowed(config, np.bincount(said, minlength=vocab_size))
     torch.manual_seed(recipe.seed)
     return method.network(config), config
 

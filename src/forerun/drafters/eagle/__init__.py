@@ -31,7 +31,7 @@ class EagleConfig(HeadsConfig):
     nothing about the weights. layers: its own. fused: EAGLE-3's form. sources: the target's layers
     that it reads, numbered as hidden states are; LAST is what the output projection sees, however
     many layers there are. layer: the shape of its layers. kept: the tokens that it can propose,
-    ascending, where they are not all.
+    ascending, where they are not all; known: how many of them training is to choose, 0 for all.
 
     qkv_bias, qk_norm: of its layers, as some families have them. fuse_bias: of the projection that
     joins a token and a state (EAGLE-1's older checkpoints). The others are EAGLE-3's:
@@ -50,8 +50,15 @@ class EagleConfig(HeadsConfig):
     )
     noise: str = option(
         "length",
-        "On the states that are read in training: up to 0.1 x 512 / tokens, up to 0.1, or none (eagle alone).",
+        "On states in training: 0.1 (at 512 tokens, or flat).",
         words=("length", "flat", "none"),
+        identifies=False,
+    )
+    known: int = option(
+        0,
+        "Propose the most frequent tokens alone (eagle3).",
+        least=0,
+        shown="all",
         identifies=False,
     )
     fused: bool = False
@@ -109,6 +116,8 @@ class EagleConfig(HeadsConfig):
 
     def _demand_tokens(self) -> None:
         kept = self.kept
+        if type(self.known) is not int or not 0 <= self.known <= self.vocab_size:
+            raise DrafterError(f"there are no {self.known!r} of {self.vocab_size} tokens to know: give fewer, or 0")
         ascending = all(type(one) is int for one in kept) and all(a < b for a, b in pairwise(kept))
         if kept and not (ascending and kept[0] >= 0 and kept[-1] < self.vocab_size and self.vocabulary == "own"):
             raise DrafterError("a part of the vocabulary is ascending token ids, and has a projection of its own")
@@ -158,6 +167,7 @@ METHOD = Method(
         config=EagleConfig,
         network=later("forerun.drafters.eagle.network:EagleModule"),
         fitted=later("forerun.drafters.eagle.network:fitted"),
+        narrowed=later("forerun.drafters.eagle.network:narrowed"),
         presets={
             "eagle": Preset(
                 "Train an EAGLE drafter: a layer that foresees the target's next state.",

@@ -21,13 +21,16 @@ is what drafting does with the same tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from forerun.chance import Ints
 from forerun.drafters.eagle import LAST, EagleConfig
 from forerun.drafting.heads import HeadsModule, Places, layer_like
 from forerun.nn import ops
@@ -270,6 +273,14 @@ def fitted(fields: dict[str, Any], network: Network) -> dict[str, Any]:
     """The fields of a config, with layers like the target's; EAGLE-3's with its sources."""
     sources = {"sources": sources_of(network.cache_shape.layers)} if fields.get("fused") else {}
     return {"layer": layer_like(network)} | sources | fields
+
+
+def narrowed(config: EagleConfig, counts_V: Ints) -> EagleConfig:
+    """With the most frequent tokens, if only some are to be known and nobody has chosen them yet."""
+    if not config.known or config.kept:
+        return config
+    best = np.argsort(-counts_V, kind="stable")[: config.known]
+    return replace(config, kept=tuple(sorted(best.tolist())))
 
 
 def sources_of(top: int) -> tuple[int, ...]:
