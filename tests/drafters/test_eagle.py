@@ -719,6 +719,7 @@ def test_sources_are_those_of_the_code() -> None:
         (ONE, {"taught": 6}, "look further"),
         (ONE, {"sources": (0, 1)}, "one layer"),
         (ONE, {"sources": ()}, "sources"),
+        (THREE, {"sources": (1, 1)}, "twice"),
         (ONE, {"vocabulary": "own"}, "vocabulary"),
         (ONE, {"output_normed": True}, "output_normed"),
         (ONE, {"noise": "loud"}, "noise"),

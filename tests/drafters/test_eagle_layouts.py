@@ -29,6 +29,9 @@ from forerun.drafting.trained import LayerConfig
 from forerun.errors import CheckpointError, DrafterError
 from forerun.layouts.exchange import Base, Heads, read, write
 from forerun.layouts.table import skeleton
+from forerun.nn.load import load_network
+from forerun.train.distill import Sample
+from forerun.train.exchange_check import tokens_per_step
 
 D, V = 16, 32
 LAYER = LayerConfig(4, 2, 4, 24, 64, 1e-5, 5000.0)
@@ -41,11 +44,11 @@ ALL = {
     "eagle": ONE,
     "eagle, biased": replace(ONE, fuse_bias=True, qkv_bias=True, layers=2),
     "eagle3": THREE,
-    "eagle3, part": replace(THREE, kept=KEPT, residual_normed=True),
+    "eagle3, part": replace(THREE, sources=(1, 2), kept=KEPT, residual_normed=True),
     "eagle3, two layers": replace(THREE, layers=2, joined_normed=True),
-    "eagle3.1": replace(THREE, sources_normed=True, output_normed=True, qk_norm=True),
+    "eagle3.1": replace(THREE, sources=(1, 2), sources_normed=True, output_normed=True, qk_norm=True),
 }
-NORM = 1e-5
+NORM, CPU = 1e-5, torch.device("cpu")
 
 
 # ---- their layers, as transformers has them
@@ -160,11 +163,11 @@ def test_eagle3_as_others_have_it(form: str, base: Base, tmp_path: Path) -> None
     """With a part of the vocabulary, under both names of its layer."""
     theirs, ids = Theirs(fused=True, known=len(KEPT)), torch.tensor(KEPT)
     maps = {"d2t": ids - torch.arange(len(ids)), "t2d": torch.zeros(V, dtype=torch.bool).index_fill(0, ids, True)}
-    layers = {"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}
+    layers, left = ({"eagle_aux_hidden_state_layer_ids": ids} for ids in ([0, 1, 2], [-1, 0, 1]))
     config, first = {
         "speculators": (speculators(draft_vocab_size=len(KEPT)), "layers.0"),
         "flat": (flat(draft_vocab_size=len(KEPT), **layers), "midlayer"),
-        "specforge": (flat(architectures=["LlamaForCausalLMEagle3"], eagle_config=layers), "midlayer"),
+        "specforge": (flat(architectures=["LlamaForCausalLMEagle3"], eagle_config=left), "midlayer"),
     }[form]
     heads = read(put(tmp_path / "it", config, theirs.tensors(first) | maps, "model.safetensors"), base)
     assert heads.config == replace(THREE, kept=KEPT)
@@ -204,7 +207,7 @@ def test_what_is_written_is_read_back(
     config: EagleConfig, dtype: torch.dtype, with_target: bool, base: Base, tmp_path: Path
 ) -> None:
     heads, target = heads_of(config, dtype), base if with_target else None
-    homes = ["eagle"] if not config.fused else ["eagle3", *(["specforge"] if config.layers == 1 else [])]
+    homes = ["eagle"] if not config.fused else ["eagle3", *([] if 0 in config.sources else ["specforge"])]
     for layout in homes:
         out = tmp_path / layout
         assert write(heads, layout, out, target) == len(heads.tensors)
@@ -242,6 +245,7 @@ def test_the_maps_of_a_part_of_the_vocabulary(base: Base, tmp_path: Path) -> Non
         ({"sources": (0, 1, -1)}, "specforge", "last state"),
         ({"qkv_bias": True}, "eagle3", "biases"),
         ({"layers": 2}, "specforge", "has one layer"),
+        ({}, "specforge", "leave no layer"),
         ({}, "vllm", "heads see the tokens|EAGLE"),
     ],
 )
@@ -270,6 +274,24 @@ def test_what_ours_cannot_do_is_refused(entries: dict[str, Any], said: str, base
     folder = put(tmp_path / "it", config, Theirs(fused=True).tensors(), "model.safetensors")
     with pytest.raises((DrafterError, CheckpointError), match=said):
         read(folder, base)
+
+
+def test_layers_are_numbered_as_each_has_them(tmp_path: Path) -> None:
+    """speculators by what enters a layer, SGLang by what leaves one."""
+    heads, key = heads_of(replace(THREE, sources=(2, 4, 5)), torch.float32), "eagle_aux_hidden_state_layer_ids"
+    write(heads, "eagle3", tmp_path / "speculators")
+    write(heads, "specforge", tmp_path / "specforge")
+    about = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("speculators", "specforge")]
+    assert about[0][key] == [2, 4, 5] and about[1]["eagle_config"][key] == [1, 3, 4]
+
+
+def test_drafters_are_measured_on_answers_before_and_after(llama: object, base: Base, tmp_path: Path) -> None:
+    """As `forerun convert` does, with a part of the vocabulary."""
+    heads, network = heads_of(replace(THREE, kept=KEPT), torch.float32), load_network(base.name, torch.float32, CPU)
+    samples = [Sample((1, 2, 3), (3, 1, 9, 17, 2, 30, 1)), Sample((5,), (9, 9, 1, 2, 2))]
+    write(heads, "eagle3", tmp_path / "it", base)
+    before, after = (tokens_per_step(one, network, samples) for one in (heads, read(tmp_path / "it", base)))
+    assert before == after >= 1
 
 
 def test_a_missing_tensor_and_one_too_many_are_named(base: Base, tmp_path: Path) -> None:

@@ -94,6 +94,8 @@ class EagleConfig(HeadsConfig):
             raise DrafterError(f"{self.taught} steps cannot learn where {self.heads} are looked at: look further ahead")
         if not self.sources or any(type(one) is not int or one < LAST for one in self.sources):
             raise DrafterError(f"the sources {list(self.sources)} make no sense: give numbers of the target's layers")
+        if len(set(self.sources)) < len(self.sources):
+            raise DrafterError(f"the sources {list(self.sources)} name a layer twice: give each once")
         if len(self.sources) > 1 and not self.fused:
             raise DrafterError("EAGLE-1 reads one layer of the target: leave the other sources out, or use eagle3")
         if self.noise not in ("length", "flat", "none"):

@@ -1,9 +1,9 @@
 """EAGLE in the layouts of others: EAGLE-1 as its own code has it, EAGLE-3 as speculators, and as SpecForge
 and SGLang.
 
-All hold the same tensors, but for the name of EAGLE-3's layer and what their config.json says. Layers
-of the target are numbered by what enters them, as everywhere here (of SGLang and vLLM: unverified, from
-memory).
+All hold the same tensors, but for the name of EAGLE-3's layer and what their config.json says.
+speculators (and vLLM) number the target's states as we do, by the layer that they enter. SGLang, under
+"eagle_config", numbers them by the layer that they leave, which is one less.
 """
 
 from __future__ import annotations
@@ -211,9 +211,10 @@ def _without_maps(stored: Published, vocab_size: int) -> tuple[Published, tuple[
 
 
 def _sources(stored: Published, base: Base | None) -> tuple[int, ...]:
-    found = stored.config.get(LAYERS) or stored.config.get("eagle_config", {}).get(LAYERS)
-    if found:
-        return tuple(found)
+    if entered := stored.config.get(LAYERS):
+        return tuple(entered)
+    if left := stored.config.get("eagle_config", {}).get(LAYERS):
+        return tuple(layer + 1 for layer in left)
     if base is None or base.config is None:
         raise DrafterError(
             f"{stored.folder / CONFIG} does not say which layers of its target are read, so the number of the"
@@ -267,11 +268,13 @@ def as_specforge(heads: Heads, base: Base | None) -> Parcel:
     config = _three_only(heads)
     if config.layers > 1:
         raise DrafterError(f"SpecForge's EAGLE-3 has one layer, and this one {config.layers}: convert to eagle3")
+    if 0 in config.sources:
+        raise DrafterError("this drafter reads the target's embeddings, which leave no layer: convert to eagle3")
     about = {
         "architectures": ["LlamaForCausalLMEagle3"],
         **_published(config),
         "draft_vocab_size": len(config.kept) or config.vocab_size,
-        "eagle_config": {LAYERS: list(config.sources), "use_aux_hidden_state": True},
+        "eagle_config": {LAYERS: [layer - 1 for layer in config.sources], "use_aux_hidden_state": True},
         **{flag: True for flag, ours in NORMS.items() if getattr(config, ours)},
         **_ends(heads, base),
     }
