@@ -77,6 +77,21 @@ def test_states_appended_in_ragged_pieces_are_encoded(kernels: str, data: st.Dat
 
 
 @every_kernel
+def test_what_is_appended_takes_the_place_of_a_draft_that_nobody_kept(kernels: str) -> None:
+    network, text = stack(), some(9, 40, seed=1)
+    model = Model(on(network, kernels), 8)
+    model.admit(60)
+    with torch.inference_mode():
+        model.append(Inputs.of_states([text[:4]]))
+        tokens, depths = torch.zeros(1, 3, dtype=torch.int64), np.arange(1, 4)[None]
+        model.grow(tokens, depths, states_BND=some(3, 40, seed=2)[None])
+        read = model.append(Inputs.of_states([text[4:]]), layers=(2,)).hidden[2]
+        again = model.grow(tokens[:, :1], depths[:, :1], layers=(2,), states_BND=text[None, :1]).hidden[2]
+    close(read[0], network.encode(text[None])[0, 4:])
+    close(again[0, 0], network.encode(torch.cat((text, text[:1]))[None])[0, -1])
+
+
+@every_kernel
 def test_a_tree_of_states_may_grow_and_be_kept(kernels: str) -> None:
     """As a drafter does whose layer reads its own states: committed ones, then a tree, of which a path is kept."""
     network, text, other = stack(), some(9, 40, seed=1), some(9, 40, seed=2)

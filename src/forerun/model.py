@@ -140,7 +140,8 @@ class Model:
     def append(self, inputs: Inputs, start: int = 0, layers: Collection[int] = ()) -> Read:
         """Read what comes next in the rows `start ..`, committed, and score the last of each:
         logits [B, 1, V], and the hidden states asked for of all that was read, [B, N, D]. A row may
-        have nothing to read if others have."""
+        have nothing to read if others have. The scratch is forgotten."""
+        self._forget_scratch()
         feed = self._feed(
             inputs.tokens_BN,
             np.broadcast_to(np.arange(inputs.tokens_BN.shape[1]), tuple(inputs.tokens_BN.shape)),

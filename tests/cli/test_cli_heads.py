@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -109,7 +108,7 @@ def test_the_presets_are_the_papers(trained):
     assert (plus["heads"], plus["layers"], plus["tied_layers"]) == (4, 4, True) and plus["prefix"]["mlp_width"] == 48
     assert "prefix" not in hydra and {one["vocabulary"] for one in (medusa, hydra, plus)} == {"own"}
     training = found["hydra++"]["training"]
-    assert training["weights"] == asdict(Weights(text=0.0, teacher=1.0))
+    assert Weights(**training["weights"]) == Weights(text=0.0, teacher=1.0)
     assert (training["schedule"]["adam_rate"], training["schedule"]["floor"]) == (5e-4, 0.33)
     assert found["medusa"]["training"]["weights"]["decay"] == 0.8
     assert all(one["target"] == "target" and one["training"]["answers"] == 60 for one in found.values())
@@ -122,7 +121,7 @@ def test_options_have_the_last_word(trained):
     architecture, training = found["architecture"], found["training"]
     names = ("heads", "layers", "tied_layers", "vocabulary")
     assert [architecture[name] for name in names] == [2, 3, False, "shared"] and "prefix" in architecture
-    assert training["weights"] == asdict(Weights(text=0.5, teacher=0.25, decay=0.9))
+    assert Weights(**training["weights"]) == Weights(text=0.5, teacher=0.25, decay=0.9)
     assert (training["schedule"]["adam_rate"], training["schedule"]["parts"], training["seed"]) == (0.002, 2, 5)
 
 
@@ -370,6 +369,9 @@ def test_targets_that_cannot_be_had(refused_run, family, tmp_path):
         ("hydra++", ("--dropout", 1.5), "--dropout"),
         ("medusa", ("--dropout", 0.1), "No such option: --dropout"),
         ("medusa", ("--stages", 1), "No such option: --stages"),
+        ("eagle", ("--heads", 3), "No such option: --heads"),
+        ("hydra", ("--state-weight", 1), "foresee no states"),
+        ("eagle3", ("--state-weight", 1), "foresee no states"),
         ("medusa", ("--text-weight", 0), "nothing would be learnt"),
         ("hydra++", ("--teacher-weight", 0), "nothing would be learnt"),
         ("medusa", ("--teacher-weight", -1), "--teacher-weight"),
@@ -383,6 +385,22 @@ def test_targets_that_cannot_be_had(refused_run, family, tmp_path):
 )
 def test_options_that_make_no_sense(refused_run, preset, options, named):
     assert named in refused_run(preset, *options)
+
+
+@pytest.mark.parametrize(
+    ("preset", "options", "fields"),
+    [
+        ("medusa", ("--heads", 3), {"heads": 3}),
+        ("block", ("--block", 3), {"heads": 3}),
+        ("eagle3", ("--unrolled", 2, "--ahead", 4), {"taught": 2, "heads": 4}),
+    ],
+)
+def test_options_go_to_the_fields_that_they_are_for(forerun, monkeypatch, preset, options, fields, tmp_path):
+    """Whatever they are called on the command line."""
+    recipes = []
+    monkeypatch.setattr("forerun.cli.heads._fit", lambda recipe, *_: recipes.append(recipe))
+    forerun("train", preset, "--target", "t", "--data", "d", "--out", tmp_path / "heads", *options)
+    assert recipes[0].architecture == fields
 
 
 def test_places_that_cannot_hold_heads(refused_run, family, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -45,6 +46,7 @@ from forerun.drafters.hydra import HydraConfig
 from forerun.drafters.hydra.network import HydraHeads
 from forerun.drafters.medusa import MedusaConfig
 from forerun.drafters.medusa.network import MedusaHeads
+from forerun.drafting import checkpoint as checkpoints
 from forerun.drafting import registry
 from forerun.drafting.heads import HeadsModule, LastState
 from forerun.drafting.trained import Weights
@@ -814,6 +816,46 @@ def test_a_training_leaves_heads_that_draft_as_was_projected(
     again = prepared(target_folder, data, preset, steps=30)
     assert again.fit(tmp_path / "run", tmp_path / "again").keys() == figures.keys(), "a finished run is only written"
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+def test_the_tokens_that_answers_have_most_often_are_those_that_are_known(
+    data: Path, target_folder: Path, tmp_path: Path
+) -> None:
+    """And no others are proposed, though the text is the target's."""
+    training, out = prepared(target_folder, data, "eagle3", architecture={"known": 9}), tmp_path / "it"
+    counts = Counter(token for sample in training.answers.training for token in sample.answer)
+    kept = training.config.kept  # type: ignore[attr-defined]
+    assert len(kept) == 9 and min(counts[t] for t in kept) >= max(counts[t] for t in set(counts) - set(kept))
+    training.fit(tmp_path / "run", out)
+    again = prepared(target_folder, data, "eagle3", init_from=str(out))
+    assert again.config.kept == kept  # type: ignore[attr-defined]
+    engine = forerun.load(target_folder, f"eagle:{out}", dtype="fp32", kernels="torch")
+    sample, seen = training.answers.heldout[0], []
+    propose = engine.drafter.propose
+    engine.drafter.propose = lambda context: seen.append(propose(context)) or seen[-1]  # type: ignore[method-assign, func-returns-value]
+    output = engine.generate([list(sample.prompt)], SamplingParams(max_new_tokens=40))[0]
+    assert output.token_ids == list(sample.answer)
+    proposed = {token for tree in seen for token in tree.tokens[0][1:]}
+    assert proposed and proposed <= set(kept)
+
+
+@pytest.mark.parametrize("preset", sorted(set(PRESETS) - set(RANKED)))
+def test_a_training_of_other_drafters_leaves_some_that_draft_as_was_projected(
+    preset: str, data: Path, target_folder: Path, tmp_path: Path
+) -> None:
+    """On the tree that figures are projected for; and they have learnt something."""
+    training, out, kind = prepared(target_folder, data, preset, steps=30), tmp_path / "it", TRAINED[KINDS[preset]]
+    before = training.objective.validate()
+    figures = training.fit(tmp_path / "run", out)
+    assert figures["loss"] < before["loss"] and figures["tokens_per_step"] >= 1
+    held, tree = training.answers.heldout, training.objective.tree
+    description = {"drafter": KINDS[preset], "checkpoint": str(out), "tree": [list(path) for path in tree.paths]}
+    engine = forerun.load(target_folder, description, dtype="fp32", kernels="torch")
+    outputs = engine.generate([list(s.prompt) for s in held], SamplingParams(max_new_tokens=40))
+    assert [output.token_ids for output in outputs] == [list(s.answer) for s in held]
+    module = checkpoints.read(out).module(kind.network, kind.config)
+    tables = ranks_of(module, training.objective.teacher, held, training.answers)
+    assert [o.stats.steps for o in outputs] == [steps_of(table, tree) for table in tables]
 
 
 @pytest.mark.parametrize(

@@ -99,8 +99,7 @@ def described(heads: Heads, source: str) -> str:
     """One line about what was read."""
     config = heads.config
     parts = [
-        f"{config.heads} heads of {config.layers} layer{'s' if config.layers > 1 else ''}"
-        + (" (tied)" if config.layers > 1 and config.tied_layers else ""),
+        config.brief,
         "the target's vocabulary matrix" if config.vocabulary == "shared" else "vocabulary matrices of their own",
         *(["a prefix layer"] if getattr(config, "prefix", None) else []),
         f"{heads.parameters:,} parameters in {str(heads.dtype).removeprefix('torch.')}",

@@ -178,7 +178,7 @@ def _demand_sense(out: Path, weights: Weights) -> None:
 
     if not weights.decay:
         raise TrainingError("nothing would be learnt: give --head-decay a number above 0")
-    if not (weights.text or weights.asks_target):
+    if not (weights.text or weights.asks_target or weights.state):
         raise TrainingError("nothing would be learnt: give --text-weight or --teacher-weight a number above 0")
     if out.name in ("", ".."):
         raise TrainingError(f"--out {out} has no name of its own: name a folder, new or with older heads")

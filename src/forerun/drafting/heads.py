@@ -56,17 +56,30 @@ class HeadsModule(nn.Module):
     that see of these the one before theirs alone, through this term. solvable: a linear map may be
     their start (`start_from`). tables: how the names of parameters begin that are looked up like
     embeddings. borrows: how many of the target's last layers their own begin as (`borrow`).
+    foresees: they guess the target's states, which may be taught (`foreseen`).
     """
 
     sees_tokens = False
     solvable = True
     tables: tuple[str, ...] = ()
     borrows = 0
+    foresees = False
     count: int
 
     def __init__(self) -> None:
         super().__init__()
         self.markov: MarkovTerm | None = None
+
+    @property
+    def known(self) -> Tensor | None:
+        """The tokens that they can propose, ascending, where they are not all: the logits of others are
+        -inf. They learn the target's law among these, where the target's best token is one of them."""
+        return None
+
+    @property
+    def taught(self) -> int:
+        """The first so many heads learn; figures tell about all that `count` names after training."""
+        return self.count
 
     def reads(self, top: int) -> tuple[int, ...]:
         """The target's layers whose states they see; `top` is what its output projection sees."""
@@ -97,6 +110,10 @@ class HeadsModule(nn.Module):
     def linear_context(self, context_PD: Tensor) -> Tensor:
         """Of what the heads see, the [P, D] that linear maps may begin from."""
         return context_PD
+
+    def foreseen(self, context_PD: Tensor) -> Tensor:
+        """Of every head, its guess at the state behind which the target says the token that it proposes, [K, P, D]."""
+        raise NotImplementedError
 
     def start_from(self, maps: Sequence[Tensor], head_VD: Tensor) -> None:
         """Begin from linear guesses: maps[i], [D, M], takes what head i sees to the state that the target will have one

@@ -37,9 +37,10 @@ class Option:
     rare: bool = False
 
 
-def option(default: Any, sense: str, **how: Any) -> Any:
-    """A field of a record that the command line offers as an option (see `Option`)."""
-    return field(default=default, metadata={"option": Option(sense, **how)})
+def option(default: Any, sense: str, identifies: bool = True, **how: Any) -> Any:
+    """A field of a record that the command line offers as an option (see `Option`). identifies: records that differ in
+    it are not equal."""
+    return field(default=default, compare=identifies, metadata={"option": Option(sense, **how)})
 
 
 def demand_count(drafter: str, setting: str, value: object) -> None:

@@ -57,6 +57,12 @@ class HeadsConfig:
         if self.vocabulary not in ("own", "shared"):
             raise DrafterError(f"heads with the vocabulary {self.vocabulary!r} make no sense: give own or shared")
 
+    @property
+    def brief(self) -> str:
+        """A few words about its shape."""
+        tied = " (tied)" if self.layers > 1 and self.tied_layers else ""
+        return f"{self.heads} heads of {self.layers} layer{'s' if self.layers > 1 else ''}{tied}"
+
 
 def demand_counts(config: Any, names: Sequence[str]) -> None:
     """DrafterError unless these fields are sizes that something can have."""
@@ -100,13 +106,17 @@ class LayerConfig:
 class Weights:
     """Of the terms of a heads' loss. text: cross-entropy with the next token; teacher: with the
     target's law; distance: the L1 distance between the head's law and the target's, which is twice the chance that
-    a token drawn from the head is rejected; lk: see train/objectives/losses.py. The k-th head counts decay^k (k from
-    1), and with `pace` also as far as the ones before it are likely to be right."""
+    a token drawn from the head is rejected; lk: see train/objectives/losses.py; state: the smooth L1 distance of a
+    guess at the target's state from that state, the mean over its numbers, for heads that guess one. The k-th head
+    counts decay^k (k from 1), and with `pace` also as far as the ones before it are likely to be right."""
 
     text: float = option(1.0, "Of the next token's log-probability.", least=0.0, flag="--text-weight")
     teacher: float = option(0.0, "Of the target's whole law there.", least=0.0, flag="--teacher-weight")
     decay: float = option(1.0, "Head k counts this to the power of k.", least=0.0, flag="--head-decay")
     distance: float = option(0.0, "Of the L1 distance to that law.", least=0.0, flag="--distance-weight", rare=True)
+    state: float = option(
+        0.0, "Of the distance to its state, where one is foreseen.", least=0.0, flag="--state-weight", rare=True
+    )
     lk: float = option(
         0.0, "Of the divergence and the distance, mixed by how close they are; 3 is usual.", least=0.0, rare=True
     )
@@ -125,7 +135,7 @@ class Preset:
     """A paper's training as data. sense: one line. architecture: fields of the config, except for
     those that follow from the target. warmup: a share of the steps, or steps if 1 or more. floor:
     the share of the rate at the end. muon: the rate of matrices, moved by Muon (0: AdamW moves all). share: of the
-    places of a batch, how many teach, drawn anew for every batch."""
+    places of a batch, how many teach, drawn anew for every batch. clip: the largest norm of a step's gradient."""
 
     sense: str
     architecture: Mapping[str, object]
@@ -136,6 +146,7 @@ class Preset:
     weight_decay: float = 0.0
     muon: float = 0.0
     share: float = 1.0
+    clip: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -196,8 +207,9 @@ class Trained:
     number, by which methods are listed, the oldest first. config: the record of the architecture,
     whose options the command line offers. network: from a config to the heads without their
     weights. fitted: from (fields of a config, the target's network) to the fields with what follows
-    from the target. presets: by name, each a command. joint: with the target together. layouts: of
-    other code."""
+    from the target. narrowed: from (a config, how often each token is in the answers, [V]) to the
+    config that fits them. presets: by name, each a command. joint: with the target together.
+    layouts: of other code."""
 
     title: str
     paper: str
@@ -205,5 +217,6 @@ class Trained:
     network: Callable[[Any], Any]
     presets: Mapping[str, Preset]
     fitted: Callable[[dict[str, Any], Any], dict[str, Any]] = lambda fields, network: fields
+    narrowed: Callable[[Any, Any], Any] = lambda config, counts_V: config
     joint: JointMethod | None = None
     layouts: Sequence[Layout] = ()

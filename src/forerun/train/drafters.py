@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from forerun.drafting import checkpoint as checkpoints
@@ -79,6 +80,7 @@ def schedule_for(
         weight_decay=preset.weight_decay,
         shape="cosine",
         floor=preset.floor if floor is None else floor,
+        clip=preset.clip,
         **rest,
     )
 
@@ -164,7 +166,7 @@ def prepare(recipe: HeadsRecipe, device: torch.device) -> HeadsTraining:
     _demand_data(answers, network, recipe)
     _warn_of_another_target(distilled, recipe)
     teacher = Teacher(network)
-    module, config = _heads(recipe, network)
+    module, config = _heads(recipe, network, answers)
     if recipe.init_from is None:
         module.initialise(teacher.head_VD.float().cpu(), recipe.seed)
         _borrow(module, recipe)
@@ -172,6 +174,8 @@ def prepare(recipe: HeadsRecipe, device: torch.device) -> HeadsTraining:
         checkpoints.read(recipe.init_from).fill(module)
     weights = recipe.weights or preset.weights
     _demand_a_law(network, weights, recipe)
+    if weights.state and not module.foresees:
+        raise TrainingError(f"{recipe.preset} heads foresee no states of the target: leave --state-weight out")
     tree = DEFAULT_TREE.within(module.count, DEFAULT_TREE.size) or DEFAULT_TREE
     objective = HeadsObjective(module.to(device), teacher, answers, weights, tree, recipe.schedule, preset.share)
     return HeadsTraining(recipe, objective, config, answers, distilled)
@@ -184,12 +188,14 @@ def _answers(samples: Sequence[Sample], recipe: HeadsRecipe) -> Answers:
     return Answers(samples, recipe.rows, recipe.length, recipe.seed, text=text, text_share=recipe.text_share)
 
 
-def _heads(recipe: HeadsRecipe, network: Network) -> tuple[Any, HeadsConfig]:
+def _heads(recipe: HeadsRecipe, network: Network, answers: Answers) -> tuple[Any, HeadsConfig]:
     vocab_size, width = network.input_embedding.shape
     drafter, method, preset = registry.preset(recipe.preset)
     start = checkpoints.load(recipe.init_from, drafter).architecture if recipe.init_from else {}
     fields: dict[str, Any] = {**preset.architecture, **start, **recipe.architecture}
     config = method.config(**method.fitted(fields | {"width": width, "vocab_size": vocab_size}, network))
+    said = np.concatenate([np.asarray(sample.answer, np.int64) for sample in answers.training])
+    config = method.narrowed(config, np.bincount(said, minlength=vocab_size))
     torch.manual_seed(recipe.seed)
     return method.network(config), config
 

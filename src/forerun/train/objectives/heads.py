@@ -65,31 +65,44 @@ class HeadsObjective(Descent):
         return torch.randperm(count)[: max(1, round(self.share * count))].sort().values
 
     def _total(self, losses_K: Tensor) -> Tensor:
-        """Heads count by their weights."""
-        total: Tensor = (
-            losses_K * self.weights.decay ** torch.arange(1, len(losses_K) + 1, device=losses_K.device)
-        ).sum()
+        """Heads that are taught count by their weights."""
+        taught = losses_K[: self.module.taught]
+        total: Tensor = (taught * self.weights.decay ** torch.arange(1, len(taught) + 1, device=taught.device)).sum()
         return total
 
     def losses_on(self, batch: Batch, chosen: Tensor | None = None) -> Tensor:
         """The loss of every head, [K]. chosen: the places that teach (None: all)."""
         with self.teacher.precision():
             lesson = Lesson.of(self.module, self.teacher, batch, chosen)
-            counts_K = lesson.valid_KP.sum(1).clamp(min=1)
             parts = list(lesson.chunks(chunk(self.module, self.teacher)))
             if len(parts) == 1:  # nothing to save
                 sums = [self._sums(lesson)]
             else:
                 sums = [checkpoint(self._sums, part, use_reentrant=False) for part in parts]
-        return torch.stack(sums).sum(0) / counts_K
+        total_K, count_K = torch.stack(sums).sum(0)
+        found: Tensor = total_K / count_K.clamp(min=1)
+        return found
 
     def _sums(self, lesson: Lesson) -> Tensor:
-        """Per head, the loss summed over the places of a chunk, [K]."""
+        """Per head, the loss summed over the places of a chunk, and how many they are, [2, K]."""
         logits = logits_of(self.module, self.teacher, lesson).flatten(0, 1)
-        found = losses(logits, self._target_logits(lesson), lesson.labels_KP.flatten(), self.weights)
-        each, said = (part.view(lesson.valid_KP.shape) for part in found)
-        counts = paced(said, lesson.valid_KP) if self.weights.pace else lesson.valid_KP
-        return (each * counts).sum(1)
+        theirs, labels, learn = self._target_logits(lesson), lesson.labels_KP.flatten(), lesson.valid_KP
+        if (known := self.module.known) is not None:
+            learn = learn & torch.isin(labels if theirs is None else theirs.argmax(-1), known).view(learn.shape)
+            if self.weights.text:
+                learn = learn & torch.isin(labels, known).view(learn.shape)
+            logits, theirs = logits[:, known], None if theirs is None else theirs[:, known]
+            labels = torch.searchsorted(known, labels.contiguous()).clamp(max=len(known) - 1)
+        each, said = (part.view(learn.shape) for part in losses(logits, theirs, labels, self.weights))
+        if self.weights.state:
+            each = each + self.weights.state * self._apart(lesson)
+        counts = paced(said, learn) if self.weights.pace else learn
+        return torch.stack(((each * counts).sum(1), learn.sum(1)))
+
+    def _apart(self, lesson: Lesson) -> Tensor:
+        """How far the foreseen states are from the target's, [K, P]."""
+        foreseen, states = self.module.foreseen(lesson.context_PD), lesson.states_PKD.transpose(0, 1)
+        return F.smooth_l1_loss(foreseen.float(), states.float(), reduction="none").mean(-1)
 
     @torch.no_grad()
     def _target_logits(self, lesson: Lesson) -> Tensor | None:
