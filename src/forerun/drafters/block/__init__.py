@@ -62,7 +62,7 @@ class BlockSettings:
     """{"drafter": "block", "checkpoint": PATH, "nodes": N, "tree": TREE, "weights": "auto" | "int8" | "target"}"""
 
     checkpoint: str | None = setting(None, "The folder of the block drafter.", "heads")
-    nodes: int = setting(16, "The most nodes of a tree, of which those are proposed that are worth their cost.")
+    nodes: int = setting(7, "The most nodes of a tree, of which those are proposed that are worth their cost.")
     tree: str | Sequence[Sequence[int]] | Mapping[str, Any] | None = setting(
         None, "The same tree of ranks at every step instead, as for heads.", "tree"
     )
