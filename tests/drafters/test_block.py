@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,13 +18,14 @@ from torch.nn import functional as F
 
 from drafters.heading import PREFIX, PROMPTS, VOCAB, WIDTH, every_kernel, filled, greedy, lively, needs_kernels, on
 from forerun.drafters.block import BlockConfig
-from forerun.drafters.block.drafter import BlockDrafter, BlockExpander, Blocks, PackedBlocks, TorchBlocks, blocks_on
+from forerun.drafters.block.drafter import BlockDrafter, Blocks, PackedBlocks, TorchBlocks, blocks_on
 from forerun.drafters.block.network import BlockModule, sources_of
 from forerun.drafting import checkpoint as checkpoints
 from forerun.drafting.checkpoint import Checkpoint
 from forerun.drafting.drafter import Context, Drafter
 from forerun.drafting.growth import TopTree
 from forerun.drafting.heads import Places
+from forerun.drafting.markov import MarkovExpander
 from forerun.drafting.workshop import Workshop
 from forerun.drafting.workshop import build as make
 from forerun.engine.engine import Engine
@@ -109,9 +111,9 @@ def slow_states(module: BlockModule, tokens: Sequence[int], place: int) -> Tenso
 def slow_logits(module: BlockModule, tokens: Sequence[int], place: int, before: Sequence[int]) -> Tensor:
     """[W, V]: what may follow each of these tokens, the root first."""
     logits = slow_states(module, tokens, place) @ lively().head.weight.double().T
-    if module.before is None or module.behind is None:
+    if module.markov is None:
         return logits
-    return logits + module.before[list(before)].double() @ module.behind.double().T
+    return logits + module.markov.before[list(before)].double() @ module.markov.behind.double().T
 
 
 def taught(module: BlockModule, texts: Sequence[Sequence[int]], places: Sequence[tuple[int, int]]) -> Tensor:
@@ -160,7 +162,7 @@ def test_drafting_computes_what_training_does(config: BlockConfig, kernels: str)
     read = [TEXT[:12], TEXT[:4], TEXT[:15]]
     blocks, logits = following(config, read, kernels), taught(block(config), [TEXT] * 3, [(0, 10), (1, 2), (2, 13)])
     found = blocks.expander([text[-1] for text in read])
-    assert isinstance(found, BlockExpander) and isinstance(blocks, TorchBlocks if kernels == "torch" else PackedBlocks)
+    assert isinstance(found, MarkovExpander) and isinstance(blocks, TorchBlocks if kernels == "torch" else PackedBlocks)
     for row, text in enumerate(read):
         for depth in range(BLOCK):
             scores = found._after(torch.tensor([[TEXT[len(text) - 1 + depth]]] * 3), depth)
@@ -201,8 +203,8 @@ def test_a_tree_as_wide_as_it_has_nodes_is_the_best_first_one(
     grown = BlockDrafter(following(config, [text], kernels), TopTree(nodes, BLOCK, nodes), ()).propose(context)
     states = slow_states(module, [*text, 0], len(text) - 2) @ lively().head.weight.double().T
     markov = torch.zeros(VOCAB, VOCAB)
-    if module.before is not None and module.behind is not None:
-        markov = (module.before @ module.behind.T).double()
+    if module.markov is not None:
+        markov = (module.markov.before @ module.markov.behind.T).double()
     log_probs = [(states[depth] + markov).log_softmax(-1) for depth in range(BLOCK)]
     expected = best_first(log_probs, text[-1], nodes, -math.inf if price is None else math.log(price))
     assert sorted(paths_of(grown.tokens[0], grown.topology.parents[0])) == sorted(expected)
@@ -323,6 +325,32 @@ def test_both_backends_propose_the_same(checkpoint: str) -> None:
     assert len(trees["torch"]) == len(trees["native"]) > 10
     equal = sum(one == other for one, other in zip(trees["torch"], trees["native"], strict=True))
     assert equal > 0.9 * len(trees["torch"])
+
+
+@every_kernel
+def test_a_target_of_a_longer_context_than_the_checkpoints(kernels: str, tmp_path: Path) -> None:
+    """Positions that no layer was trained at are as good as any: drafts are guesses."""
+    config = replace(CONFIGS["two layers"], layer=replace(PREFIX, max_length=16))
+    module = BlockModule(config).initialise(lively().head.weight)
+    checkpoints.write(module, config, Checkpoint(tmp_path / "short", "block", {}, "lively", {}), torch.float32)
+    network = on(lively(), kernels)
+    drafter = make(
+        {"drafter": "block", "checkpoint": str(tmp_path / "short")}, Workshop(Model(network, 1), {}.__getitem__)
+    )
+    (output,) = Engine(network, drafter).generate([TEXT], SamplingParams(max_new_tokens=30))
+    assert output.token_ids == greedy(lively(), TEXT, 30) and output.stats.drafted_tokens > 0
+
+
+@every_kernel
+@pytest.mark.parametrize(("sources", "said"), [((1, 5), "reads layer 5, and this target has 2"), ((2, -1), "twice")])
+def test_a_target_that_has_not_its_layers_is_refused(
+    sources: tuple[int, ...], said: str, kernels: str, tmp_path: Path
+) -> None:
+    config = replace(CONFIGS["two layers"], sources=sources)
+    checkpoints.write(BlockModule(config), config, Checkpoint(tmp_path / "x", "block", {}, "lively", {}), torch.float32)
+    workshop = Workshop(Model(on(lively(), kernels), 1), {}.__getitem__)
+    with pytest.raises(DrafterError, match=said):
+        make({"drafter": "block", "checkpoint": str(tmp_path / "x")}, workshop)
 
 
 # ---- the configuration

@@ -226,6 +226,15 @@ def test_unrolled_training_computes_what_the_definition_says(config: EagleConfig
         torch.testing.assert_close(logits[:, number].double(), expected, atol=2e-4, rtol=1e-4)
 
 
+@every_config
+def test_a_text_shorter_than_what_training_unrolls(config: EagleConfig) -> None:
+    """The steps that it has tokens for are those of a longer text."""
+    module, short = eagle(config), TEXT[:3]
+    logits = taught(module, [short], [(0, 0)])
+    expected = torch.stack(slow_logits(module, short[:1], short[1:3]))
+    torch.testing.assert_close(logits[: len(expected), 0].double(), expected, atol=2e-4, rtol=1e-4)
+
+
 def row_of(tokens: Sequence[int]) -> Row:
     return Row([*tokens], len(tokens), SamplingParams(max_new_tokens=40), key=0, limit=200)
 

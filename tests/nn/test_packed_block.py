@@ -15,10 +15,11 @@ from torch import Tensor
 
 from drafters.heading import filled
 from forerun.drafters.block import BlockConfig
-from forerun.drafters.block.drafter import BlockExpander, TorchBlocks
+from forerun.drafters.block.drafter import TorchBlocks
 from forerun.drafters.block.network import BlockModule
 from forerun.drafting.drafter import Context
 from forerun.drafting.growth import TopTree
+from forerun.drafting.markov import MarkovExpander
 from forerun.drafting.trained import LayerConfig
 from forerun.native import library
 from forerun.native.matrix import Packed
@@ -115,7 +116,7 @@ class Case:
         exact.module.load_state_dict(self.module.state_dict())
         if self.weights != FP32:
             for name, weight in exact.module.named_parameters():
-                if weight.dim() == 2 and name not in ("before", "behind"):
+                if weight.dim() == 2 and not name.startswith("markov."):
                     weight.copy_(Packed.of(weight, self.weights).unpacked())
         head = Packed.of(self.head, self.weights).unpacked()
         blocks = TorchBlocks(exact.module, self.embedding.float(), head)
@@ -306,7 +307,7 @@ def expected_paths(
     """By the readable form, over the same logits."""
     rows = len(limits)
     roots = case.roots(rows)
-    expander = BlockExpander(case.module.term, blocks.logits(memory, roots), torch.tensor(roots))
+    expander = MarkovExpander(blocks.logits(memory, roots), torch.tensor(roots), case.module.markov)
     contexts = [Row([root], 1, SamplingParams(max_new_tokens=40), key=0, limit=99) for root in roots]
     most = max(one.nodes for one in limits)
     prices = [math.exp(one.least) for one in limits] if any(one.least > ALL for one in limits) else None
@@ -319,9 +320,8 @@ def log_prob(case: Case, logits_WV: Tensor, root: int, path: Sequence[int]) -> f
     """Of a path, in fp64."""
     total = 0.0
     for law, above, token in zip(logits_WV.double(), (root, *path), path, strict=False):
-        if case.module.term is not None:
-            before, behind = (table.double() for table in case.module.term)
-            law = law + behind @ before[above]
+        if case.module.markov is not None:
+            law = law + case.module.markov.behind.double() @ case.module.markov.before[above].double()
         total += float(law.log_softmax(-1)[token])
     return total
 

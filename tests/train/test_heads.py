@@ -61,13 +61,13 @@ from forerun.train import least_squares as squares
 from forerun.train import lesson as teaching
 from forerun.train.answers import Answers, Batch
 from forerun.train.distill import Sample
-from forerun.train.drafters import HeadsRecipe, HeadsTraining, example, prepare, schedule_for
+from forerun.train.drafters import NO_TEXT, HeadsRecipe, HeadsTraining, example, prepare, schedule_for
 from forerun.train.least_squares import LeastSquares
 from forerun.train.lesson import Lesson, logits_of
 from forerun.train.objectives import heads as objectives
 from forerun.train.objectives.heads import HeadsObjective
 from forerun.train.ranks import RANKS, projected, ranks_of, steps_of
-from forerun.train.run import Run
+from forerun.train.run import Record, Run
 from forerun.train.schedule import Schedule
 from forerun.train.teacher import Teacher
 
@@ -793,6 +793,40 @@ def data(tmp_path: Path) -> Path:
 
 def prepared(*args: Any, **changes: Any) -> HeadsTraining:
     return prepare(recipe(*args, **changes), torch.device("cpu"))
+
+
+def test_text_beside_the_answers(data: Path, target_folder: Path, tmp_path: Path) -> None:
+    """It takes its share of the batches, and a run does not go on without it."""
+    text = tmp_path / "train.bin"
+    (np.arange(4000) * 7 % VOCAB).astype(np.uint16).tofile(text)
+    mixed = {"text": text, "text_share": 0.25, "rows": 2}
+    training = prepared(target_folder, data, "block", **mixed)
+    plain = prepared(target_folder, data, "block", rows=2)
+    of_text = [n for n in range(12) if (training.answers.batch(n).begins == 1).all()]
+    assert of_text == [3, 7, 11]
+    answers = [n for n in range(12) if n not in of_text]
+    for place, number in enumerate(answers):
+        assert torch.equal(training.answers.batch(number).tokens_BN, plain.answers.batch(place).tokens_BN)
+    Record(training.record(), older=NO_TEXT).demand_same(tmp_path / "run")
+    with pytest.raises(TrainingError, match="text"):
+        Record(plain.record(), older=NO_TEXT).demand_same(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("preset", "token", "changes", "says"),
+    [
+        ("block", 40_000, {}, "has token 40000"),
+        ("medusa", 3, {}, "no term of the loss asks the target"),
+        ("block", 3, {"length": 0}, "--length"),
+    ],
+)
+def test_text_that_teaches_nothing_is_refused(
+    preset: str, token: int, changes: dict[str, Any], says: str, data: Path, target_folder: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "train.bin"
+    np.full(2000, token, np.uint16).tofile(text)
+    with pytest.raises(TrainingError, match=says):
+        prepared(target_folder, data, preset, text=text, **changes)
 
 
 @pytest.mark.parametrize("preset", RANKED)

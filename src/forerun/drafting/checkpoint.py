@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import filecmp
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -167,6 +167,18 @@ def demand_fit(checkpoint: Checkpoint, width: int, vocab_size: int, network: Net
             " target has"
             f" width {has[1]} and {has[0]} tokens: use the target that they were trained for"
         )
+
+
+def demand_layers(name: str, layers: Sequence[int], network: Network) -> None:
+    """DrafterError unless the target has all these layers, each of which is read once. name: whose they are."""
+    top = network.cache_shape.layers
+    if max(layers) > top:
+        raise DrafterError(
+            f"{name} reads layer {max(layers)}, and this target has {top}: use the target that it was trained for"
+        )
+    twice = next((layer for layer in layers if list(layers).count(layer) > 1), None)
+    if twice is not None:
+        raise DrafterError(f"{name} reads layer {twice} of this target twice: name it once")
 
 
 # ---- trees

@@ -41,9 +41,9 @@ class MarkovTerm(nn.Module):
 
 
 class MarkovExpander(Expander):
-    """Of logits [B, K, V] of all depths that are known but for the term."""
+    """Of logits [B, K, V] of all depths that are known but for the term (None: altogether)."""
 
-    def __init__(self, logits_BKV: Tensor, root_B: Tensor, term: MarkovTerm):
+    def __init__(self, logits_BKV: Tensor, root_B: Tensor, term: MarkovTerm | None):
         self._logits, self._root, self._term = logits_BKV, root_B, term
 
     def begin(self) -> Scores:
@@ -54,4 +54,5 @@ class MarkovExpander(Expander):
 
     @torch.inference_mode()
     def _after(self, tokens_BN: Tensor, depth: int) -> Scores:
-        return Scores(self._logits[:, depth : depth + 1] + self._term.before[tokens_BN] @ self._term.behind.T)
+        logits = self._logits[:, depth : depth + 1]
+        return Scores(logits if self._term is None else logits + self._term.before[tokens_BN] @ self._term.behind.T)

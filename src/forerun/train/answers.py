@@ -75,6 +75,8 @@ class Answers:
 
     @cached_property
     def _sizes(self) -> list[int]:
+        if isinstance(self.samples, Windows):  # all alike, and many
+            return [self.samples.length] * len(self.training)
         return [sample.size for sample in self.training]
 
     def batches_of(self, samples: Sequence[Sample]) -> Iterator[Batch]:
@@ -115,7 +117,7 @@ class Windows(Sequence[Sample]):
 
     def __init__(self, path: Path, length: int):
         """Raises TrainingError for a file that cannot be read or holds less than one window."""
-        self.path, self._length = path, length
+        self.path, self.length = path, length
         try:
             self._tokens = np.memmap(path, dtype=np.uint16, mode="r")
         except (OSError, ValueError) as error:
@@ -123,8 +125,13 @@ class Windows(Sequence[Sample]):
         if not len(self):
             raise TrainingError(f"{path} holds {len(self._tokens)} tokens, too few for a batch of {length}")
 
+    @property
+    def largest(self) -> int:
+        """The largest token."""
+        return int(self._tokens.max())
+
     def __len__(self) -> int:
-        return len(self._tokens) // self._length
+        return len(self._tokens) // self.length
 
     @overload
     def __getitem__(self, which: int) -> Sample: ...
@@ -137,8 +144,8 @@ class Windows(Sequence[Sample]):
             return Some(self, range(len(self))[which])
         if not -len(self) <= which < len(self):
             raise IndexError(which)
-        begin = which % len(self) * self._length
-        first, *rest = self._tokens[begin : begin + self._length].tolist()
+        begin = which % len(self) * self.length
+        first, *rest = self._tokens[begin : begin + self.length].tolist()
         return Sample((first,), tuple(rest))
 
 

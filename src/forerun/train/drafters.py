@@ -34,12 +34,18 @@ from forerun.train.teacher import Teacher
 
 WIDEST_START = 12288
 """Inputs of a head above which no least squares are solved: their matrix takes 4 bytes times the square of that."""
+LEAST_SAMPLE = 3
+"""Tokens of a sample: one that the target has read, one that is the root, and one to learn."""
 SHORTEST = 8
 """Tokens of an answer with its prompt from which every head of the papers can learn something."""
 FEWEST_TOKENS = 2000
 """Answer tokens below which nothing can be learnt that holds elsewhere."""
 SMALLEST_SHARE = 0.02
 """Of the tokens that are read; below it the data is prompts, and something went wrong when it was made."""
+
+
+NO_TEXT = {"text": None, "text_share": None}
+"""What a run's record says where answers alone are read."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,7 @@ class HeadsTraining:
 
     def fit(self, run: Path, out: Path) -> dict[str, float]:
         """Train to the schedule's end, resuming what was interrupted in `run`, and write the heads to `out`."""
-        record = Record(self.record())
+        record = Record(self.record(), older=NO_TEXT)
         figures = Run(self.objective, self.recipe.schedule, run, record).finish(out.name, self._start())
         checkpoints.write(self.objective.module, self.config, self._about(out, figures))
         return figures
@@ -135,7 +141,7 @@ class HeadsTraining:
     def _text(self) -> dict[str, Any]:
         """What is read beside the answers, if anything is."""
         if self.recipe.text is None:
-            return {}
+            return NO_TEXT
         return {"text": fingerprint([self.recipe.text]), "text_share": self.recipe.text_share}
 
     def _about(self, out: Path, figures: Mapping[str, float]) -> Checkpoint:
@@ -162,7 +168,8 @@ def prepare(recipe: HeadsRecipe, device: torch.device) -> HeadsTraining:
     _, _, preset = registry.preset(recipe.preset)
     distilled = read(recipe.data)
     network = load_network(recipe.target, dtype_of(recipe.dtype, device), device, recipe.kernels)
-    answers = _answers(distilled.samples, recipe)
+    _demand_sizes(network, recipe)
+    answers = _answers([sample for sample in distilled.samples if sample.size >= LEAST_SAMPLE], recipe)
     _demand_data(answers, network, recipe)
     _warn_of_another_target(distilled, recipe)
     teacher = Teacher(network)
@@ -174,6 +181,8 @@ def prepare(recipe: HeadsRecipe, device: torch.device) -> HeadsTraining:
         checkpoints.read(recipe.init_from).fill(module)
     weights = recipe.weights or preset.weights
     _demand_a_law(network, weights, recipe)
+    _demand_text(network, weights, recipe)
+    checkpoints.demand_layers(f"the {recipe.preset} drafter", module.reads(teacher.top), network)
     if weights.state and not module.foresees:
         raise TrainingError(f"{recipe.preset} heads foresee no states of the target: leave --state-weight out")
     tree = DEFAULT_TREE.within(module.count, DEFAULT_TREE.size) or DEFAULT_TREE
@@ -208,17 +217,37 @@ def _borrow(module: HeadsModule, recipe: HeadsRecipe) -> None:
             module.borrow(list(network.blocks)[-module.borrows :])
 
 
+def _demand_sizes(network: Network, recipe: HeadsRecipe) -> None:
+    if recipe.length > network.max_length or recipe.length < SHORTEST or recipe.rows < 1:
+        raise TrainingError(
+            f"batches of {recipe.rows} x {recipe.length} tokens do not fit a context of {network.max_length}:"
+            f" give --rows of 1 or more and a --length from {SHORTEST} to {network.max_length}"
+        )
+
+
+def _demand_text(network: Network, weights: Weights, recipe: HeadsRecipe) -> None:
+    """Refuse text that is no text to this target, and losses that would have heads learn it instead of the target."""
+    if recipe.text is None:
+        return
+    largest = Windows(recipe.text, recipe.length).largest
+    if largest >= network.vocab_size:
+        raise TrainingError(
+            f"{recipe.text} has token {largest} and {recipe.target} knows {network.vocab_size}: name the train.bin of a"
+            " corpus that was cut by the target's tokenizer"
+        )
+    if not weights.asks_target:
+        raise TrainingError(
+            "text is learnt as the target would go on with it, and no term of the loss asks the target: give"
+            " --teacher-weight or --distance-weight a number above 0, or leave --text out"
+        )
+
+
 def _demand_data(answers: Answers, network: Network, recipe: HeadsRecipe) -> None:
     """Refuse data that cannot teach this target."""
     largest = max(max((*s.prompt, *s.answer)) for s in answers.samples)
     if largest >= network.vocab_size:
         raise TrainingError(
             f"{recipe.data} has token {largest} and {recipe.target} knows {network.vocab_size}: distil from this target"
-        )
-    if recipe.length > network.max_length or recipe.length < SHORTEST or recipe.rows < 1:
-        raise TrainingError(
-            f"batches of {recipe.rows} x {recipe.length} tokens do not fit a context of {network.max_length}:"
-            f" give --rows of 1 or more and a --length from {SHORTEST} to {network.max_length}"
         )
     tokens = sum(len(s.answer) for s in answers.training)
     if tokens < FEWEST_TOKENS or answers.trained_share < SMALLEST_SHARE:

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from forerun.drafters.block import BlockConfig, BlockSettings
 from forerun.drafters.block.network import BlockModule
-from forerun.drafting.checkpoint import demand_fit, load, tree_for
+from forerun.drafting.checkpoint import demand_fit, demand_layers, load, tree_for
 from forerun.drafting.drafter import Context, Drafter
-from forerun.drafting.growth import Expander, Form, Frontier, StaticTree, TopTree, least_of
+from forerun.drafting.growth import Expander, Form, StaticTree, TopTree, least_of
 from forerun.drafting.heads import StatesDrafter, format_of
+from forerun.drafting.markov import MarkovExpander
 from forerun.drafting.workshop import Workshop
-from forerun.model import CHUNK, Scores
+from forerun.model import CHUNK
 from forerun.nn import ops
 from forerun.nn.backends.blocks import BestTree, BlockNetwork, TreeLimits
 from forerun.nn.cache import Cache
@@ -72,10 +73,10 @@ class PackedBlocks(Blocks):
 
     def __init__(self, network: BlockNetwork, module: BlockModule, cache: Cache):
         super().__init__(cache, network.count)
-        self.network, self._term = network, module.term
+        self.network, self._markov = network, module.markov
 
     def expander(self, roots: Sequence[int]) -> Expander:
-        return BlockExpander(self._term, self.network.logits(self.cache, roots), torch.tensor(roots))
+        return MarkovExpander(self.network.logits(self.cache, roots), torch.tensor(roots), self._markov)
 
     def best_first(self, roots: Sequence[int], limits: Sequence[TreeLimits]) -> list[BestTree]:
         return self.network.grow(self.cache, roots, limits)
@@ -110,7 +111,7 @@ class TorchBlocks(Blocks):
     @torch.inference_mode()
     def expander(self, roots: Sequence[int]) -> Expander:
         root_B = torch.tensor(roots, device=self.embedding.device)
-        return BlockExpander(self.module.term, self.states(root_B) @ self.head.T, root_B)
+        return MarkovExpander(self.states(root_B) @ self.head.T, root_B, self.module.markov)
 
     def states(self, root_B: Tensor) -> Tensor:
         """The last states of the rows of every block, [B, W, D]."""
@@ -128,27 +129,6 @@ class TorchBlocks(Blocks):
             keys, values = torch.cat((text[0], k.to(text.dtype)), 1), torch.cat((text[1], v), 1)
             x = module.go_on(layer, x, ops.attention(q, keys, values, bias, module.stack.config.head_dim**-0.5))
         return module.last_norm(x)
-
-
-class BlockExpander(Expander):
-    """All depths are known at once but for what the token before says."""
-
-    def __init__(self, term: tuple[Tensor, Tensor] | None, logits_BWV: Tensor, root_B: Tensor):
-        self._term, self._logits, self._root = term, logits_BWV, root_B
-
-    def begin(self) -> Scores:
-        return self._after(self._root[:, None], 0)
-
-    def expand(self, frontier: Frontier) -> Scores:
-        return self._after(frontier.tokens_BW, frontier.depth)
-
-    @torch.inference_mode()
-    def _after(self, tokens_BN: Tensor, depth: int) -> Scores:
-        logits = self._logits[:, depth : depth + 1].expand(-1, tokens_BN.shape[1], -1)
-        if self._term is None:
-            return Scores(logits)
-        before, behind = self._term
-        return Scores(logits + before[tokens_BN] @ behind.T)
 
 
 class BlockDrafter(StatesDrafter):
@@ -188,13 +168,16 @@ def build(workshop: Workshop, settings: BlockSettings) -> Drafter:
     module = stored.module(BlockModule, BlockConfig)
     config, network = module.config, workshop.target.network
     demand_fit(stored, config.width, config.vocab_size, network)
+    layers = module.reads(network.cache_shape.layers)
+    demand_layers(str(stored.folder), layers, network)
+    module.stretch(network.max_length)
     kind = format_of(network, settings.weights)
     module = module.to(device=network.device, dtype=network.dtype).eval().requires_grad_(False)
     blocks = blocks_on(module, network, kind)
     form: Form = TopTree(settings.nodes, module.count, settings.nodes)
     if settings.tree is not None:
         form = StaticTree(tree_for(stored, settings.tree, module.count, config.vocab_size))
-    return BlockDrafter(blocks, form, module.reads(network.cache_shape.layers))
+    return BlockDrafter(blocks, form, layers)
 
 
 def blocks_on(module: BlockModule, network: Network, weights: torch.dtype) -> Blocks:

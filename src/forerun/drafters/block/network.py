@@ -13,6 +13,7 @@ target's own and frozen. The confidence head of the original is left out: here t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,22 +22,19 @@ from torch.nn import functional as F
 
 from forerun.drafters.block import LAST, BlockConfig
 from forerun.drafting.heads import HeadsModule, Places, layer_like
+from forerun.drafting.markov import MarkovTerm
 from forerun.nn import ops
 from forerun.nn.backends.blocks import BlockWeights
 from forerun.nn.network import Network
 from forerun.nn.transformer import Layer, Transformer
 
-SPREAD = 0.01
-"""Of the first values of the Markov term's tables: larger or smaller ones do not learn (speculators#1066)."""
-
 
 class BlockModule(HeadsModule):
-    """mask [D]; fuse [D, M D], fuse_norm [D]; the layers and the last norm in `stack`; before [V, R] and behind [V, R],
-    the Markov term's tables."""
+    """mask [D]; fuse [D, M D], fuse_norm [D]; the layers and the last norm in `stack`; the Markov term."""
 
     sees_tokens = True
     solvable = False
-    tables = ("before", "behind")
+    tables = ("markov.",)
 
     def __init__(self, config: BlockConfig):
         super().__init__()
@@ -48,8 +46,7 @@ class BlockModule(HeadsModule):
         self.fuse_norm = nn.Parameter(torch.ones(width))
         longest = config.layer.max_length + config.heads
         self.stack = Transformer(config.layer.transformer(width, config.layers, qk_norm=True, max_length=longest))
-        self.before = nn.Parameter(torch.zeros(config.vocab_size, config.rank)) if config.rank else None
-        self.behind = nn.Parameter(torch.zeros(config.vocab_size, config.rank)) if config.rank else None
+        self.markov = MarkovTerm(config.vocab_size, config.rank) if config.rank else None
 
     def initialise(self, head_VD: Tensor, seed: int = 0) -> BlockModule:
         """The newest source's state passes the fusion; everything else begins at random."""
@@ -59,9 +56,8 @@ class BlockModule(HeadsModule):
         with torch.no_grad():
             self.fuse[:, -width:] = torch.eye(width)
             self.mask.copy_(torch.randn(width, generator=generator) * head_VD.std())
-            for table in (self.before, self.behind):
-                if table is not None:
-                    table.copy_(torch.randn(table.shape, generator=generator) * SPREAD)
+        if self.markov is not None:
+            self.markov.initialise(seed)
         return self
 
     def borrow(self, layers: Sequence[nn.Module]) -> None:
@@ -73,20 +69,22 @@ class BlockModule(HeadsModule):
                     if name in theirs and theirs[name].shape == parameter.shape:
                         parameter.copy_(theirs[name])
 
+    def stretch(self, length: int) -> None:
+        """Know angles for texts of so many tokens: the target's may be longer than the one that it was trained on."""
+        stack = self.stack
+        longest = max(stack.config.max_length, length + self.count)
+        stack.config = replace(stack.config, max_length=longest)
+
     def reads(self, top: int) -> tuple[int, ...]:
         return tuple(top if source == LAST else source for source in self.config.sources)
 
     def table(self, embedding_VD: Tensor) -> Tensor:
-        return embedding_VD[:, :0] if self.before is None else self.before
-
-    @property
-    def term(self) -> tuple[Tensor, Tensor] | None:
-        """The Markov term's tables, before and behind."""
-        return None if self.before is None or self.behind is None else (self.before, self.behind)
+        return embedding_VD[:, :0] if self.markov is None else self.markov.before
 
     def parts(self) -> BlockWeights:
         """Everything as plain matrices, for the kernels."""
-        return BlockWeights(self.count, self.stack, self.mask, self.fuse, self.fuse_norm, self.before, self.behind)
+        before, behind = (None, None) if self.markov is None else (self.markov.before, self.markov.behind)
+        return BlockWeights(self.count, self.stack, self.mask, self.fuse, self.fuse_norm, before, behind)
 
     # ---- what the rows of blocks say
 
@@ -176,11 +174,12 @@ class BlockModule(HeadsModule):
         return mixed.view(grouped.shape).permute(1, 2, 0, 3, 4).reshape(blocks, width, heads * size)
 
     def logits(self, context_PD: Tensor, embedded_PKD: Tensor, head_VD: Tensor) -> Tensor:
-        context, embedded = context_PD.transpose(0, 1), embedded_PKD.transpose(0, 1)
-        if self.behind is None:
-            return F.linear(context, head_VD)
-        behind = self.behind.to(head_VD.dtype)  # one product for both terms, whose sum is as large as the vocabulary
-        return F.linear(torch.cat((context, embedded.to(context.dtype)), -1), torch.cat((head_VD, behind), 1))
+        if self.markov is None:
+            return self.unconditional(context_PD, head_VD)
+        return self.markov.logits(context_PD.transpose(0, 1), embedded_PKD.transpose(0, 1), head_VD)
+
+    def unconditional(self, context_PD: Tensor, head_VD: Tensor) -> Tensor:
+        return F.linear(context_PD.transpose(0, 1), head_VD)
 
     def head_logits(self, index: int, z: Tensor, head_VD: Tensor) -> Tensor:
         raise NotImplementedError("a block drafter's rows are made together")

@@ -12,13 +12,12 @@ from torch import Tensor
 from forerun.accept.exact import Verdict
 from forerun.drafters.eagle import EagleConfig, EagleSettings
 from forerun.drafters.eagle.network import EagleModule, EagleStack
-from forerun.drafting.checkpoint import demand_fit, load, tree_for
+from forerun.drafting.checkpoint import demand_fit, demand_layers, load, tree_for
 from forerun.drafting.drafter import Context, Drafter
 from forerun.drafting.growth import Expander, Form, Frontier, StaticTree, TopTree
 from forerun.drafting.heads import REMEMBERED, WAITING, StatesDrafter
 from forerun.drafting.settings import MOST
 from forerun.drafting.workshop import Workshop
-from forerun.errors import DrafterError
 from forerun.model import CHUNK, SHORT, Inputs, Model, Scores
 from forerun.nn.feed import Read
 from forerun.ranktree import RankTree
@@ -223,11 +222,7 @@ def build(workshop: Workshop, settings: EagleSettings) -> Drafter:
     config, network = module.config, workshop.target.network
     demand_fit(stored, config.width, config.vocab_size, network)
     layers = module.reads(network.cache_shape.layers)
-    if max(layers) > network.cache_shape.layers:
-        raise DrafterError(
-            f"{stored.folder} reads layer {max(layers)}, and this target has {network.cache_shape.layers}: use the"
-            " target that it was trained for"
-        )
+    demand_layers(str(stored.folder), layers, network)
     module = module.to(device=network.device, dtype=network.dtype).eval().requires_grad_(False)
     form: Form = TopTree(settings.width, settings.depth or (8 if config.fused else 6), settings.nodes)
     if settings.tree is not None:

@@ -202,8 +202,9 @@ class EagleModule(HeadsModule):
         said = self._noised(torch.cat(list(states.values()), -1).to(self.stack.dtype))
         said, found, memory = self.stack.fused(said), list[Tensor](), _Unrolled(self.stack)
         text = torch.arange(said.shape[1], device=said.device)[None]
+        longer = F.pad(places.embedded_BND, (0, 0, 0, self.count))
         for step in range(self.count):
-            behind = F.pad(places.embedded_BND[:, step + 1 :], (0, 0, 0, step + 1))
+            behind = longer[:, step + 1 : step + 1 + places.embedded_BND.shape[1]]
             said, scored = self.stack.run(said, behind, self.stack.angles(text + step), memory.mix)
             found.append(scored[places.rows_P, places.places_P])
         return torch.stack(found, 1)

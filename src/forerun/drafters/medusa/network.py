@@ -29,6 +29,8 @@ from forerun.nn.backends.heads import HeadWeights
 class MedusaHeads(HeadsModule):
     """The parameters of all heads side by side: blocks [L, K, D, D], biases [L, K, D], vocabulary [K, V, D]."""
 
+    tables = ("markov.",)
+
     def __init__(self, config: MedusaConfig):
         super().__init__()
         self.config, self.count, self.sees_tokens = config, config.heads, bool(config.rank)

@@ -32,7 +32,7 @@ SHOWN_TOP = (1, 2, 3, 4, 5)
 @dataclass
 class HeadsObjective(Descent):
     """The loss of heads on a frozen target, and their figures on held-out answers. share: of a batch's places, how
-    many teach; so many of the samples that would be looked at are looked at, then."""
+    many teach."""
 
     module: HeadsModule
     teacher: Teacher
@@ -115,8 +115,7 @@ class HeadsObjective(Descent):
         """`loss`, `head1_loss` .. `headK_loss` (each alone, in nats), `head1_top1` .. `headK_top5` (shares of answer
         tokens), `head1_given` .. (the share of top 1 where all heads before were right), and `tokens_per_step` as
         projected for the tree."""
-        most = max(1, round(self.most_validated * self.share))
-        samples = self.answers.heldout[:most] or self.answers.training[:most]
+        samples = self.answers.heldout[: self.most_validated] or self.answers.training[: self.most_validated]
         self.module.eval()
         batches, losses, ranks = list(self.answers.batches_of(samples)), list[Tensor](), list[Ranks]()
         for number, batch in enumerate(batches):

@@ -226,6 +226,8 @@ class PackedTransformer:
     def forward(self, feed: Feed, cache: Cache, hidden_layers: Collection[int] = ()) -> Read:
         """See `Network.forward`. Hidden states come in `dtype`."""
         rows, count = feed.tokens_BN.shape
+        if any(not 0 <= layer <= self.config.layers for layer in hidden_layers):
+            raise ValueError(f"there are no states of layers {sorted(hidden_layers)}: there are {self.config.layers}")
         scored = count if feed.last_B is None else 1
         logits = torch.empty((rows, scored, self.vocab_size), dtype=torch.float32)
         best = torch.empty((rows, scored), dtype=torch.int64) if self.vocab_size else None
