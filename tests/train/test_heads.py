@@ -500,7 +500,7 @@ def test_a_rank_is_the_place_of_the_true_token_among_all(kind: str) -> None:
                 if place + head + 2 >= len(text):
                     assert table[row, head] == -1
                     continue
-                embedded = [lively().embedding.weight[token] for token in text[place + 1 : place + head + 2]]
+                embedded = list(module.table(lively().embedding.weight)[text[place + 1 : place + head + 2]])
                 order = slow_head(module, head, states[place], embedded, lively().head.weight)
                 rank = order.argsort(descending=True).tolist().index(text[place + head + 2])
                 assert table[row, head] == min(rank, RANKS)
