@@ -6,8 +6,8 @@ Such a layer reads all of its weights and adds nothing, so logits stay equal bit
 what one of so many parameters costs. A small target makes every drafter look dear; figures on this one show what
 the same tokens per step are worth where the target is larger. They are labelled: no model of that size was trained.
 
-The states of layers that both have are the same, and so is the last one, behind the final norm. Drafters therefore run
-on both unchanged.
+The states of layers that both have are the same, and so is the last one, behind the final norm. So drafters run on
+both unchanged that read the last one by name and not by its number.
 """
 
 from __future__ import annotations

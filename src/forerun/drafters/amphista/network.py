@@ -221,12 +221,6 @@ class AmphistaHeads(HeadsModule):
             return F.linear(rows, head_VD).view(*y_KPD.shape[:2], -1)
         return torch.bmm(y_KPD, self.vocabulary.transpose(1, 2))
 
-    def head_logits(self, index: int, z: Tensor, head_VD: Tensor) -> Tensor:
-        raise NotImplementedError("heads that hear one another speak together")
-
-    def weights(self, head_VD: Any) -> list[Any]:
-        raise NotImplementedError
-
 
 def fitted(fields: dict[str, Any], network: Network) -> dict[str, Any]:
     """The fields of a config, with layers like the target's."""

@@ -18,14 +18,14 @@ from forerun.drafting.trained import LARGEST, HeadsConfig, LayerConfig, Preset, 
 from forerun.errors import DrafterError
 
 LAST = -1
+"""What the target's output projection sees, however many layers there are."""
 
 
 @dataclass(frozen=True)
 class BlockConfig(HeadsConfig):
     """heads: the tokens of a block. layers: its own. rank: of the Markov term, 0 without. sources: the target's layers
-    whose states are fused, numbered as hidden states are; LAST is what the output projection sees, however many
-    layers there are. layer: the shape of its layers, None until a target is
-    known."""
+    whose states are fused, numbered as hidden states are, or LAST. layer: the shape of its layers, None until a target
+    is known."""
 
     heads: int = option(7, "Tokens of a block.", least=1, flag="--block")
     layers: int = option(1, "Layers of its own.", least=1)

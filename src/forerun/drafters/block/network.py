@@ -181,12 +181,6 @@ class BlockModule(HeadsModule):
     def unconditional(self, context_PD: Tensor, head_VD: Tensor) -> Tensor:
         return F.linear(context_PD.transpose(0, 1), head_VD)
 
-    def head_logits(self, index: int, z: Tensor, head_VD: Tensor) -> Tensor:
-        raise NotImplementedError("a block drafter's rows are made together")
-
-    def weights(self, head_VD: Any) -> list[Any]:
-        raise NotImplementedError
-
 
 def fitted(fields: dict[str, Any], network: Network) -> dict[str, Any]:
     """The fields of a config, with layers like the target's, and three of its layers as sources."""

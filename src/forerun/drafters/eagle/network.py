@@ -230,12 +230,6 @@ class EagleModule(HeadsModule):
         whole = logits.new_full((*logits.shape[:-1], self.config.vocab_size), float("-inf"))
         return whole.index_copy(-1, self.known, logits)
 
-    def head_logits(self, index: int, z: Tensor, head_VD: Tensor) -> Tensor:
-        raise NotImplementedError("an eagle's steps are made one after the other")
-
-    def weights(self, head_VD: Any) -> list[Any]:
-        raise NotImplementedError
-
 
 class _Unrolled:
     """Attention of steps that are unrolled at every place of whole texts: the first sees the text, each further one the
