@@ -34,6 +34,7 @@ def test_target_and_heads_are_trained_and_the_new_target_is_announced(forerun, s
     assert code == 0, err
     assert f"This changes the target, through adapters of 0.0 M parameters: {out / 'model'} will be a new one." in err
     assert f"{out / 'model'}: a new target, 0." in output and f"away from {family / 'target'}" in output
+    assert "its loss on the held-out answers is " in output
     assert f"{out / 'heads'}: " in output and "tokens per step projected" in output
     assert sorted(path.name for path in out.iterdir()) == ["heads", "model"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["joint", "joint.run"]

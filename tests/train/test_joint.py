@@ -181,17 +181,19 @@ def test_the_terms_are_those_of_the_slow_way(prepared):
         states = network.features(tokens)
         heads = module.logits(states.flatten(0, 1), states.flatten(0, 1)[:, None], network.output_head)
         heads = heads.view(HEADS, *tokens.shape, V).log_softmax(-1)
-    text, divergence, each = [], [], [[] for _ in range(HEADS)]
+    text, before, divergence, each = [], [], [], [[] for _ in range(HEADS)]
     for row, (begin, end) in enumerate(zip(batch.begins, batch.ends, strict=True)):
         for t in range(begin - 2, end):
             if begin <= t + 1 < end:
                 text.append(-own[row, t, tokens[row, t + 1]].item())
+                before.append(-original[row, t, tokens[row, t + 1]].item())
                 divergence.append(F.kl_div(own[row, t], original[row, t], log_target=True, reduction="sum").item())
             for head in range(HEADS):
                 if begin <= t + head + 2 < end:
                     each[head].append(-heads[head, row, t, tokens[row, t + head + 2]].item())
     terms = objective.terms(batch, compare=True)
     assert terms.text.item() == pytest.approx(np.mean(text), rel=1e-5)
+    assert terms.original.item() == pytest.approx(np.mean(before), rel=1e-5) != terms.text.item()
     assert terms.divergence.item() == pytest.approx(np.mean(divergence), rel=1e-4) and terms.divergence.item() > 0.01
     expected = sum(0.8 ** (head + 1) * np.mean(losses) for head, losses in enumerate(each))
     assert terms.heads.item() == pytest.approx(expected, rel=1e-5)

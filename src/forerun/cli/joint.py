@@ -171,8 +171,9 @@ def report(figures: dict[str, Any], target: str, out: Path) -> None:
     from forerun.cli.narration import on_stdout
 
     on_stdout().print(
-        f"{out / 'model'}: a new target, {figures['divergence']:.4f} nats per held-out token away from {target}."
-        " Speculation with"
+        f"{out / 'model'}: a new target, {figures['divergence']:.4f} nats per held-out token away from {target}"
+        f" (KL divergence); its loss on the held-out answers is {figures['text']:.4f} where {target} has"
+        f" {figures['original_text']:.4f}. Speculation with"
         f" {out / 'heads'} says exactly what {out / 'model'} says, and that is not always what {target} says",
         highlight=False,
         soft_wrap=True,

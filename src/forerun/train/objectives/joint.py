@@ -83,11 +83,13 @@ class Moved(nn.Module):
 
 @dataclass(frozen=True)
 class Terms:
-    """Of a batch's loss, in nats. text: mean -log p of the answer tokens; divergence: mean
-    KL(original || current) of their laws, 0 where it was not asked for; heads: the heads'
-    cross-entropies, each a mean over the tokens it has, weighted and added."""
+    """Of a batch's loss, in nats. text: mean -log p of the answer tokens; original: the same under
+    the original's law; divergence: mean KL(original || current) of their laws; both are 0 where the
+    original was not asked. heads: the heads' cross-entropies, each a mean over the tokens it has,
+    weighted and added."""
 
     text: Tensor
+    original: Tensor
     divergence: Tensor
     heads: Tensor
 
@@ -128,10 +130,10 @@ class JointObjective(Descent):
                 theirs = None if original_PD is None else original_PD[seen : seen + count]
                 sums.append(checkpoint(self._sums, part, theirs, head_VD, use_reentrant=False))
                 seen += count
-        text, divergence, *heads = torch.stack(sums).sum(0).unbind()
+        text, original, divergence, *heads = torch.stack(sums).sum(0).unbind()
         counts_K = lesson.valid_KP.sum(1).clamp(min=1)
         scale = self.heads.weights.decay ** torch.arange(1, module.count + 1, device=counts_K.device)
-        return Terms(text / seen, divergence / seen, (torch.stack(heads) / counts_K * scale).sum())
+        return Terms(text / seen, original / seen, divergence / seen, (torch.stack(heads) / counts_K * scale).sum())
 
     @torch.no_grad()
     def _original(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -142,23 +144,24 @@ class JointObjective(Descent):
             return self.network.features(tokens)[rows, places + 1], self.network.output_head
 
     def _sums(self, lesson: Lesson, original_PD: Tensor | None, original_head_VD: Tensor | None) -> Tensor:
-        """Over the places of a chunk: the text's term, the divergence, and every head's cross-entropy, [2 + K]."""
+        """Over the places of a chunk: the text's terms, the divergence, and every head's cross-entropy, [3 + K]."""
         pupil = self.heads.teacher
         log_probs = F.linear(lesson.states_PKD[:, 0], pupil.head_VD).float().log_softmax(-1)
         text = F.nll_loss(log_probs, lesson.labels_KP[0], reduction="sum")
-        divergence = torch.zeros_like(text)
+        original_text = divergence = torch.zeros_like(text)
         if original_PD is not None and original_head_VD is not None:
             with torch.no_grad():
                 original = F.linear(original_PD, original_head_VD).float().log_softmax(-1)
             divergence = (original.exp() * (original - log_probs)).sum()
+            original_text = F.nll_loss(original, lesson.labels_KP[0], reduction="sum")
         logits = logits_of(self.heads.module, pupil, lesson).float()
         each = F.cross_entropy(logits.flatten(0, 1), lesson.labels_KP.flatten(), reduction="none")
         heads_K = (each.view(lesson.valid_KP.shape) * lesson.valid_KP).sum(1)
-        return torch.cat((torch.stack((text, divergence)), heads_K))
+        return torch.cat((torch.stack((text, original_text, divergence)), heads_K))
 
     def validate(self, watch: Watch = unwatched) -> dict[str, float]:
-        """The heads' figures on held-out answers, `text` and `divergence` of the target, and the
-        whole `loss` without its ramp.
+        """The heads' figures on held-out answers, `text`, `original_text` and `divergence` of the
+        target (see `Terms`), and the whole `loss` without its ramp.
 
         The answers are the original's, so `tokens_per_step` is what the heads promise on what the target used to say.
         """
@@ -170,9 +173,10 @@ class JointObjective(Descent):
             watch(number, 2 * len(batches))
             with torch.no_grad():
                 terms.append(self.terms(batch, compare=True))
-        text, divergence = (
-            torch.stack(each).mean() for each in zip(*((t.text, t.divergence) for t in terms), strict=True)
+        text, original, divergence = (
+            torch.stack(each).mean() for each in zip(*((t.text, t.original, t.divergence) for t in terms), strict=True)
         )
         kept = divergence if self.balance.keep == "original" else text
         loss = kept.item() + self.balance.head_weight * figures["loss"]
-        return figures | {"loss": loss, "text": text.item(), "divergence": divergence.item()}
+        target = {"text": text, "original_text": original, "divergence": divergence}
+        return figures | {"loss": loss} | {name: value.item() for name, value in target.items()}
