@@ -24,6 +24,8 @@ Price = float | Cost
 
 MEMORY = 64
 """Steps of one kind over which a table averages: the text grows longer, and the machine slower or faster."""
+HALF = 128
+"""Steps of any kind after which what a table knows of one counts half: the next of that kind counts as much."""
 
 
 class Step(NamedTuple):
@@ -60,93 +62,154 @@ class Table:
     Straight lines between the points; past the last one the last slope goes on, because a flat end
     would make long drafts look free. Before the first, the first. points: (tokens, seconds) of so
     many rows, tokens ascending, such as medians of timings. Without them the table is empty, and
-    `learn` fills it.
+    `learn` fills it: numbers of tokens that lie close together share a point then, and old
+    measurements fade. last: the step learned last.
     """
 
     def __init__(self, points: Sequence[tuple[int, float]] | None = None, rows: int = 1):
+        self.last: Step | None = None
         self._rows: dict[int, dict[int, _Mean]] = {}
-        self._lines: dict[int, tuple[tuple[int, float], ...]] = {}  # the points of so many rows, until more is learned
+        self._lines: dict[int, Line] = {}  # the points of so many rows, until more is learned
+        self._added = 0
         if points is None:
             return
         tokens = [tokens for tokens, _ in points]
         if not tokens or tokens != sorted(set(tokens)):
             raise DrafterError(f"a table of costs at {tokens} tokens: give one or more numbers of tokens, ascending")
-        self._rows[rows] = {tokens: _Mean(seconds) for tokens, seconds in points}
+        self._rows[rows] = {tokens: _Mean(tokens, seconds, 0) for tokens, seconds in points}
 
     @property
-    def points(self) -> tuple[tuple[int, float], ...]:
+    def points(self) -> Line:
         """(tokens, seconds) of one row, tokens ascending."""
         return self.points_of(1)
 
-    def points_of(self, rows: int) -> tuple[tuple[int, float], ...]:
+    def points_of(self, rows: int) -> Line:
         line = self._lines.get(rows)
         if line is None:
             means = self._rows.get(rows, {})
-            line = self._lines[rows] = tuple(sorted((tokens, mean.seconds) for tokens, mean in means.items()))
+            line = self._lines[rows] = tuple(sorted((mean.tokens, mean.seconds) for mean in means.values()))
         return line
 
-    def __call__(self, tokens: int, rows: int = 1) -> float:
+    def __call__(self, tokens: float, rows: int = 1) -> float:
         """Seconds of reading so many tokens, all rows together. LookupError where nothing is known of so many rows."""
-        points = self.points_of(rows)
-        place = bisect_right(points, tokens, key=lambda point: point[0])
-        if place == 0:
-            return points[0][1]
-        (known, seconds) = points[place - 1]
-        if place < len(points):
-            further, later = points[place]
-            return seconds + (later - seconds) * (tokens - known) / (further - known)
-        return seconds + max(0, tokens - known) * _last_slope(points)
+        return _on(self.points_of(rows), tokens)
 
     def learn(self, step: Step) -> None:
         """A step was made: what it took, drafting apart."""
-        seconds = step.verify_seconds + step.other_seconds
-        self._lines.clear()
-        means = self._rows.setdefault(step.rows, {})
-        mean = means.get(step.nodes)
-        if mean is None:
-            means[step.nodes] = _Mean(seconds)
+        self.last = step
+        self.add(step.nodes, step.verify_seconds + step.other_seconds, step.rows)
+
+    def add(self, tokens: int, seconds: float, rows: int = 1) -> None:
+        """Reading so many tokens took so long."""
+        self._added += 1
+        self._lines.pop(rows, None)
+        means = self._rows.setdefault(rows, {})
+        place = rows if tokens == rows else _place(tokens)
+        if place in means:
+            means[place].add(tokens, seconds, self._added)
         else:
-            mean.add(seconds)
+            means[place] = _Mean(tokens, seconds, self._added)
+
+    # ---- where little is known
+
+    def knows(self, rows: int) -> bool:
+        """A plain step of so many rows was measured."""
+        return rows in self._rows.get(rows, {})
+
+    def knows_near(self, rows: int) -> bool:
+        """A plain step was measured of half to twice as many rows."""
+        return any(rows <= 2 * known <= 4 * rows and self.knows(known) for known in self._rows)
+
+    def near(self, tokens: float, rows: int) -> float:
+        """As `table(tokens, rows)`, or what that is likely to be: what is known of the nearest number of rows of which
+        enough is known, in proportion to the plain steps of both. LookupError where nothing is known at all."""
+        line, scale = self._nearest(rows)
+        return scale * _on(line, tokens)
+
+    def near_all(self, tokens: Floats, rows: int) -> Floats:
+        """The same for many numbers of tokens."""
+        line, scale = self._nearest(rows)
+        known, seconds = np.array(line).T
+        beyond: Floats = np.maximum(tokens - known[-1], 0) * _last_slope(line)
+        found: Floats = scale * (np.interp(tokens, known, seconds) + beyond)
+        return found
+
+    def _nearest(self, rows: int) -> tuple[Line, float]:
+        rich = [known for known, means in self._rows.items() if len(means) >= RICH] or list(self._rows)
+        if not rich:
+            raise LookupError("nothing has been measured yet")
+        if rows in rich:
+            return self.points_of(rows), 1.0
+        line = self.points_of(min(rich, key=lambda known: abs(log2(known / rows))))
+        return line, self.points_of(rows)[0][1] / _on(line, rows) if self.knows(rows) else 1.0
 
     def node_share(self, rows: int = 1) -> float | None:
         """What one node more costs, as a share of a plain step of so many rows: the slope of the
         straight line through all that is known of them. None while too little is."""
         means = self._rows.get(rows, {})
-        plain, wide = means.get(rows), [mean.count for nodes, mean in means.items() if nodes > rows]
+        plain, wide = means.get(rows), [mean.count for mean in means.values() if mean.tokens > rows]
         if plain is None or plain.count < ENOUGH or sum(wide) < ENOUGH:
             return None
         total = sum(mean.count for mean in means.values())
-        middle = sum(mean.count * nodes for nodes, mean in means.items()) / total
-        spread = sum(mean.count * (nodes - middle) ** 2 for nodes, mean in means.items())
-        rise = sum(mean.count * (nodes - middle) * mean.seconds for nodes, mean in means.items())
+        middle = sum(mean.count * mean.tokens for mean in means.values()) / total
+        spread = sum(mean.count * (mean.tokens - middle) ** 2 for mean in means.values())
+        rise = sum(mean.count * (mean.tokens - middle) * mean.seconds for mean in means.values())
         return max(0.0, rise / spread / plain.seconds)
 
 
+Line = tuple[tuple[float, float], ...]
+"""(tokens, seconds), tokens ascending."""
 ENOUGH = 8
 """Steps of either kind, plain ones and others, before a table says what a node costs."""
+RICH = 3
+"""Points that make a line."""
+
+
+def _place(tokens: int) -> int:
+    """Which numbers of tokens share a point: each of the small ones has its own, of the others an eighth of a doubling
+    or more lies between two. Negative, for plain steps have places of their own."""
+    shift = max(0, tokens.bit_length() - 4)
+    return -(tokens >> shift << shift)
 
 
 class _Mean:
-    """An average that forgets: of the last `MEMORY` values or so. One that is far above it was held
-    up by something else and counts as twice the average; one far below says that the first were,
-    and begins anew."""
+    """An average that forgets: of the last `MEMORY` values or so, and sooner what nothing was added to for long.
 
-    __slots__ = ("count", "seconds")
+    One that is far above it was held up by something else and counts as twice the average; one far
+    below says that the first were, and begins anew.
+    """
 
-    def __init__(self, seconds: float):
-        self.count, self.seconds = 1, seconds
+    __slots__ = ("count", "last", "seconds", "tokens")
 
-    def add(self, seconds: float) -> None:
-        mean = self.seconds
+    def __init__(self, tokens: float, seconds: float, now: int):
+        self.count, self.tokens, self.seconds, self.last = 1, tokens, seconds, now
+
+    def add(self, tokens: int, seconds: float, now: int) -> None:
+        """now: how many values the whole table has been told."""
+        mean, since = self.seconds, now - self.last
+        self.last = now
         if seconds + seconds < mean:
-            self.count, self.seconds = 1, seconds
+            self.count, self.tokens, self.seconds = 1, tokens, seconds
             return
         if self.count < MEMORY:
             self.count += 1
-        self.seconds = mean + (min(seconds, mean + mean) - mean) / self.count
+        share = max(1 / self.count, 1 - 0.5 ** (since / HALF))
+        self.seconds = mean + (min(seconds, mean + mean) - mean) * share
+        self.tokens += (tokens - self.tokens) * share
 
 
-def _last_slope(points: Sequence[tuple[int, float]]) -> float:
+def _on(points: Line, tokens: float) -> float:
+    place = bisect_right(points, tokens, key=lambda point: point[0])
+    if place == 0:
+        return points[0][1]
+    (known, seconds) = points[place - 1]
+    if place < len(points):
+        further, later = points[place]
+        return seconds + (later - seconds) * (tokens - known) / (further - known)
+    return seconds + max(0.0, tokens - known) * _last_slope(points)
+
+
+def _last_slope(points: Line) -> float:
     if len(points) < 2:
         return 0.0
     (before, faster), (last, slower) = points[-2:]

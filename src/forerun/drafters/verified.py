@@ -116,7 +116,9 @@ class Verified(Drafter):
         """
         rows = context.rows
         budgets, depths = [self.inner.max_nodes] * len(rows), [max(0, left - 1) for left in room]
-        within = replace(context, budgets=budgets, depths=depths, prices=None)  # its nodes cost the target nothing
+        within = replace(
+            context, budgets=budgets, depths=depths, prices=None, costs=None
+        )  # they cost the target nothing
         tree = self.inner.propose(within)
         scores = self.model.score(tree, rows, self.inner.reads)
         chance = draft_chance(rows, (*context.path, _VERIFY))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from forerun.accept.exact import Verdict
 from forerun.chance import Dice
+from forerun.cost import Table
 from forerun.model import Scores
 from forerun.row import Row, draft_chance
 from forerun.tree import TokenTree
@@ -24,7 +25,8 @@ class Context:
     nothing for it). path: which level and round of a hierarchy asks, so that every level draws its
     own luck. prices: per row, the probability of survival at which a node that the target reads
     neither gains nor loses time (`cost.NodePrice`); None where nothing has been measured, or where
-    another model than the target reads what is proposed.
+    another model than the target reads what is proposed. costs: what the engine's steps take, the
+    last one included; None where the clock must have no say.
     """
 
     rows: Sequence[Row]
@@ -33,6 +35,7 @@ class Context:
     device: torch.device
     path: tuple[int, ...] = field(default=(0,))
     prices: Sequence[float] | None = None
+    costs: Table | None = None
 
     @property
     def is_nested(self) -> bool:

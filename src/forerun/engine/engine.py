@@ -363,6 +363,7 @@ class Engine:
             depths=[row.remaining - 1 for row in rows],
             device=self.target.device,
             prices=None if price is None else [price] * len(rows),
+            costs=self.costs if self.lossy is None else None,
         )
 
     def _emit(self, tree: TokenTree, scores: Scores, verdict: Verdict, origins: Sequence[Sequence[str]]) -> None:
