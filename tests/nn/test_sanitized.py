@@ -27,7 +27,8 @@ RUNTIMES = ("libasan.so", "libubsan.so")
 TESTS = {
     "test_kernels.py": "not alone_and_in_any_company and not like_single_tokens",
     "test_packed.py": "(odd or everything or pairs) and (company or grown or beside or long_text or no_trace)",
-    "test_packed_heads.py": "(every_node or company or another_tree or equal or trace or beside or anywhere) and not (portable and trace)",
+    "test_packed_heads.py": "(every_node or company or another_tree or equal or trace or beside or anywhere)"
+    " and not (portable and trace)",
     "test_packed_block.py": "(readable or formats or bits or trace or bad or trees or equal or left or nodes or beside)"
     " and not (portable and (bits or trace))",
     "test_states.py": "pieces or beside or encodes",
