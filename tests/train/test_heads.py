@@ -968,6 +968,27 @@ def test_a_training_may_begin_with_trained_heads_of_the_same_shape(
             prepared(target_folder, data, preset, architecture=architecture, init_from=str(tmp_path / "heads"))
 
 
+@pytest.mark.parametrize("preset", ["medusa", "hydra", "hydra++", "eagle", "eagle3", "block"])
+def test_a_training_may_begin_with_trained_heads_of_fewer_layers(
+    preset: str, data: Path, target_folder: Path, tmp_path: Path
+) -> None:
+    """It begins where they stood (KOALA), and what it leaves has all its layers; there is no way back to fewer."""
+    one = {"layers": 1} if preset == "hydra++" else {}
+    first = prepared(target_folder, data, preset, architecture=one, steps=6)
+    first.fit(tmp_path / "run", tmp_path / "one")
+    again = prepared(target_folder, data, preset, init_from=str(tmp_path / "one"))
+    deeper = {"architecture": {"layers": 3}, "init_from": str(tmp_path / "one")}
+    grown = prepared(target_folder, data, preset, **deeper)
+    assert grown.config.layers == 3
+    assert grown.objective.validate() == again.objective.validate()
+    assert grown.record() != again.record()
+    grown.fit(tmp_path / "grown.run", tmp_path / "three")
+    stored = checkpoints.load(str(tmp_path / "three"), KINDS[preset])
+    assert stored.architecture["layers"] == 3
+    with pytest.raises(ForerunError, match=r"unexpected|instead of"):
+        prepared(target_folder, data, preset, architecture={"layers": 1}, init_from=str(tmp_path / "three"))
+
+
 @pytest.mark.parametrize(
     ("samples", "changes", "says"),
     [

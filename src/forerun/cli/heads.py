@@ -84,7 +84,11 @@ StartBatches = Annotated[
 ]
 InitFrom = Annotated[
     str | None,
-    typer.Option(metavar="DIR", help="Go on from trained heads of the same shape.", rich_help_panel=options.ADVANCED),
+    typer.Option(
+        metavar="DIR",
+        help="Go on from trained heads, of the same shape or of fewer layers.",
+        rich_help_panel=options.ADVANCED,
+    ),
 ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,9 @@ NO_TEXT = {"text": None, "text_share": None}
 class HeadsRecipe:
     """A training of heads. architecture: what differs from the preset's. weights: None: the
     preset's. text: a stream of tokens that text_share of the batches is taken from, learnt under the target's own
-    law like answers. init_from: trained heads of the same shape to go on from. start_batches: without them,
-    batches over which heads are first fitted by least squares (0: they start as copies of the
-    target's output projection, as the papers' do)."""
+    law like answers. init_from: trained heads to go on from, of the same shape or of
+    fewer layers. start_batches: without them, batches over which heads are first fitted by least squares (0: they
+    start as copies of the target's output projection, as the papers' do)."""
 
     preset: str
     target: str
@@ -174,11 +174,11 @@ def prepare(recipe: HeadsRecipe, device: torch.device) -> HeadsTraining:
     _warn_of_another_target(distilled, recipe)
     teacher = Teacher(network)
     module, config = _heads(recipe, network, answers)
+    module.initialise(teacher.head_VD.float().cpu(), recipe.seed)
     if recipe.init_from is None:
-        module.initialise(teacher.head_VD.float().cpu(), recipe.seed)
         _borrow(module, recipe)
     else:
-        checkpoints.read(recipe.init_from).fill(module)
+        _go_on(checkpoints.read(recipe.init_from), module, config)
     weights = recipe.weights or preset.weights
     _demand_a_law(network, weights, recipe)
     _demand_text(network, weights, recipe)
@@ -207,6 +207,18 @@ def _heads(recipe: HeadsRecipe, network: Network, answers: Answers) -> tuple[Any
     config = method.narrowed(config, np.bincount(said, minlength=vocab_size))
     torch.manual_seed(recipe.seed)
     return method.network(config), config
+
+
+def _go_on(start: Checkpoint, module: HeadsModule, config: HeadsConfig) -> None:
+    """From trained heads, which are grown first if they have fewer layers."""
+    _, method = registry.trained_of(config)
+    theirs = start.config(method.config)
+    if theirs.layers >= config.layers:
+        start.fill(module)
+        return
+    smaller = method.network(replace(config, layers=theirs.layers, tied_layers=theirs.tied_layers))
+    start.fill(smaller)
+    module.grow_from(smaller)
 
 
 def _borrow(module: HeadsModule, recipe: HeadsRecipe) -> None:
