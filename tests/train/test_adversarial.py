@@ -261,10 +261,10 @@ def slope(judging: Judging) -> float:
 def test_nobody_can_tell_a_perfect_drafter_from_the_target(sees: str) -> None:
     """It is right half of the time, and comes to say nothing that would move the drafter."""
     torch.manual_seed(0)
-    _, judging = both(Knowing(), replace(AT_ONCE, sees=sees), adam(400, warmup=0), rows=12)
+    _, judging = both(Knowing(), replace(AT_ONCE, sees=sees), adam(200, 2e-2, warmup=0), rows=12)
     filled(judging.module, 1.0, seed=2)
     first = slope(judging)
-    for step in range(400):
+    for step in range(200):
         Descent.update(judging, step)
     _, accuracy = judging.judged(judging.opposed.drawn(0)[0])
     assert accuracy == pytest.approx(0.5, abs=0.01)
@@ -274,8 +274,8 @@ def test_nobody_can_tell_a_perfect_drafter_from_the_target(sees: str) -> None:
 @pytest.mark.parametrize("sees", ["embedding", "law"])
 def test_a_drafter_that_knows_nothing_is_told_from_the_target(sees: str) -> None:
     """Heads without weights are uniform; within some hundred steps it is right about nearly all."""
-    _, judging = both(MedusaHeads(CONFIGS["medusa"]), replace(AT_ONCE, sees=sees), adam(300, warmup=0), rows=12)
-    for step in range(300):
+    _, judging = both(MedusaHeads(CONFIGS["medusa"]), replace(AT_ONCE, sees=sees), adam(200, warmup=0), rows=12)
+    for step in range(200):
         Descent.update(judging, step)
     assert judging.judged(judging.opposed.drawn(0)[0])[1] > 0.95
 
@@ -290,9 +290,7 @@ def without_attention() -> Transformer:
     return target
 
 
-@pytest.mark.parametrize(
-    ("sees", "rate", "learns"), [("embedding", 5e-3, 1.0), ("law", 5e-3, 1.0), ("token", 2e-3, 5.0)]
-)
+@pytest.mark.parametrize(("sees", "rate", "learns"), [("embedding", 5e-3, 1.0), ("token", 2e-3, 5.0)])
 def test_the_discriminator_alone_brings_a_head_closer_to_the_target(sees: str, rate: float, learns: float) -> None:
     """There is no other term, and the divergence from the target's law falls to a third; in the end nobody can tell."""
     target, samples = without_attention(), some_samples(30, vocab=8)
