@@ -84,7 +84,7 @@ def _judged(sheet: Sheet, axes: Any, rows: Sequence[Row]) -> None:
     theme, points = sheet.theme, _points(rows, JUDGED)
     axes.axhline(0.5, color=theme["plain"], linewidth=1, linestyle=(0, (4, 3)))
     sheet.line(axes, points, theme["loss"])
-    axes.set_ylim(0.4, 1)
+    axes.set_ylim(min(0.4, *(y for _, y in points)), 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     sheet.name(axes, [("no idea", 0.5, theme["plain"]), ("held out", points[-1][1], theme["loss"])])
 
