@@ -81,6 +81,13 @@ def test_a_language_model_has_a_loss_alone():
     assert [axes.get_title("left") for axes in drawing(MODEL, *SAID)(LIGHT).panels] == ["Loss, nats"]
 
 
+def test_a_discriminator_has_a_panel_of_its_own():
+    rows = [row | {"discriminator_accuracy": 0.9 - row["step"] / 100} for row in HEADS]
+    panels = drawing(rows, *SAID)(LIGHT).panels
+    assert len(panels) == 5 and panels[4].get_title("left") == "Discriminator is right"
+    assert [line.get_ydata()[-1] for line in panels[4].lines] == [0.5, pytest.approx(0.6)]
+
+
 def test_what_cannot_be_drawn(tmp_path, monkeypatch):
     with pytest.raises(ForerunError, match=r"name the file \.png, \.svg or \.pdf"):
         write(drawing(MODEL, *SAID), tmp_path / "run.doc")

@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import load_file
 
 from forerun.drafting import checkpoint as checkpoints
-from forerun.drafting.trained import Weights
+from forerun.drafting.trained import Adversary, Weights
 from forerun.engine.load import load
 from forerun.sampling import SamplingParams
 from forerun.train.distill import read
@@ -401,6 +401,38 @@ def test_options_go_to_the_fields_that_they_are_for(forerun, monkeypatch, preset
     monkeypatch.setattr("forerun.cli.heads._fit", lambda recipe, *_: recipes.append(recipe))
     forerun("train", preset, "--target", "t", "--data", "d", "--out", tmp_path / "heads", *options)
     assert recipes[0].architecture == fields
+
+
+def test_a_discriminator_is_asked_for_by_its_weight(forerun, refused_run, monkeypatch, tmp_path):
+    recipes = []
+    monkeypatch.setattr("forerun.cli.heads._fit", lambda recipe, *_: recipes.append(recipe))
+    words = ("train", "hydra", "--target", "t", "--data", "d", "--out", tmp_path / "heads")
+    forerun(*words)
+    forerun(*words, "--adversarial", 0)
+    forerun(*words, "--adversarial", 0.2, "--discriminator-sees", "law", "--discriminator-warmup", 0.5)
+    assert [recipe.adversary for recipe in recipes] == [None, Adversary(0.0), Adversary(0.2, "law", 0.5)]
+    assert "--adversarial" in refused_run("medusa", "--discriminator-sees", "law")
+    assert "equal to 0" in refused_run("medusa", "--adversarial", -1)
+
+
+def test_heads_that_foresee_no_state_have_none_to_be_seen(refused_run):
+    assert "foresee no states" in refused_run("medusa", "--adversarial", 0.1, "--discriminator-sees", "state")
+
+
+def test_heads_are_trained_against_a_discriminator(trained, said, family):
+    """Its figures and its panel are in the run's folder, and nothing of it is in the heads'."""
+    plain, *_ = trained("medusa", "plain")
+    folder, out, _ = trained("medusa", "opposed", "--adversarial", 0.1)
+    rows = [json.loads(line) for line in (folder.parent / "opposed.run" / "log.jsonl").read_text().splitlines()]
+    figures = {"discriminator_loss", "discriminator_accuracy", "adversarial_weight", "adversarial_ratio"}
+    assert all(figures <= row.keys() for row in rows)
+    assert f"was right {rows[-1]['discriminator_accuracy']:.0%} of the time" in out
+    assert config_of(folder)["training"]["adversary"]["weight"] == 0.1
+    assert config_of(folder)["architecture"] == config_of(plain)["architecture"]
+    held, others = weights_of(folder), weights_of(plain)
+    assert held.keys() == others.keys()
+    options = ("generate", family / "target", "def main(", "--max-new-tokens", 32, *FP32)
+    assert said(*options)["token_ids"] == said(*options, "--drafter", f"medusa:{folder}")["token_ids"]
 
 
 def test_places_that_cannot_hold_heads(refused_run, family, tmp_path, monkeypatch):

@@ -18,7 +18,8 @@ CHAT = "--chat --system --chat-template --template"
 MACHINE = "--dtype --device --kernels --weights --threads"
 HEADS = (
     "--target --data --out --run --text --text-share --layers --text-weight --teacher-weight --distance-weight --lk"
-    " --state-weight --pace --head-decay --steps --rows --batch-size --length --parts --rate --lr --validate-every"
+    " --state-weight --pace --head-decay --adversarial --discriminator-sees"
+    " --discriminator-warmup --steps --rows --batch-size --length --parts --rate --lr --validate-every"
     " --save-every --seed --init-from --dtype --device --kernels --floor --start-batches --threads"
 )
 OPTIONS = {

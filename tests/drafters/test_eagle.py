@@ -657,12 +657,12 @@ def test_a_row_of_which_more_was_taken_back_than_is_remembered_is_left_alone() -
 
 
 @every_sampled
-@pytest.mark.parametrize("fused", [False, True], ids=["eagle", "eagle3"])
-def test_the_law_of_the_output_is_that_of_plain_sampling(fused: bool, wishes: SamplingParams) -> None:
+@pytest.mark.parametrize(("fused", "layers"), [(False, 1), (False, 2), (False, 3), (True, 1), (True, 2)])
+def test_the_law_of_the_output_is_that_of_plain_sampling(fused: bool, layers: int, wishes: SamplingParams) -> None:
     """Every outcome is enumerated, for a vocabulary of three, of which EAGLE-3 knows two."""
     target = TableNetwork(3, seed=3, order=2, sharpness=1.0)
     more = {"fused": True, "vocabulary": "own", "kept": (0, 2), "sources": (0, 1)} if fused else {}
-    config = EagleConfig(3, 3, layer=LayerConfig(1, 1, 2, 4, 64), **more)  # type: ignore[arg-type]
+    config = EagleConfig(3, 3, layers=layers, layer=LayerConfig(1, 1, 2, 4, 64), **more)  # type: ignore[arg-type]
     embedding, head = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
     def made() -> Drafter:

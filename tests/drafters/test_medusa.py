@@ -568,7 +568,7 @@ def table_heads(kind: str, tree: RankTree, vocab: int = 3) -> HeadDrafter:
     return HeadDrafter("heads", HeadParts(TorchHeads(module, *weights), LastState(), tree, 1))
 
 
-@pytest.mark.parametrize("kind", ["medusa", "medusa, shared", "hydra", "hydra, deep"])
+@pytest.mark.parametrize("kind", ["medusa", "medusa, deep", "medusa, shared", "hydra", "hydra, deep"])
 @every_wish
 def test_the_law_of_the_output_is_that_of_plain_sampling(kind: str, wishes: SamplingParams) -> None:
     """Heads of a vocabulary of three, whose drafts depend on the text through the state; every

@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -49,7 +50,7 @@ from forerun.drafters.medusa.network import MedusaHeads
 from forerun.drafting import checkpoint as checkpoints
 from forerun.drafting import registry
 from forerun.drafting.heads import HeadsModule, LastState
-from forerun.drafting.trained import Weights
+from forerun.drafting.trained import Adversary, Weights
 from forerun.engine.engine import Engine
 from forerun.errors import ForerunError, TrainingError
 from forerun.nn.save import save_pretrained
@@ -892,9 +893,34 @@ def test_a_training_of_other_drafters_leaves_some_that_draft_as_was_projected(
     assert [o.stats.steps for o in outputs] == [steps_of(table, tree) for table in tables]
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_training_may_be_against_a_discriminator(
+    preset: str, data: Path, target_folder: Path, tmp_path: Path
+) -> None:
+    """It learns, its run goes on, and the heads that are left are read as any others."""
+    adversary = Adversary(warmup=0.25)
+    training = prepared(target_folder, data, preset, adversary=adversary)
+    assert training.judging is not None
+    before = {name: p.clone() for name, p in training.judging.module.named_parameters()}
+    figures = training.fit(tmp_path / "run", tmp_path / "heads")
+    assert 0 <= figures["discriminator_accuracy"] <= 1 and figures["adversarial_ratio"] >= 0
+    assert all(not torch.equal(p, before[name]) for name, p in training.judging.module.named_parameters())
+    held = load_file(tmp_path / "heads" / "model.safetensors")
+    assert set(held) == {name for name, _ in training.objective.module.named_parameters()}
+    again = prepared(target_folder, data, preset, adversary=adversary)
+    assert again.fit(tmp_path / "run", tmp_path / "again") == figures, "a finished run is only written"
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "heads" / "model.safetensors"
+    ).read_bytes()
+    sample = training.answers.heldout[0]
+    engine = forerun.load(target_folder, f"{KINDS[preset]}:{tmp_path / 'heads'}", dtype="fp32", kernels="torch")
+    assert engine.generate([list(sample.prompt)], SamplingParams(max_new_tokens=40))[0].token_ids == list(sample.answer)
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
+        ({"adversary": Adversary()}, "adversary"),
         ({"architecture": {"layers": 2}}, "architecture"),
         ({"weights": TEACHER}, "weights"),
         ({"rows": 4}, "rows"),
@@ -966,6 +992,27 @@ def test_a_training_may_begin_with_trained_heads_of_the_same_shape(
     for preset, architecture in (("medusa", {"heads": 3}), ("hydra", {})):
         with pytest.raises(ForerunError, match="heads"):
             prepared(target_folder, data, preset, architecture=architecture, init_from=str(tmp_path / "heads"))
+
+
+@pytest.mark.parametrize("preset", ["medusa", "hydra", "hydra++", "eagle", "eagle3", "block"])
+def test_a_training_may_begin_with_trained_heads_of_fewer_layers(
+    preset: str, data: Path, target_folder: Path, tmp_path: Path
+) -> None:
+    """It begins where they stood (KOALA), and what it leaves has all its layers; there is no way back to fewer."""
+    one = {"layers": 1} if preset == "hydra++" else {}
+    first = prepared(target_folder, data, preset, architecture=one, steps=6)
+    first.fit(tmp_path / "run", tmp_path / "one")
+    again = prepared(target_folder, data, preset, init_from=str(tmp_path / "one"))
+    deeper = {"architecture": {"layers": 3}, "init_from": str(tmp_path / "one")}
+    grown = prepared(target_folder, data, preset, **deeper)
+    assert grown.config.layers == 3
+    assert grown.objective.validate() == again.objective.validate()
+    assert grown.record() != again.record()
+    grown.fit(tmp_path / "grown.run", tmp_path / "three")
+    stored = checkpoints.load(str(tmp_path / "three"), KINDS[preset])
+    assert stored.architecture["layers"] == 3
+    with pytest.raises(ForerunError, match=r"unexpected|instead of"):
+        prepared(target_folder, data, preset, architecture={"layers": 1}, init_from=str(tmp_path / "three"))
 
 
 @pytest.mark.parametrize(

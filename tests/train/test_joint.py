@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import forerun
 from forerun.drafting import checkpoint as checkpoints
 from forerun.drafting import registry
-from forerun.drafting.trained import Weights
+from forerun.drafting.trained import Adversary, Weights
 from forerun.errors import CheckpointError, DrafterError, TrainingError
 from forerun.nn.load import load_network
 from forerun.nn.save import save_pretrained
@@ -519,6 +519,12 @@ def test_heads_that_share_the_targets_projection(prepared, tmp_path):
     training = prepared(architecture={"vocabulary": "shared"}, ramp="constant")
     training.fit(tmp_path / "out.run", tmp_path / "out")
     assert sorted(load_file(tmp_path / "out" / "heads" / "model.safetensors")) == ["biases", "blocks"]
+
+
+def test_heads_have_no_adversary_beside_a_target_that_moves():
+    heads = drafters.HeadsRecipe("medusa", "t", Path("d"), {}, None, Schedule(1), adversary=Adversary())
+    with pytest.raises(TrainingError, match="adversary"):
+        JointRecipe(heads)
 
 
 def test_other_networks_are_refused_before_they_are_read(prepared, target, data, tmp_path):

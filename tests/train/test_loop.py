@@ -384,7 +384,7 @@ class Against(Curved):
 
 def alternating(pressed: Mapping[int, int]) -> Alternating:
     generator = Curved(pressed=pressed)
-    return Alternating(generator=generator, discriminator=Against(generator))
+    return Alternating(discriminator=Against(generator), generator=generator)
 
 
 def averaged(pressed: Mapping[int, int]) -> Averaged:
@@ -410,15 +410,24 @@ def test_what_is_made_of_objectives_is_one_and_resumes_to_the_same_bits(
         other.load_state({})
 
 
-def test_they_take_turns_as_their_own_steps() -> None:
-    both = alternating({})
-    first = both.objectives["generator"]
-    for step in range(4):
-        before = {key: tensor.clone() for key, tensor in first.state().items()}
-        both.update(step)
-        assert (step % 2 == 1) == all(torch.equal(before[key], tensor) for key, tensor in first.state().items())
-    assert [one.numbers for one in both.objectives.values()] == [[0, 1], [0, 1]]  # type: ignore[attr-defined]
-    assert both.validate().keys() == {"loss", "generator.loss", "discriminator.loss"}
+def test_they_take_turns_in_every_step() -> None:
+    """In their order: the last one sees what the first has become, and is what all is done for."""
+    both, turns = alternating({}), list[str]()
+    for name, objective in both.objectives.items():
+        rightly = objective.update
+
+        def update(step: int, name: str = name, rightly: Callable[[int], float] = rightly) -> float:
+            turns.append(f"{name} {step}")
+            return rightly(step)
+
+        objective.update = update  # type: ignore[method-assign]
+    losses = [both.update(step) for step in range(2)]
+    assert turns == [f"{name} {step}" for step in range(2) for name in ("discriminator", "generator")]
+    alone = Curved()
+    assert losses == [alone.update(step) for step in range(2)]
+    assert both.validate() == alone.validate() | {
+        "discriminator_loss": both.objectives["discriminator"].validate()["loss"]
+    }
 
 
 def test_clients_agree_after_every_step() -> None:

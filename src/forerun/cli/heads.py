@@ -11,7 +11,7 @@ import typer
 
 from forerun.cli import fields, options
 from forerun.drafting import registry
-from forerun.drafting.trained import Weights
+from forerun.drafting.trained import Adversary, Weights
 
 if TYPE_CHECKING:
     from forerun.train.drafters import HeadsRecipe, HeadsTraining
@@ -84,7 +84,11 @@ StartBatches = Annotated[
 ]
 InitFrom = Annotated[
     str | None,
-    typer.Option(metavar="DIR", help="Go on from trained heads of the same shape.", rich_help_panel=options.ADVANCED),
+    typer.Option(
+        metavar="DIR",
+        help="Go on from trained heads, of the same shape or of fewer layers.",
+        rich_help_panel=options.ADVANCED,
+    ),
 ]
 
 
@@ -101,6 +105,7 @@ def command(preset: str) -> Callable[..., None]:
         text: Text = None,
         shape: None = None,
         loss: None = None,
+        adversary: None = None,
         steps: Steps = 1000,
         rows: Rows = 16,
         length: Length = 512,
@@ -123,6 +128,7 @@ def command(preset: str) -> Callable[..., None]:
         loss_weights = replace(chosen.weights, **given_of(Weights, given))
         _demand_sense(out, loss_weights)
         architecture = given_of(method.config, given)
+        against = _adversary(given)
 
         from forerun.train import drafters
 
@@ -130,7 +136,7 @@ def command(preset: str) -> Callable[..., None]:
         schedule = drafters.schedule_for(chosen, steps, rate, floor, **rest)
         what = (preset, target, data, architecture, loss_weights, schedule)
         recipe = drafters.HeadsRecipe(
-            *what, rows, length, seed, init_from, dtype, start_batches, kernels, text, text_share
+            *what, rows, length, seed, init_from, dtype, start_batches, kernels, text, text_share, against
         )
         _fit(recipe, run or run_of(out), out, device)
 
@@ -140,7 +146,8 @@ def command(preset: str) -> Callable[..., None]:
     tokens marked; in the end, how often each head is right, and the tokens per step that this promises. The
     run's folder has a log of the figures on the way.
     """
-    return fields.replacing(train, shape=shapes, loss=fields.parameters(Weights, LOSS))
+    of_loss = {"loss": fields.parameters(Weights, LOSS), "adversary": fields.parameters(Adversary, LOSS)}
+    return fields.replacing(train, shape=shapes, **of_loss)
 
 
 def compute_with(threads: int | None) -> None:
@@ -170,6 +177,16 @@ def run_of(out: Path) -> Path:
 def given_of(record: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a record that were given as options."""
     return {name: given[option] for option, name in fields.flags(record).items() if given.get(option) is not None}
+
+
+def _adversary(given: Mapping[str, Any]) -> Adversary | None:
+    """TrainingError for the settings of a discriminator that nobody asked for."""
+    from forerun.errors import TrainingError
+
+    settings = given_of(Adversary, given)
+    if settings and "weight" not in settings:
+        raise TrainingError("heads that learn against no discriminator have no options of one: give --adversarial too")
+    return Adversary(**settings) if settings else None
 
 
 def _demand_sense(out: Path, weights: Weights) -> None:
@@ -240,6 +257,13 @@ def report(training: HeadsTraining, figures: dict[str, float], out: Path) -> Non
         head += 1
     console = on_stdout()
     console.print(table)
+    if training.judging is not None:
+        console.print(
+            f"The discriminator was right {figures['discriminator_accuracy']:.0%} of the time; against a perfect"
+            " drafter it would be 50%",
+            highlight=False,
+            soft_wrap=True,
+        )
     nodes, where = training.objective.tree.size, "held-out" if training.answers.heldout else "the training"
     console.print(
         f"{out}: {figures['tokens_per_step']:.2f} tokens per step projected on {where} answers (a tree of {nodes}"

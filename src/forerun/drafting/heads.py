@@ -10,9 +10,9 @@ temperature."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from forerun.model import CHUNK, Inputs, Model, Scores
 from forerun.native.matrix import Packed
 from forerun.nn.backends.heads import Drafting, HeadWeights
 from forerun.nn.network import Network
+from forerun.nn.transformer import Layer
 from forerun.ranktree import RankTree
 from forerun.row import Row
 from forerun.slots import Slots
@@ -122,6 +123,11 @@ class HeadsModule(nn.Module):
     def borrow(self, layers: Sequence[nn.Module]) -> None:
         """Begin as these layers of the target."""
 
+    def grow_from(self, smaller: Any) -> None:
+        """Of heads that were initialised: begin as these trained ones, of the same shape with fewer layers. What the
+        further layers add is nothing yet, so both say the same. Raises DrafterError where that cannot be."""
+        raise DrafterError("such heads cannot be given layers after their training: train them with all of theirs")
+
     def head_logits(self, index: int, z: Tensor, head_VD: Tensor) -> Tensor:
         """Of one head: z [..., M] is the context and, where heads see tokens, the embeddings that follow it."""
         raise NotImplementedError
@@ -129,6 +135,32 @@ class HeadsModule(nn.Module):
     def weights(self, head_VD: Tensor | Packed) -> list[HeadWeights]:
         """The heads as plain matrices, for the kernels."""
         raise NotImplementedError
+
+
+@torch.no_grad()
+def grow(module: nn.Module, smaller: nn.Module, stacked: Collection[str] = (), layers: int = 0) -> None:
+    """Give a module the parameters of a smaller one. stacked: those that hold a block for each layer, or one that is
+    repeated; layers: how many blocks that makes in the smaller one."""
+    own = dict(module.named_parameters())
+    for name, theirs in smaller.named_parameters():
+        if name not in stacked:
+            own[name].copy_(theirs)
+            continue
+        if len(own[name]) < layers + 1:
+            raise DrafterError(
+                "tied layers repeat one block, and trained heads would change by more of it: give --own-layers"
+            )
+        for layer in range(layers):
+            own[name][layer].copy_(theirs[layer % len(theirs)])
+
+
+@torch.no_grad()
+def quieten(layers: Iterable[nn.Module]) -> None:
+    """Have layers of a transformer add nothing to what they read."""
+    for layer in layers:
+        assert isinstance(layer, Layer)
+        layer.out.weight.zero_()
+        layer.down.weight.zero_()
 
 
 class TorchHeads:

@@ -130,6 +130,51 @@ class Weights:
         return bool(self.teacher or self.distance or self.lk)
 
 
+SEES = ("embedding", "law", "token", "state")
+"""What a discriminator may see of a law."""
+
+
+@dataclass(frozen=True)
+class Adversary:
+    """A discriminator that heads learn against (see train/objectives/adversarial.py). weight: of its term in their
+    loss, to begin with; balanced: changed then so that its gradient stays a twentieth to three tenths of the rest's.
+    sees: what it sees of a law: the expected embedding, the law itself, a token drawn from it, or of heads that foresee
+    states that state. warmup: the share of the steps before it begins. width: of its layers, 0 for a quarter of the
+    target's. rounds: its steps in every step of the heads; rate: its learning rate, in multiples of theirs. smoothing:
+    how far from certain it is to be about the target."""
+
+    weight: float = option(
+        0.1,
+        "Learn against a discriminator too; 0.1 is usual (KOALA).",
+        least=0.0,
+        flag="--adversarial",
+        shown="off",
+        rare=True,
+    )
+    sees: str = option(
+        "embedding",
+        "What it sees of a law.",
+        words=SEES,
+        flag="--discriminator-sees",
+        shown="embedding",
+        rare=True,
+    )
+    warmup: float = option(
+        0.1,
+        "Share of the steps before it begins.",
+        least=0.0,
+        most=1.0,
+        flag="--discriminator-warmup",
+        shown="0.1",
+        rare=True,
+    )
+    balanced: bool = True
+    width: int = 0
+    rounds: int = 1
+    rate: float = 1.0
+    smoothing: float = 0.1
+
+
 @dataclass(frozen=True)
 class Preset:
     """A paper's training as data. sense: one line. architecture: fields of the config, except for

@@ -9,12 +9,16 @@ from forerun.plots.style import Sheet, Theme
 
 Row = Mapping[str, float]
 """Figures after a step, as a run's log has them."""
+JUDGED = "discriminator_accuracy"
 
 
 def drawing(rows: Sequence[Row], title: str, under: str) -> Callable[[Theme], Sheet]:
     """The picture of a log that has at least one row with a held-out `loss`. A language model has
-    a loss alone; heads have losses and accuracies of their own, and tokens per step."""
-    count = sum(name.startswith("head") and name.endswith("_loss") for name in _checked(rows)[-1])
+    a loss alone; heads have losses and accuracies of their own, and tokens per step; a discriminator
+    that they learn against is right or wrong about them."""
+    last = _checked(rows)[-1]
+    count = sum(name.startswith("head") and name.endswith("_loss") for name in last)
+    is_opposed = JUDGED in last
 
     def draw(theme: Theme) -> Sheet:
         from matplotlib.ticker import PercentFormatter
@@ -22,6 +26,8 @@ def drawing(rows: Sequence[Row], title: str, under: str) -> Callable[[Theme], Sh
         panels = ["Loss, nats"]
         if count:
             panels += ["Loss of every head, nats", "Best token is right, by head", "Tokens per step, projected"]
+        if is_opposed:
+            panels.append("Discriminator is right")
         sheet = Sheet(theme, title, under, panels)
         _losses(sheet, sheet.panels[0], rows)
         if count:
@@ -29,6 +35,8 @@ def drawing(rows: Sequence[Row], title: str, under: str) -> Callable[[Theme], Sh
             _heads(sheet, sheet.panels[2], rows, "head{}_top1", "accepted", count)
             sheet.panels[2].yaxis.set_major_formatter(PercentFormatter(1))  # with as many decimals as it takes
             _steps(sheet, sheet.panels[3], rows)
+        if is_opposed:
+            _judged(sheet, sheet.panels[-1], rows)
         for axes in sheet.panels:
             _steps_below(axes, rows, theme)
         return sheet
@@ -68,6 +76,17 @@ def _steps(sheet: Sheet, axes: Any, rows: Sequence[Row]) -> None:
     sheet.line(axes, points, theme["accepted"])
     axes.set_ylim(0.9, max(1.5, 1.08 * max(y for _, y in points)))
     sheet.name(axes, [("plain", 1.0, theme["plain"]), (f"{points[-1][1]:.2f}", points[-1][1], theme["accepted"])])
+
+
+def _judged(sheet: Sheet, axes: Any, rows: Sequence[Row]) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    theme, points = sheet.theme, _points(rows, JUDGED)
+    axes.axhline(0.5, color=theme["plain"], linewidth=1, linestyle=(0, (4, 3)))
+    sheet.line(axes, points, theme["loss"])
+    axes.set_ylim(min(0.4, *(y for _, y in points)), 1)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    sheet.name(axes, [("no idea", 0.5, theme["plain"]), ("held out", points[-1][1], theme["loss"])])
 
 
 def _steps_below(axes: Any, rows: Sequence[Row], theme: Theme) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from forerun.drafting import checkpoint as checkpoints
 from forerun.drafting import registry
 from forerun.drafting.checkpoint import DEFAULT_TREE, Checkpoint
 from forerun.drafting.heads import HeadsModule
-from forerun.drafting.trained import HeadsConfig, Preset, Weights
+from forerun.drafting.trained import Adversary, HeadsConfig, Preset, Weights
 from forerun.errors import TrainingError
 from forerun.nn.dtype import dtype_of
 from forerun.nn.foreign.network import Foreign
@@ -27,8 +27,10 @@ from forerun.sources.source import Source
 from forerun.train.answers import Answers, Windows
 from forerun.train.distill import Distilled, Sample, read
 from forerun.train.least_squares import LeastSquares
+from forerun.train.objectives.adversarial import Judging, opposed
+from forerun.train.objectives.alternating import Alternating
 from forerun.train.objectives.heads import HeadsObjective
-from forerun.train.run import Record, Run
+from forerun.train.run import Objective, Record, Run
 from forerun.train.schedule import Schedule
 from forerun.train.teacher import Teacher
 
@@ -46,15 +48,18 @@ SMALLEST_SHARE = 0.02
 
 NO_TEXT = {"text": None, "text_share": None}
 """What a run's record says where answers alone are read."""
+NO_ADVERSARY = {"adversary": None}
+"""And where heads have nobody to convince."""
 
 
 @dataclass(frozen=True)
 class HeadsRecipe:
     """A training of heads. architecture: what differs from the preset's. weights: None: the
     preset's. text: a stream of tokens that text_share of the batches is taken from, learnt under the target's own
-    law like answers. init_from: trained heads of the same shape to go on from. start_batches: without them,
-    batches over which heads are first fitted by least squares (0: they start as copies of the
-    target's output projection, as the papers' do)."""
+    law like answers. init_from: trained heads to go on from, of the same shape or of
+    fewer layers. start_batches: without them, batches over which heads are first fitted by least squares (0: they
+    start as copies of the target's output projection, as the papers' do). adversary: a discriminator that the heads
+    learn against."""
 
     preset: str
     target: str
@@ -71,6 +76,7 @@ class HeadsRecipe:
     kernels: str = "auto"
     text: Path | None = None
     text_share: float = 0.5
+    adversary: Adversary | None = None
 
 
 def schedule_for(
@@ -93,18 +99,27 @@ def schedule_for(
 
 @dataclass(frozen=True)
 class HeadsTraining:
-    """A training that is ready to begin: every input has been read and fits."""
+    """A training that is ready to begin: every input has been read and fits. judging: what is learnt beside the heads,
+    and left behind."""
 
     recipe: HeadsRecipe
     objective: HeadsObjective
     config: HeadsConfig
     answers: Answers
     distilled: Distilled
+    judging: Judging | None = None
+
+    @property
+    def learning(self) -> Objective:
+        """All that takes steps."""
+        if self.judging is None:
+            return self.objective
+        return Alternating(discriminator=self.judging, heads=self.objective)
 
     def fit(self, run: Path, out: Path) -> dict[str, float]:
         """Train to the schedule's end, resuming what was interrupted in `run`, and write the heads to `out`."""
-        record = Record(self.record(), older=NO_TEXT)
-        figures = Run(self.objective, self.recipe.schedule, run, record).finish(out.name, self._start())
+        record = Record(self.record(), older=NO_TEXT | NO_ADVERSARY)
+        figures = Run(self.learning, self.recipe.schedule, run, record).finish(out.name, self._start())
         checkpoints.write(self.objective.module, self.config, self._about(out, figures))
         return figures
 
@@ -136,6 +151,7 @@ class HeadsTraining:
             "init_from": recipe.init_from,
             "start_batches": recipe.start_batches,
             **self._text(),
+            **self._adversary(),
         }
 
     def _text(self) -> dict[str, Any]:
@@ -143,6 +159,10 @@ class HeadsTraining:
         if self.recipe.text is None:
             return NO_TEXT
         return {"text": fingerprint([self.recipe.text]), "text_share": self.recipe.text_share}
+
+    def _adversary(self) -> dict[str, Any]:
+        """The discriminator's settings, if there is one."""
+        return {"adversary": asdict(self.recipe.adversary)} if self.recipe.adversary else NO_ADVERSARY
 
     def _about(self, out: Path, figures: Mapping[str, float]) -> Checkpoint:
         recipe = self.recipe
@@ -156,6 +176,7 @@ class HeadsTraining:
             "start_batches": recipe.start_batches,
             "weights": asdict(self.objective.weights),
             **self._text(),
+            **self._adversary(),
             "schedule": asdict(recipe.schedule),
             "figures": {name: round(value, 4) for name, value in figures.items()},
         }
@@ -174,20 +195,24 @@ def prepare(recipe: HeadsRecipe, device: torch.device) -> HeadsTraining:
     _warn_of_another_target(distilled, recipe)
     teacher = Teacher(network)
     module, config = _heads(recipe, network, answers)
+    module.initialise(teacher.head_VD.float().cpu(), recipe.seed)
     if recipe.init_from is None:
-        module.initialise(teacher.head_VD.float().cpu(), recipe.seed)
         _borrow(module, recipe)
     else:
-        checkpoints.read(recipe.init_from).fill(module)
+        _go_on(checkpoints.read(recipe.init_from), module, config)
     weights = recipe.weights or preset.weights
-    _demand_a_law(network, weights, recipe)
+    if weights.asks_target or recipe.adversary:
+        _demand_a_law(network, recipe)
     _demand_text(network, weights, recipe)
     checkpoints.demand_layers(f"the {recipe.preset} drafter", module.reads(teacher.top), network)
     if weights.state and not module.foresees:
         raise TrainingError(f"{recipe.preset} heads foresee no states of the target: leave --state-weight out")
     tree = DEFAULT_TREE.within(module.count, DEFAULT_TREE.size) or DEFAULT_TREE
     objective = HeadsObjective(module.to(device), teacher, answers, weights, tree, recipe.schedule, preset.share)
-    return HeadsTraining(recipe, objective, config, answers, distilled)
+    if recipe.adversary is None:
+        return HeadsTraining(recipe, objective, config, answers, distilled)
+    judging = opposed(objective, recipe.adversary, recipe.seed)
+    return HeadsTraining(recipe, judging.opposed, config, answers, distilled, judging)
 
 
 def _answers(samples: Sequence[Sample], recipe: HeadsRecipe) -> Answers:
@@ -207,6 +232,18 @@ def _heads(recipe: HeadsRecipe, network: Network, answers: Answers) -> tuple[Any
     config = method.narrowed(config, np.bincount(said, minlength=vocab_size))
     torch.manual_seed(recipe.seed)
     return method.network(config), config
+
+
+def _go_on(start: Checkpoint, module: HeadsModule, config: HeadsConfig) -> None:
+    """From trained heads, which are grown first if they have fewer layers."""
+    _, method = registry.trained_of(config)
+    theirs = start.config(method.config)
+    if theirs.layers >= config.layers:
+        start.fill(module)
+        return
+    smaller = method.network(replace(config, layers=theirs.layers, tied_layers=theirs.tied_layers))
+    start.fill(smaller)
+    module.grow_from(smaller)
 
 
 def _borrow(module: HeadsModule, recipe: HeadsRecipe) -> None:
@@ -258,10 +295,10 @@ def _demand_data(answers: Answers, network: Network, recipe: HeadsRecipe) -> Non
         )
 
 
-def _demand_a_law(network: Network, weights: Weights, recipe: HeadsRecipe) -> None:
+def _demand_a_law(network: Network, recipe: HeadsRecipe) -> None:
     """The target's law is taken from its states and its output matrix; some models do more than
     that to their logits."""
-    if not weights.asks_target or not isinstance(network, Foreign):
+    if not isinstance(network, Foreign):
         return
     outside = network.model.config.get_text_config(decoder=True)
     more = [

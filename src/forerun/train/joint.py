@@ -51,6 +51,8 @@ class JointRecipe:
         """TrainingError for numbers that make no sense."""
         demand_numbers({"head_weight": self.head_weight, "alpha": self.alpha}, 0)
         demand_numbers({"rank": self.rank}, 1)
+        if self.heads.adversary:
+            raise TrainingError("heads cannot learn to be taken for a target that moves: leave the adversary out")
 
 
 def preset_of(method: JointMethod, keep: str) -> Joint:

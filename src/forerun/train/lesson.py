@@ -25,11 +25,13 @@ CHUNK_NUMBERS = 1 << 25
 
 @dataclass(frozen=True)
 class Lesson:
-    """Everything the heads need to know of P places, gathered: contexts [P, ...] (see `HeadsModule.seen`), the K + 1
-    tokens behind each place [P, K + 1] (root first), the target's states at the K places behind it [P, K, D] (where
-    the laws of the tokens to learn come from), and which of the K tokens to learn are there [K, P]."""
+    """Everything the heads need to know of P places, gathered: contexts [P, ...] (see `HeadsModule.seen`), the target's
+    state there [P, D], the K + 1 tokens behind each place [P, K + 1] (root first), the target's states at the K places
+    behind it [P, K, D] (where the laws of the tokens to learn come from), and which of the K tokens to learn are there
+    [K, P]."""
 
     context_PD: Tensor
+    here_PD: Tensor
     tokens_PK: Tensor
     states_PKD: Tensor
     valid_KP: Tensor
@@ -50,15 +52,16 @@ class Lesson:
         inside = behind.clamp(max=tokens.shape[1] - 1)
         return Lesson(
             context_PD=context,
+            here_PD=states[rows, places],
             tokens_PK=tokens[rows[:, None], inside],
             states_PKD=states[rows[:, None], inside[:, :-1]],
             valid_KP=(behind[:, 1:] < ends).T,
         )
 
     def chunks(self, size: int) -> Iterator[Lesson]:
-        parts = (self.context_PD, self.tokens_PK, self.states_PKD, self.valid_KP.T)
-        for context, tokens, states, valid in zip(*(torch.split(part, size) for part in parts), strict=True):
-            yield Lesson(context, tokens, states, valid.T)
+        parts = (self.context_PD, self.here_PD, self.tokens_PK, self.states_PKD, self.valid_KP.T)
+        for context, here, tokens, states, valid in zip(*(torch.split(part, size) for part in parts), strict=True):
+            yield Lesson(context, here, tokens, states, valid.T)
 
     @property
     def labels_KP(self) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from forerun.drafters.block import LAST, BlockConfig
-from forerun.drafting.heads import HeadsModule, Places, layer_like
+from forerun.drafting.heads import HeadsModule, Places, grow, layer_like, quieten
 from forerun.drafting.markov import MarkovTerm
 from forerun.nn import ops
 from forerun.nn.backends.blocks import BlockWeights
@@ -74,6 +74,10 @@ class BlockModule(HeadsModule):
         stack = self.stack
         longest = max(stack.config.max_length, length + self.count)
         stack.config = replace(stack.config, max_length=longest)
+
+    def grow_from(self, smaller: BlockModule) -> None:
+        grow(self, smaller)
+        quieten(self.stack.blocks[smaller.config.layers :])
 
     def reads(self, top: int) -> tuple[int, ...]:
         return tuple(top if source == LAST else source for source in self.config.sources)

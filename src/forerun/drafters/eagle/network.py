@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 from forerun.chance import Ints
 from forerun.drafters.eagle import LAST, EagleConfig
-from forerun.drafting.heads import HeadsModule, Places, layer_like
+from forerun.drafting.heads import HeadsModule, Places, grow, layer_like, quieten
 from forerun.nn import ops
 from forerun.nn.cache import Cache
 from forerun.nn.feed import Feed, Read
@@ -188,6 +188,10 @@ class EagleModule(HeadsModule):
             if self.stack.vocabulary is not None:
                 self.stack.vocabulary.copy_(head_VD[list(self.config.kept)] if self.config.kept else head_VD)
         return self
+
+    def grow_from(self, smaller: EagleModule) -> None:
+        grow(self, smaller)
+        quieten(self.stack.blocks[smaller.config.layers :])
 
     def reads(self, top: int) -> tuple[int, ...]:
         return tuple(top if source == LAST else source for source in self.config.sources)

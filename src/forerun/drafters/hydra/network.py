@@ -34,6 +34,7 @@ from forerun.drafting.heads import (
     PrefixState,
     drafting,
     format_of,
+    grow,
     layer_like,
 )
 from forerun.drafting.trained import HeadSettings
@@ -82,6 +83,9 @@ class HydraHeads(HeadsModule):
         with torch.no_grad():
             for through, guess in zip(self.through, maps, strict=True):
                 through.copy_(guess)
+
+    def grow_from(self, smaller: HydraHeads) -> None:
+        grow(self, smaller, ("blocks", "biases"), smaller.config.layers - 1)
 
     def contexts(self, states_BND: Tensor) -> Tensor:
         return states_BND if self.prefix is None else self.prefix.encode(states_BND)

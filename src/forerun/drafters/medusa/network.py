@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from forerun.drafters.medusa import MedusaConfig
 from forerun.drafting.checkpoint import demand_fit, load, tree_for
 from forerun.drafting.drafter import Drafter
-from forerun.drafting.heads import HeadDrafter, HeadParts, HeadsModule, LastState, drafting
+from forerun.drafting.heads import HeadDrafter, HeadParts, HeadsModule, LastState, drafting, grow
 from forerun.drafting.markov import MarkovTerm
 from forerun.drafting.trained import HeadSettings
 from forerun.drafting.workshop import Workshop
@@ -62,6 +62,9 @@ class MedusaHeads(HeadsModule):
         with torch.no_grad():
             for head, guess in enumerate(maps if self.vocabulary is not None else ()):
                 self.vocabulary[head].copy_(head_VD @ guess)  # type: ignore[index]
+
+    def grow_from(self, smaller: MedusaHeads) -> None:
+        grow(self, smaller, ("blocks", "biases"), smaller.config.layers)
 
     def logits(self, context_PD: Tensor, embedded_PKD: Tensor, head_VD: Tensor) -> Tensor:
         if self.markov is None:

@@ -1,4 +1,4 @@
-"""Objectives that take turns, as a generator and its discriminator do."""
+"""Objectives that take turns, as a discriminator and its generator do."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from forerun.train.run import Objective, Watch, unwatched
 
 
 class Alternating:
-    """Step n is taken by objective n modulo their number, as the next of its own steps.
+    """A step is one of each objective, in their order: whoever comes later sees what the others have become.
 
-    Names tell their figures and states apart; the loss of the first is the loss of all.
+    The last is what all is done for: its loss is the loss, and its figures keep their names. Those of the others, and
+    all states, are told apart by the objectives' names.
     """
 
     def __init__(self, **objectives: Objective):
         self.objectives = objectives
 
     def update(self, step: int) -> float:
-        turn, place = divmod(step, len(self.objectives))
-        return list(self.objectives.values())[place].update(turn)
+        *_, last = [objective.update(step) for objective in self.objectives.values()]
+        return last
 
     def validate(self, watch: Watch = unwatched) -> dict[str, float]:
-        each = {name: objective.validate(watch) for name, objective in self.objectives.items()}
-        figures = {f"{name}.{figure}": value for name, own in each.items() for figure, value in own.items()}
-        return {"loss": next(iter(each.values()))["loss"], **figures}
+        *others, last = self.objectives.items()
+        figures = {f"{name}_{key}": value for name, other in others for key, value in other.validate().items()}
+        return last[1].validate(watch) | figures
 
     def state(self) -> dict[str, Tensor]:
         each = ((name, objective.state()) for name, objective in self.objectives.items())

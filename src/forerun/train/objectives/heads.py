@@ -6,6 +6,7 @@ of a whole batch never exist.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ from forerun.drafting.heads import HeadsModule
 from forerun.drafting.trained import Weights
 from forerun.ranktree import RankTree
 from forerun.train.answers import Answers, Batch
+from forerun.train.distill import Sample
 from forerun.train.lesson import Lesson, chunk, logits_of
 from forerun.train.objectives.descent import Descent, Group, by_kind
 from forerun.train.objectives.losses import losses, paced
@@ -27,6 +29,18 @@ from forerun.train.schedule import Schedule
 from forerun.train.teacher import Teacher
 
 SHOWN_TOP = (1, 2, 3, 4, 5)
+
+
+@dataclass(frozen=True)
+class Said:
+    """What heads and target say of the K tokens behind each place, as logits over the tokens that the heads know, and
+    which of these tokens teach. target_logits_KPV: None where nobody asks for the target's law."""
+
+    lesson: Lesson
+    logits_KPV: Tensor
+    target_logits_KPV: Tensor | None
+    labels_KP: Tensor
+    learn_KP: Tensor
 
 
 @dataclass
@@ -49,10 +63,14 @@ class HeadsObjective(Descent):
 
     def loss(self, number: int) -> Tensor:
         """The weighted sum over heads, in nats: each head's mean over the places that have its token."""
+        return self.loss_on(*self.drawn(number))
+
+    def drawn(self, number: int) -> tuple[Batch, Tensor | None]:
+        """Batch `number` and the places of it that teach, for a module that is in training now."""
         self.module.train()
         torch.manual_seed(self.answers.seed + number)  # the luck of dropout belongs to the batch, for runs that go on
         batch = self.answers.batch(number)
-        return self.loss_on(batch, self._chosen(batch))
+        return batch, self._chosen(batch)
 
     def loss_on(self, batch: Batch, chosen: Tensor | None = None) -> Tensor:
         return self._total(self.losses_on(batch, chosen))
@@ -85,19 +103,30 @@ class HeadsObjective(Descent):
 
     def _sums(self, lesson: Lesson) -> Tensor:
         """Per head, the loss summed over the places of a chunk, and how many they are, [2, K]."""
-        logits = logits_of(self.module, self.teacher, lesson).flatten(0, 1)
-        theirs, labels, learn = self._target_logits(lesson), lesson.labels_KP.flatten(), lesson.valid_KP
-        if (known := self.module.known) is not None:
-            learn = learn & torch.isin(labels if theirs is None else theirs.argmax(-1), known).view(learn.shape)
-            if self.weights.text:
-                learn = learn & torch.isin(labels, known).view(learn.shape)
-            logits, theirs = logits[:, known], None if theirs is None else theirs[:, known]
-            labels = torch.searchsorted(known, labels.contiguous()).clamp(max=len(known) - 1)
-        each, said = (part.view(learn.shape) for part in losses(logits, theirs, labels, self.weights))
-        if self.weights.state:
-            each = each + self.weights.state * self._apart(lesson)
-        counts = paced(said, learn) if self.weights.pace else learn
+        said = self.said(lesson)
+        theirs, learn = said.target_logits_KPV, said.learn_KP
+        flat = said.logits_KPV.flatten(0, 1), None if theirs is None else theirs.flatten(0, 1)
+        each, likely = (part.view(learn.shape) for part in losses(*flat, said.labels_KP.flatten(), self.weights))
+        if (beside := self._beside(said)) is not None:
+            each = each + beside
+        counts = paced(likely, learn) if self.weights.pace else learn
         return torch.stack(((each * counts).sum(1), learn.sum(1)))
+
+    def said(self, lesson: Lesson, law: bool = False) -> Said:
+        """Of a chunk of places. law: the target's is asked for, whether or not the loss does."""
+        logits, labels, learn = logits_of(self.module, self.teacher, lesson), lesson.labels_KP, lesson.valid_KP
+        theirs = self._target_logits(lesson) if law or self.weights.asks_target else None
+        if (known := self.module.known) is not None:
+            learn = learn & torch.isin(labels if theirs is None else theirs.argmax(-1), known)
+            if self.weights.text:
+                learn = learn & torch.isin(labels, known)
+            logits, theirs = logits[..., known], None if theirs is None else theirs[..., known]
+            labels = torch.searchsorted(known, labels.contiguous()).clamp(max=len(known) - 1)
+        return Said(lesson, logits, theirs, labels, learn)
+
+    def _beside(self, said: Said) -> Tensor | None:
+        """What the loss has beside the terms of the laws, [K, P]."""
+        return self.weights.state * self._apart(said.lesson) if self.weights.state else None
 
     def _apart(self, lesson: Lesson) -> Tensor:
         """How far the foreseen states are from the target's, [K, P]."""
@@ -105,17 +134,21 @@ class HeadsObjective(Descent):
         return F.smooth_l1_loss(foreseen.float(), states.float(), reduction="none").mean(-1)
 
     @torch.no_grad()
-    def _target_logits(self, lesson: Lesson) -> Tensor | None:
-        """[K P, V], where a term asks for the target's law."""
-        if not self.weights.asks_target:
-            return None
-        return F.linear(lesson.states_PKD.transpose(0, 1).flatten(0, 1), self.teacher.head_VD)
+    def _target_logits(self, lesson: Lesson) -> Tensor:
+        """[K, P, V]."""
+        logits = F.linear(lesson.states_PKD.transpose(0, 1).flatten(0, 1), self.teacher.head_VD)
+        return logits.view(*lesson.valid_KP.shape, -1)
+
+    @property
+    def validated(self) -> Sequence[Sample]:
+        """The samples that figures are of."""
+        return self.answers.heldout[: self.most_validated] or self.answers.training[: self.most_validated]
 
     def validate(self, watch: Watch = unwatched) -> dict[str, float]:
         """`loss`, `head1_loss` .. `headK_loss` (each alone, in nats), `head1_top1` .. `headK_top5` (shares of answer
         tokens), `head1_given` .. (the share of top 1 where all heads before were right), and `tokens_per_step` as
         projected for the tree."""
-        samples = self.answers.heldout[: self.most_validated] or self.answers.training[: self.most_validated]
+        samples = self.validated
         self.module.eval()
         batches, losses, ranks = list(self.answers.batches_of(samples)), list[Tensor](), list[Ranks]()
         for number, batch in enumerate(batches):
