@@ -134,6 +134,19 @@ def test_parts_of_a_method_are_switched_off_by_options(trained):
     assert [architecture[name] for name in names] == [*switches.values()]
 
 
+def test_a_block_drafter_that_other_engines_read(trained, forerun, family, tmp_path):
+    """Of inner layers and with a mask that is a token; the text stays the target's own on its way there and back."""
+    folder, _, _ = trained("block", "drafter", "--sources", "0,1", "--mask-token", 2)
+    architecture = config_of(folder)["architecture"]
+    assert (architecture["sources"], architecture["mask_token"]) == ([0, 1], 2) and "mask" not in weights_of(folder)
+    code, said, err = forerun(
+        "convert", folder, "--to", "dspark", "--out", tmp_path / "out", "--target", family / "target"
+    )
+    assert code == 0, err
+    before, after = (part.split()[-2] for part in said.rsplit(":", 1)[1].split(","))
+    assert before == after and config_of(tmp_path / "out")["mask_token_id"] == 2
+
+
 def test_the_sample_that_is_shown_is_one_that_is_trained_on(trained, answers, family):
     _, _, err = trained("medusa", "heads")
     samples = read(answers).samples
@@ -358,6 +371,7 @@ def test_targets_that_cannot_be_had(refused_run, family, tmp_path):
         ("medusa", ("--length", 2000), "context of 1024"),
         ("medusa", ("--length", 4), "4 tokens"),
         ("medusa", ("--length", 0), "--length from 8 to 1024"),
+        ("block", ("--sources", "0;1"), "'0;1' is no list of whole numbers"),
         ("medusa", ("--head-decay", "inf"), "inf is not a finite number"),
         ("medusa", ("--head-decay", 0), "--head-decay"),
         ("hydra++", ("--dropout", "nan"), "--dropout"),

@@ -44,7 +44,7 @@ OPTIONS = {
     " --warmup --decay --muon-rate --adam-rate --validate-every --save-every --seed --device --threads --compile",
     "train medusa": f"{HEADS} --heads --tied-layers --vocabulary --markov-rank",
     "train medusa-fused": f"{HEADS} --heads --tied-layers --vocabulary --markov-rank",
-    "train block": f"{HEADS} --block --markov-rank",
+    "train block": f"{HEADS} --block --markov-rank --sources --mask-token --from-anchor",
     "train hydra": f"{HEADS} --heads --tied-layers --vocabulary --dropout",
     "train hydra++": f"{HEADS} --heads --tied-layers --vocabulary --dropout",
     "train eagle": f"{HEADS} --vocabulary --ahead --unrolled --noise --known",

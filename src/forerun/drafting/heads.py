@@ -37,11 +37,12 @@ from forerun.tree import TokenTree
 @dataclass(frozen=True)
 class Places:
     """P places in texts, [P] each: the text's row, and the last token that the target has read. embedded_BND: the
-    embeddings of the texts."""
+    texts by the target's embedding_VD, which few ask for."""
 
     rows_P: Tensor
     places_P: Tensor
     embedded_BND: Tensor
+    embedding_VD: Tensor | None = None
 
     @property
     def roots_PD(self) -> Tensor:

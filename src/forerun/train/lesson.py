@@ -44,7 +44,9 @@ class Lesson:
         if chosen is not None:
             rows, places = rows[chosen], places[chosen]
         embedded = F.embedding(tokens, teacher.embedding_VD)
-        context = module.seen({layer: known[layer] for layer in layers}, Places(rows, places, embedded))
+        context = module.seen(
+            {layer: known[layer] for layer in layers}, Places(rows, places, embedded, teacher.embedding_VD)
+        )
         behind = places[:, None] + torch.arange(1, module.count + 2, device=teacher.device)
         ends = torch.from_numpy(batch.ends).to(teacher.device)[rows, None]
         inside = behind.clamp(max=tokens.shape[1] - 1)

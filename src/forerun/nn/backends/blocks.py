@@ -13,7 +13,7 @@ from forerun.nn.cache import Cache
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """What drafts blocks of `count` rows (`drafters/block/network.py` says how).
+    """What drafts blocks of `count` rows, the anchor's among them (`drafters/block/network.py` says how).
 
     stack: its layers, a `Transformer` without a vocabulary. before, behind: the tables of the term that ties a token to
     the one above it, None without.
