@@ -19,7 +19,7 @@ MACHINE = "--dtype --device --kernels --weights --threads"
 HEADS = (
     "--target --data --out --run --text --text-share --layers --text-weight --teacher-weight --distance-weight --lk"
     " --state-weight --pace --head-decay --steps --rows --batch-size --length --parts --rate --lr --validate-every"
-    " --save-every --seed --init-from --dtype --device --kernels --floor --start-batches --threads"
+    " --save-every --seed --init-from --dtype --device --kernels --floor --start-batches --threads --known"
 )
 OPTIONS = {
     "demo": f"{SAMPLING} {MACHINE} {PROMPTS} --acceptance --drafter --drafters --show --limit --rounds --json --plot"
@@ -47,12 +47,12 @@ OPTIONS = {
     "train block": f"{HEADS} --block --markov-rank --sources --mask-token --from-anchor",
     "train hydra": f"{HEADS} --heads --tied-layers --vocabulary --dropout",
     "train hydra++": f"{HEADS} --heads --tied-layers --vocabulary --dropout",
-    "train eagle": f"{HEADS} --vocabulary --ahead --unrolled --noise --known",
-    "train eagle3": f"{HEADS} --vocabulary --ahead --unrolled --noise --known",
+    "train eagle": f"{HEADS} --vocabulary --ahead --unrolled --noise",
+    "train eagle3": f"{HEADS} --vocabulary --ahead --unrolled --noise",
     "train amphista": f"{HEADS} --heads --vocabulary --stages --sampled-token --auto-embedding",
     "train medusa2": "--target --data --out --run --init-from --heads --layers --tied-layers --vocabulary --keep"
-    " --markov-rank --head-weight --ramp --head-decay --rank --alpha --steps --rows --batch-size --length --parts"
-    " --rate --lr --head-rate --validate-every"
+    " --known --markov-rank --head-weight --ramp --head-decay --rank --alpha --steps --rows --batch-size --length"
+    " --parts --rate --lr --head-rate --validate-every"
     " --save-every --seed --dtype --device --threads",
 }
 

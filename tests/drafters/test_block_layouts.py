@@ -51,6 +51,7 @@ ALL = {
     "dflash": DFLASH,
     "dflash, from the anchor": replace(DFLASH, from_anchor=True, sources=(1,)),
 }
+KEPT = (1, 2, 3, 9, 17, 30)
 CPU = torch.device("cpu")
 
 
@@ -271,6 +272,26 @@ def test_what_is_written_is_read_back(
             assert torch.equal(parameter, heads.tensors[name].float())
 
 
+@pytest.mark.parametrize("config", [replace(DSPARK, kept=KEPT), replace(DFLASH, kept=KEPT)])
+def test_a_part_of_the_vocabulary_goes_there_and_back(config: BlockConfig, base: Base, tmp_path: Path) -> None:
+    """With the rows of the target's projection, which are those of the target when it is read."""
+    heads, layout = heads_of(config, torch.float32), homes(config)[-1]
+    with pytest.raises(DrafterError, match="give --target"):
+        write(heads, layout, tmp_path / "it")
+    write(heads, layout, tmp_path / "it", base)
+    held, again = load_file(tmp_path / "it" / "model.safetensors"), read(tmp_path / "it", base)
+    assert again.config == config and all(
+        torch.equal(again.tensors[name], heads.tensors[name]) for name in again.tensors
+    )
+    assert torch.equal(held["lm_head.weight"], base.head_VD[list(KEPT)])
+    assert torch.equal(held["t2d"].nonzero().flatten(), torch.arange(len(KEPT)) + held["d2t"])
+    about = json.loads((tmp_path / "it" / "config.json").read_text())
+    assert about["draft_vocab_size"] == len(KEPT)
+    put(tmp_path / "it", about | {"draft_vocab_size": 7}, held, "model.safetensors")
+    with pytest.raises(CheckpointError, match="says draft_vocab_size 7"):
+        read(tmp_path / "it", base)
+
+
 def test_names_and_shapes_are_those_of_the_published_format(base: Base, tmp_path: Path) -> None:
     write(heads_of(DSPARK, torch.bfloat16), "dspark", tmp_path / "it", base)
     shapes = {name: tuple(tensor.shape) for name, tensor in load_file(tmp_path / "it" / "model.safetensors").items()}
@@ -298,7 +319,7 @@ def test_names_and_shapes_are_those_of_the_published_format(base: Base, tmp_path
 
 
 @pytest.mark.skipif(importlib.util.find_spec("speculators") is None, reason="speculators is not installed")
-@pytest.mark.parametrize("config", ALL.values(), ids=ALL)
+@pytest.mark.parametrize("config", [*ALL.values(), replace(DSPARK, kept=KEPT)], ids=[*ALL, "dspark, part"])
 def test_speculators_loads_what_is_written_and_writes_what_is_read(
     config: BlockConfig, base: Base, tmp_path: Path
 ) -> None:

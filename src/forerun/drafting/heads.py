@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from forerun.accept.exact import Verdict
 from forerun.drafting.drafter import Context, Drafter
-from forerun.drafting.growth import Expander, Frontier, cut, parts_of, tokens_of
+from forerun.drafting.growth import Expander, Frontier, Known, cut, parts_of, tokens_of
 from forerun.drafting.markov import MarkovExpander, MarkovTerm
 from forerun.drafting.trained import LayerConfig
 from forerun.errors import DrafterError
@@ -67,15 +67,25 @@ class HeadsModule(nn.Module):
     foresees = False
     count: int
 
-    def __init__(self) -> None:
+    def __init__(self, kept: Sequence[int] = ()) -> None:
+        """kept: see `known`."""
         super().__init__()
         self.markov: MarkovTerm | None = None
+        self._known = torch.tensor(kept, device="cpu") if kept else None
 
     @property
     def known(self) -> Tensor | None:
-        """The tokens that they can propose, ascending, where they are not all: the logits of others are
-        -inf. They learn the target's law among these, where the target's best token is one of them."""
-        return None
+        """The tokens that they can propose, ascending, where they are not all: logits are of these alone. They learn
+        the target's law among these, where the target's best token is one of them."""
+        if self._known is not None:
+            device = next(self.parameters()).device
+            if device.type not in ("meta", self._known.device.type):
+                self._known = self._known.to(device)
+        return self._known
+
+    def of_known(self, matrix_VD: Tensor) -> Tensor:
+        """Of a matrix with a row for every token, the rows of those that can be proposed."""
+        return matrix_VD if self.known is None else matrix_VD[self.known]
 
     @property
     def taught(self) -> int:
@@ -101,7 +111,8 @@ class HeadsModule(nn.Module):
 
     def logits(self, context_PD: Tensor, embedded_PKD: Tensor, head_VD: Tensor) -> Tensor:
         """Of all heads at P places, [K, P, V]. context: as `seen`; embedded: of the K tokens that follow each place,
-        the root first, their rows of `table`; head: the target's output projection, for heads that share it."""
+        the root first, their rows of `table`; head: the target's output projection, for heads that share it. Where only
+        some tokens are known, V is of these (`of_known`)."""
         raise NotImplementedError
 
     def unconditional(self, context_PD: Tensor, head_VD: Tensor) -> Tensor:
@@ -136,7 +147,8 @@ class TorchHeads:
     """Drafting in plain torch: the readable version, and the one for CUDA."""
 
     def __init__(self, module: HeadsModule, embedding_VD: Tensor, head_VD: Tensor):
-        self.module, self.embedding, self.head = module, embedding_VD, head_VD
+        self.module, self.embedding, self.head = module, embedding_VD, module.of_known(head_VD)
+        self._known = None if module.known is None else Known(module.known, len(embedding_VD))
 
     @torch.inference_mode()
     def draft(self, context_BD: Tensor, roots: Sequence[int], tree: RankTree) -> list[list[int]]:
@@ -146,17 +158,18 @@ class TorchHeads:
         """For trees of any form."""
         if self.module.markov is not None:
             logits = self.module.unconditional(context_BD, self.head).transpose(0, 1)
-            return MarkovExpander(logits, torch.tensor(roots, device=context_BD.device), self.module.markov)
+            root_B = torch.tensor(roots, device=context_BD.device)
+            return MarkovExpander(logits, root_B, self.module.markov, self._known)
         if not self.module.sees_tokens:
-            return _Independent(self.module.unconditional(context_BD, self.head))
-        return _Chained(self, context_BD, torch.tensor(roots, device=context_BD.device))
+            return _Independent(self.module.unconditional(context_BD, self.head), self._known)
+        return _Chained(self, context_BD, torch.tensor(roots, device=context_BD.device), self._known)
 
 
 class _Independent(Expander):
     """Heads that see the context alone know all depths at once: the same may follow every node of a level."""
 
-    def __init__(self, logits_KBV: Tensor):
-        self._logits = logits_KBV
+    def __init__(self, logits_KBV: Tensor, known: Known | None):
+        self._logits, self.known = logits_KBV, known
 
     def begin(self) -> Scores:
         return Scores(self._logits[0][:, None])
@@ -168,8 +181,8 @@ class _Independent(Expander):
 class _Chained(Expander):
     """Heads that see the tokens drafted before theirs, each node its own branch."""
 
-    def __init__(self, heads: TorchHeads, context_BD: Tensor, root_B: Tensor):
-        self._heads = heads
+    def __init__(self, heads: TorchHeads, context_BD: Tensor, root_B: Tensor, known: Known | None):
+        self._heads, self.known = heads, known
         self._z_BWM = torch.cat((context_BD, heads.embedding[root_B]), -1)[:, None]
 
     def begin(self) -> Scores:

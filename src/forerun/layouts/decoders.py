@@ -132,6 +132,15 @@ def maps(kept: Sequence[int], vocab_size: int) -> dict[str, Tensor]:
     }
 
 
+def demand_all_tokens(heads: Heads, where: str) -> None:
+    """Refuse heads that know a part of the vocabulary, for layouts that have no place for maps of it."""
+    if heads.config.kept:
+        raise DrafterError(
+            f"this drafter knows {len(heads.config.kept)} of {heads.config.vocab_size} tokens, and {where} wants them"
+            " all: keep it as it is"
+        )
+
+
 def published(config: HeadsConfig, layer: LayerConfig, qk_norm: bool) -> dict[str, Any]:
     """Layers in the words of Llama's config, or of Qwen3's where their queries are normed."""
     return {

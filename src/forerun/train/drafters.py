@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from forerun.drafting import checkpoint as checkpoints
 from forerun.drafting import registry
 from forerun.drafting.checkpoint import DEFAULT_TREE, Checkpoint
 from forerun.drafting.heads import HeadsModule
-from forerun.drafting.trained import HeadsConfig, Preset, Weights
+from forerun.drafting.trained import HeadsConfig, Preset, Weights, narrowed
 from forerun.errors import TrainingError
 from forerun.nn.dtype import dtype_of
 from forerun.nn.foreign.network import Foreign
@@ -103,7 +103,7 @@ class HeadsTraining:
 
     def fit(self, run: Path, out: Path) -> dict[str, float]:
         """Train to the schedule's end, resuming what was interrupted in `run`, and write the heads to `out`."""
-        record = Record(self.record(), older=NO_TEXT)
+        record = Record(self.record(), older=self.older())
         figures = Run(self.objective, self.recipe.schedule, run, record).finish(out.name, self._start())
         checkpoints.write(self.objective.module, self.config, self._about(out, figures))
         return figures
@@ -137,6 +137,11 @@ class HeadsTraining:
             "start_batches": recipe.start_batches,
             **self._text(),
         }
+
+    def older(self) -> dict[str, Any]:
+        """What fields had that are younger than some records."""
+        defaults = {one.name: one.default for one in fields(self.config) if one.default is not MISSING}
+        return NO_TEXT | {"architecture": defaults}
 
     def _text(self) -> dict[str, Any]:
         """What is read beside the answers, if anything is."""
@@ -201,10 +206,10 @@ def _heads(recipe: HeadsRecipe, network: Network, answers: Answers) -> tuple[Any
     vocab_size, width = network.input_embedding.shape
     drafter, method, preset = registry.preset(recipe.preset)
     start = checkpoints.load(recipe.init_from, drafter).architecture if recipe.init_from else {}
-    fields: dict[str, Any] = {**preset.architecture, **start, **recipe.architecture}
-    config = method.config(**method.fitted(fields | {"width": width, "vocab_size": vocab_size}, network))
+    shape: dict[str, Any] = {**preset.architecture, **start, **recipe.architecture}
+    config = method.config(**method.fitted(shape | {"width": width, "vocab_size": vocab_size}, network))
     said = np.concatenate([np.asarray(sample.answer, np.int64) for sample in answers.training])
-    config = method.narrowed(config, np.bincount(said, minlength=vocab_size))
+    config = narrowed(config, np.bincount(said, minlength=vocab_size))
     torch.manual_seed(recipe.seed)
     return method.network(config), config
 

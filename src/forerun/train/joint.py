@@ -88,7 +88,7 @@ class JointTraining:
         Can be called once: the adapters are gone afterwards.
         """
         own = {name: getattr(self.recipe, name) for name in ("keep", "head_weight", "ramp", "rank", "alpha")}
-        record = Record(self.heads.record() | own)
+        record = Record(self.heads.record() | own, older=self.heads.older())
         figures = Run(self.objective, self.objective.schedule, run, record).finish(out.name)
         self.objective.module.backbone.merge()
         self._write(out, figures)

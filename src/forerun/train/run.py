@@ -100,7 +100,7 @@ class Record:
                 raise TrainingError(_no_place(run, error)) from None
             return
         try:
-            theirs = _as_json(self.older) | dict(json.loads(path.read_text()))
+            theirs = _with_older(dict(json.loads(path.read_text())), _as_json(self.older))
         except (OSError, ValueError, TypeError) as error:
             raise TrainingError(f"{path} cannot be read ({error}): remove the run, or repair the file") from None
         other = next((name for name in ours if theirs.get(name) != ours[name]), None)
@@ -108,6 +108,16 @@ class Record:
             raise TrainingError(
                 f"{run} belongs to a run with another {self.name or other}: remove it, or name another --run"
             )
+
+
+def _with_older(theirs: dict[str, Any], older: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of fields, too, may be younger than a record."""
+    inner = {
+        name: value | theirs[name]
+        for name, value in older.items()
+        if isinstance(value, dict) and isinstance(theirs.get(name), dict)
+    }
+    return {**older, **theirs, **inner}
 
 
 def _as_json(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from forerun.drafters.block import BlockConfig, BlockSettings
 from forerun.drafters.block.network import BlockModule
 from forerun.drafting.checkpoint import demand_fit, demand_layers, load, tree_for
 from forerun.drafting.drafter import Context, Drafter
-from forerun.drafting.growth import Expander, Form, StaticTree, TopTree, least_of
+from forerun.drafting.growth import Expander, Form, Known, StaticTree, TopTree, least_of
 from forerun.drafting.heads import StatesDrafter, format_of
 from forerun.drafting.markov import MarkovExpander
 from forerun.drafting.workshop import Workshop
@@ -74,10 +74,11 @@ class PackedBlocks(Blocks):
     def __init__(self, network: BlockNetwork, module: BlockModule, cache: Cache):
         super().__init__(cache, network.count)
         self.network, self._module = network, module
+        self._known = Known.of(module.config.kept, module.config.vocab_size, module.fuse.device)
 
     def expander(self, roots: Sequence[int]) -> Expander:
         logits = self._module.proposing(self.network.logits(self.cache, roots))
-        return MarkovExpander(logits, torch.tensor(roots), self._module.markov)
+        return MarkovExpander(logits, torch.tensor(roots), self._module.markov, self._known)
 
     def best_first(self, roots: Sequence[int], limits: Sequence[TreeLimits]) -> list[BestTree] | None:
         if not self._module.config.from_anchor:  # the kernels take the first row for the first depth
@@ -93,7 +94,8 @@ class TorchBlocks(Blocks):
 
     def __init__(self, module: BlockModule, embedding_VD: Tensor, head_VD: Tensor):
         super().__init__(Cache(module.stack.config.cache_shape, embedding_VD.dtype, embedding_VD.device))
-        self.module, self.embedding, self.head = module, embedding_VD, head_VD
+        self.module, self.embedding, self.head = module, embedding_VD, module.of_known(head_VD)
+        self._known = Known.of(module.config.kept, module.config.vocab_size, module.fuse.device)
 
     @torch.inference_mode()
     def _read(self, start: int, states: Sequence[Tensor]) -> None:
@@ -114,7 +116,7 @@ class TorchBlocks(Blocks):
     @torch.inference_mode()
     def expander(self, roots: Sequence[int]) -> Expander:
         root_B = torch.tensor(roots, device=self.embedding.device)
-        return MarkovExpander(self.states(root_B) @ self.head.T, root_B, self.module.markov)
+        return MarkovExpander(self.states(root_B) @ self.head.T, root_B, self.module.markov, self._known)
 
     def states(self, root_B: Tensor) -> Tensor:
         """The last states of the rows of every block that propose, [B, K, D]."""
@@ -179,7 +181,7 @@ def build(workshop: Workshop, settings: BlockSettings) -> Drafter:
     blocks = blocks_on(module, network, kind)
     form: Form = TopTree(settings.nodes, module.count, settings.nodes)
     if settings.tree is not None:
-        form = StaticTree(tree_for(stored, settings.tree, module.count, config.vocab_size))
+        form = StaticTree(tree_for(stored, settings.tree, module.count, config.candidates))
     return BlockDrafter(blocks, form, layers)
 
 

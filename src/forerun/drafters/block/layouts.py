@@ -8,24 +8,27 @@ ours have. The matrices of the target are not stored, and where a file has them 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+
+from torch import Tensor
 
 from forerun.drafters.block import LAST, BlockConfig
 from forerun.errors import CheckpointError, DrafterError
 from forerun.layouts.decoders import (
-    TO_TARGET,
     count,
     demand_as_wide,
     dtype_of,
     frame,
     layer_of,
+    maps,
     published,
     sizes,
     verifier,
     without_copy,
     without_embedding,
+    without_maps,
 )
 from forerun.layouts.table import Heads, Parcel, Place, Published, Table, origin, packed, target_of
 from forerun.layouts.target import Base
@@ -33,7 +36,7 @@ from forerun.nn.translate import places
 from forerun.sources.folder import CONFIG, WEIGHTS
 
 BEFORE, BEHIND = "markov_head.markov_w1.weight", "markov_head.markov_w2.weight"
-CONFIDENCE = "confidence_head."
+PROJECTION, CONFIDENCE = "lm_head.weight", "confidence_head."
 OF_TARGET = ("verifier_lm_head.weight", "verifier_norm.weight")
 """What speculators makes of the target when it loads a drafter."""
 
@@ -50,8 +53,8 @@ def table_of(config: BlockConfig) -> Table:
         if name.startswith("model.layers."):
             table[name.removeprefix("model.")] = Place(f"stack.{place.parameter}", place.shape, (), place.begin)
     if config.rank:
-        shape = (config.vocab_size, config.rank)
-        table |= {BEFORE: Place("markov.before", shape), BEHIND: Place("markov.behind", shape)}
+        table[BEFORE] = Place("markov.before", (config.vocab_size, config.rank))
+        table[BEHIND] = Place("markov.behind", (config.candidates, config.rank))
     return table
 
 
@@ -63,12 +66,14 @@ def read(stored: Published, base: Base | None) -> Heads:
     layout, said = stored.config["speculators_model_type"], stored.config.get("transformer_layer_config") or {}
     shape, layer = sizes(stored, said), layer_of(stored, said)
     demand_as_wide(stored, shape["width"])
-    _demand_whole_vocabulary(stored, shape["vocab_size"])
-    stored, notes = _without_the_rest(stored, base)
+    stored, kept = without_maps(stored, shape["vocab_size"])
+    _demand_maps(stored, len(kept) or shape["vocab_size"])
+    stored, notes = _without_the_rest(stored, base, kept)
     from_anchor = bool(stored.config.get("sample_from_anchor", layout == "dspark"))
     rows = count(stored, stored.config, "block_size", 8)
     config = BlockConfig(
         **shape,
+        kept=kept,
         heads=rows if from_anchor else rows - 1,
         layers=count(stored, said, "num_hidden_layers"),
         layer=layer,
@@ -82,21 +87,28 @@ def read(stored: Published, base: Base | None) -> Heads:
     return Heads(layout, config, tensors, target, origin(stored, layout), notes)
 
 
-def _demand_whole_vocabulary(stored: Published, vocab_size: int) -> None:
-    if TO_TARGET in stored.tensors or stored.config.get("draft_vocab_size", vocab_size) != vocab_size:
-        raise DrafterError(
-            f"the drafter in {stored.folder} knows a part of its target's tokens: get one that knows all"
+def _demand_maps(stored: Published, mapped: int) -> None:
+    said = stored.config.get("draft_vocab_size", mapped)
+    if said != mapped:
+        raise CheckpointError(
+            f"{stored.folder / CONFIG} says draft_vocab_size {said}, and the tensors map {mapped} tokens: fetch them"
+            " again"
         )
 
 
-def _without_the_rest(stored: Published, base: Base | None) -> tuple[Published, tuple[str, ...]]:
+def _without_the_rest(stored: Published, base: Base | None, kept: Sequence[int]) -> tuple[Published, tuple[str, ...]]:
     """Copies of the target's matrices, and what is not needed here."""
     stored, notes = without_embedding(stored, base)
-    stored, more = without_copy(stored, "lm_head.weight", "projection", base, lambda base: base.head_VD)
+    stored, more = without_copy(stored, PROJECTION, "projection", base, lambda base: _rows(base, kept))
     left = {name: tensor for name, tensor in stored.tensors.items() if name not in OF_TARGET}
     own = {name: tensor for name, tensor in left.items() if not name.startswith(CONFIDENCE)}
     unheard = ("its confidence head is left out: here the probabilities of the tree tell",) if own != left else ()
     return replace(stored, tensors=own), (*notes, *more, *unheard)
+
+
+def _rows(base: Base, kept: Sequence[int]) -> Tensor:
+    """Of the target's projection those of the tokens that are known."""
+    return base.head_VD[list(kept)] if kept else base.head_VD
 
 
 def _rank(stored: Published, layout: str) -> int:
@@ -151,7 +163,7 @@ def _parcel(
         "architectures": [architecture],
         **frame(heads, base, layout, config.heads),
         "transformer_layer_config": published(config, config.layer, qk_norm=True),
-        "draft_vocab_size": config.vocab_size,
+        "draft_vocab_size": config.candidates,
         "block_size": config.rows,
         "target_hidden_size": None,
         "aux_hidden_state_layer_ids": list(config.sources),
@@ -162,7 +174,20 @@ def _parcel(
         "tie_word_embeddings": False,
         "dtype": dtype_of(heads),
     }
-    return Parcel(about, packed(heads, table_of(config)), (WEIGHTS,))
+    return Parcel(about, packed(heads, table_of(config)) | _part(heads, config, base), (WEIGHTS,))
+
+
+def _part(heads: Heads, config: BlockConfig, base: Base | None) -> dict[str, Tensor]:
+    """What a file holds beside the drafter's own where it knows some tokens alone."""
+    if not config.kept:
+        return {}
+    if base is None:
+        raise DrafterError(
+            "this drafter knows a part of its target's tokens, and these layouts hold the rows of the target's"
+            " projection for them: give --target MODEL"
+        )
+    rows = _rows(base, config.kept).to(heads.dtype).clone()
+    return maps(config.kept, config.vocab_size) | {PROJECTION: rows}
 
 
 def _inner_only(heads: Heads) -> BlockConfig:

@@ -40,7 +40,7 @@ class BlockModule(HeadsModule):
     tables = ("markov.",)
 
     def __init__(self, config: BlockConfig):
-        super().__init__()
+        super().__init__(config.kept)
         assert config.layer is not None
         self.config, self.count, self.borrows = config, config.heads, config.layers
         width = config.width
@@ -49,7 +49,7 @@ class BlockModule(HeadsModule):
         self.fuse_norm = nn.Parameter(torch.ones(width))
         longest = config.layer.max_length + config.rows
         self.stack = Transformer(config.layer.transformer(width, config.layers, qk_norm=True, max_length=longest))
-        self.markov = MarkovTerm(config.vocab_size, config.rank) if config.rank else None
+        self.markov = MarkovTerm(config.vocab_size, config.candidates, config.rank) if config.rank else None
 
     def initialise(self, head_VD: Tensor, seed: int = 0) -> BlockModule:
         """The newest source's state passes the fusion; everything else begins at random."""
@@ -89,7 +89,7 @@ class BlockModule(HeadsModule):
         """Everything as plain matrices, for the kernels. embedding: the target's."""
         before, behind = (None, None) if self.markov is None else (self.markov.before, self.markov.behind)
         mask = self.filler(embedding_VD)
-        return BlockWeights(self.config.rows, self.stack, mask, self.fuse, self.fuse_norm, before, behind)
+        return BlockWeights(self.config.rows, self.stack, mask, self.fuse, self.fuse_norm, before, behind, self.known)
 
     def filler(self, embedding_VD: Tensor | None) -> Tensor:
         """What stands in the rows behind the anchor, [D]. embedding: the target's."""

@@ -18,6 +18,7 @@ from forerun.errors import DrafterError
 from forerun.layouts.decoders import (
     EMBEDDING,
     count,
+    demand_all_tokens,
     demand_as_wide,
     dtype_of,
     frame,
@@ -70,7 +71,7 @@ def _table_of_three(config: EagleConfig, first: str) -> Table:
     table = {
         f"{first}.hidden_norm.weight": Place("stack.state_norm", (width,)),
         "norm.weight": Place("stack.final_norm", (width,)),
-        "lm_head.weight": Place("stack.vocabulary", (len(config.kept) or config.vocab_size, width)),
+        "lm_head.weight": Place("stack.vocabulary", (config.candidates, width)),
     }
     if config.joined_normed:
         table["input_norm.weight"] = Place("stack.fuse_norm", (sources * width,), (0,))
@@ -157,6 +158,7 @@ def as_one(heads: Heads, base: Base | None) -> Parcel:
     config = _eagle_only(heads, "EAGLE's own code")
     if config.fused or config.qk_norm:
         raise DrafterError("EAGLE-1's code has no place for EAGLE-3: convert to eagle3 or specforge")
+    demand_all_tokens(heads, "EAGLE-1's code")
     about = {
         "architectures": ["LlamaForCausalLM"],
         **_published(config),
@@ -173,7 +175,7 @@ def as_speculators(heads: Heads, base: Base | None) -> Parcel:
         "architectures": ["Eagle3Speculator"],
         **frame(heads, base, "eagle3", 5),
         "transformer_layer_config": _published(config),
-        "draft_vocab_size": len(config.kept) or config.vocab_size,
+        "draft_vocab_size": config.candidates,
         "target_hidden_size": None,
         LAYERS: list(config.sources),
         **{flag: getattr(config, ours) for flag, ours in NORMS.items()},
@@ -193,7 +195,7 @@ def as_specforge(heads: Heads, base: Base | None) -> Parcel:
     about = {
         "architectures": ["LlamaForCausalLMEagle3"],
         **_published(config),
-        "draft_vocab_size": len(config.kept) or config.vocab_size,
+        "draft_vocab_size": config.candidates,
         "eagle_config": {LAYERS: [layer - 1 for layer in config.sources], "use_aux_hidden_state": True},
         **{flag: True for flag, ours in NORMS.items() if getattr(config, ours)},
         **_ends(heads, base),

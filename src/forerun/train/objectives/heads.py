@@ -18,7 +18,7 @@ from forerun.drafting.heads import HeadsModule
 from forerun.drafting.trained import Weights
 from forerun.ranktree import RankTree
 from forerun.train.answers import Answers, Batch
-from forerun.train.lesson import Lesson, chunk, logits_of
+from forerun.train.lesson import Lesson, among, chunk, logits_of
 from forerun.train.objectives.descent import Descent, Group, by_kind
 from forerun.train.objectives.losses import losses, paced
 from forerun.train.ranks import Ranks, conditional, projected, ranks_of
@@ -88,11 +88,12 @@ class HeadsObjective(Descent):
         logits = logits_of(self.module, self.teacher, lesson).flatten(0, 1)
         theirs, labels, learn = self._target_logits(lesson), lesson.labels_KP.flatten(), lesson.valid_KP
         if (known := self.module.known) is not None:
-            learn = learn & torch.isin(labels if theirs is None else theirs.argmax(-1), known).view(learn.shape)
-            if self.weights.text:
-                learn = learn & torch.isin(labels, known).view(learn.shape)
-            logits, theirs = logits[:, known], None if theirs is None else theirs[:, known]
-            labels = torch.searchsorted(known, labels.contiguous()).clamp(max=len(known) - 1)
+            labels, is_known = among(known, labels)
+            if theirs is not None:
+                learn = learn & among(known, theirs.argmax(-1))[1].view(learn.shape)
+                theirs = theirs[:, known]
+            if theirs is None or self.weights.text:
+                learn = learn & is_known.view(learn.shape)
         each, said = (part.view(learn.shape) for part in losses(logits, theirs, labels, self.weights))
         if self.weights.state:
             each = each + self.weights.state * self._apart(lesson)

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from forerun.errors import TrainingError
 from forerun.nn.transformer import Transformer
 from forerun.train.answers import Batch
-from forerun.train.lesson import CHUNK_NUMBERS, Lesson, logits_of
+from forerun.train.lesson import CHUNK_NUMBERS, Lesson, among, logits_of
 from forerun.train.lora import Adapters
 from forerun.train.objectives.descent import Descent
 from forerun.train.objectives.heads import HeadsObjective
@@ -152,8 +152,9 @@ class JointObjective(Descent):
                 original = F.linear(original_PD, original_head_VD).float().log_softmax(-1)
             divergence = (original.exp() * (original - log_probs)).sum()
         logits = logits_of(self.heads.module, pupil, lesson).float()
-        each = F.cross_entropy(logits.flatten(0, 1), lesson.labels_KP.flatten(), reduction="none")
-        heads_K = (each.view(lesson.valid_KP.shape) * lesson.valid_KP).sum(1)
+        labels_KP, is_known = among(self.heads.module.known, lesson.labels_KP)
+        each = F.cross_entropy(logits.flatten(0, 1), labels_KP.flatten(), reduction="none")
+        heads_K = (each.view(lesson.valid_KP.shape) * (lesson.valid_KP & is_known)).sum(1)
         return torch.cat((torch.stack((text, divergence)), heads_K))
 
     def validate(self, watch: Watch = unwatched) -> dict[str, float]:
