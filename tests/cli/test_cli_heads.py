@@ -96,9 +96,15 @@ def test_the_figures_on_the_way(preset, trained):
         assert (
             f"{head}  {last[f'head{head}_loss']:.2f}  " + "  ".join(f"{share:.1%}".rjust(5) for share in shares) in out
         )
+    temperatures = config_of(folder)["architecture"]["temperatures"]
+    assert [line.split()[-1] for line in out.splitlines() if line.strip()[:1].isdigit()] == [
+        f"{one:.2f}" for one in temperatures
+    ]
     assert 1 <= last["tokens_per_step"] <= 1 + heads
     recorded = config_of(folder)["training"]["figures"]
-    assert recorded == pytest.approx({name: last[name] for name in recorded}, abs=1e-4)
+    fitted = {f"head{head}_temperature": one for head, one in enumerate(temperatures, 1)}
+    assert recorded == pytest.approx({name: (last | fitted)[name] for name in recorded}, abs=1e-4)
+    assert recorded.keys() >= fitted.keys() and len(fitted) == heads
 
 
 def test_the_presets_are_the_papers(trained):

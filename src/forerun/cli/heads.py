@@ -230,13 +230,15 @@ def report(training: HeadsTraining, figures: dict[str, float], out: Path) -> Non
     from forerun.cli.narration import on_stdout
 
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("head", "loss", "top 1", "top 2", "top 3", "top 4", "top 5", "given"):
+    for heading in ("head", "loss", "top 1", "top 2", "top 3", "top 4", "top 5", "given", "temperature"):
         table.add_column(heading, justify="right")
     head = 1
     while f"head{head}_top1" in figures:
         loss = f"{figures[f'head{head}_loss']:.2f}"
         shares = [figures[f"head{head}_{name}"] for name in (*(f"top{k}" for k in range(1, 6)), "given")]
-        table.add_row(str(head), loss, *(f"{share:.1%}" for share in shares))
+        temperature = figures.get(f"head{head}_temperature")  # heads that are trained with their target have none
+        fitted = "" if temperature is None else f"{temperature:.2f}"
+        table.add_row(str(head), loss, *(f"{share:.1%}" for share in shares), fitted)
         head += 1
     console = on_stdout()
     console.print(table)

@@ -20,7 +20,7 @@ temperature 0 take the best.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from math import inf, log
 from operator import mul
@@ -126,6 +126,33 @@ class _Whole(Expander):
 
     def _spread(self, scores: Scores) -> Scores:
         return Scores(self._part.whole(scores.logits_BNV), scores.hidden)
+
+
+class Tempered(Expander):
+    """The same with a temperature for every depth, beyond which the last holds."""
+
+    def __init__(self, inner: Expander, temperatures: Sequence[float]):
+        self._inner, self._temperatures, self.known = inner, temperatures, inner.known
+
+    def begin(self) -> Scores:
+        return self._at(0, self._inner.begin())
+
+    def expand(self, frontier: Frontier) -> Scores:
+        return self._at(frontier.depth, self._inner.expand(frontier))
+
+    def _at(self, depth: int, scores: Scores) -> Scores:
+        temperature = self._temperatures[min(depth, len(self._temperatures) - 1)]
+        return replace(scores, logits_BNV=scores.logits_BNV / temperature)
+
+    def best(self, logits_BWV: Tensor, count: int) -> Tensor:
+        return self._inner.best(logits_BWV, count)
+
+    def top(self, logits_BWV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        return self._inner.top(logits_BWV, count)
+
+
+def tempered(expander: Expander, temperatures: Sequence[float]) -> Expander:
+    return Tempered(expander, temperatures) if temperatures else expander
 
 
 class ModelExpander(Expander):

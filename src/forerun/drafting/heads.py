@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from forerun.accept.exact import Verdict
 from forerun.drafting.drafter import Context, Drafter
-from forerun.drafting.growth import Expander, Frontier, Known, cut, parts_of, tokens_of
+from forerun.drafting.growth import Expander, Frontier, Known, cut, parts_of, tempered, tokens_of
 from forerun.drafting.markov import MarkovExpander, MarkovTerm
-from forerun.drafting.trained import LayerConfig
+from forerun.drafting.trained import HeadsConfig, LayerConfig
 from forerun.errors import DrafterError
 from forerun.model import CHUNK, Inputs, Model, Scores
 from forerun.native.matrix import Packed
@@ -57,7 +57,8 @@ class HeadsModule(nn.Module):
     that see of these the one before theirs alone, through this term. solvable: a linear map may be
     their start (`start_from`). tables: how the names of parameters begin that are looked up like
     embeddings. borrows: how many of the target's last layers their own begin as (`borrow`).
-    foresees: they guess the target's states, which may be taught (`foreseen`).
+    foresees: they guess the target's states, which may be taught (`foreseen`). temperatures: as in
+    their config; training knows nothing of them.
     """
 
     sees_tokens = False
@@ -67,11 +68,11 @@ class HeadsModule(nn.Module):
     foresees = False
     count: int
 
-    def __init__(self, kept: Sequence[int] = ()) -> None:
-        """kept: see `known`."""
+    def __init__(self, config: HeadsConfig | None = None) -> None:
         super().__init__()
         self.markov: MarkovTerm | None = None
-        self._known = torch.tensor(kept, device="cpu") if kept else None
+        self.temperatures = config.temperatures if config else ()
+        self._known = torch.tensor(config.kept, device="cpu") if config and config.kept else None
 
     @property
     def known(self) -> Tensor | None:
@@ -156,6 +157,9 @@ class TorchHeads:
 
     def expander(self, context_BD: Tensor, roots: Sequence[int]) -> Expander:
         """For trees of any form."""
+        return tempered(self._expander(context_BD, roots), self.module.temperatures)
+
+    def _expander(self, context_BD: Tensor, roots: Sequence[int]) -> Expander:
         if self.module.markov is not None:
             logits = self.module.unconditional(context_BD, self.head).transpose(0, 1)
             root_B = torch.tensor(roots, device=context_BD.device)

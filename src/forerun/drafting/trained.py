@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
+from math import inf
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from forerun.drafting.settings import option, setting
@@ -39,7 +40,8 @@ class HeadsConfig:
     """An architecture, as a checkpoint holds it. width, vocab_size: the target's. heads: K. layers:
     blocks per head, one set of weights for all if tied_layers. vocabulary: "own" (a projection per
     head) or "shared" (the target's). kept: the tokens that can be proposed, ascending, where they are not
-    all; known: how many of them training is to choose, 0 for all."""
+    all; known: how many of them training is to choose, 0 for all. temperatures: by depth, what logits are
+    divided by before they are probabilities (deeper: the last); none: nothing."""
 
     width: int
     vocab_size: int
@@ -53,6 +55,7 @@ class HeadsConfig:
     )
     known: int = option(0, "Propose the most frequent tokens alone.", least=0, shown="all", identifies=False, rare=True)
     kept: tuple[int, ...] = ()
+    temperatures: tuple[float, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         """DrafterError for an architecture that no heads can have: made by training or from a file."""
@@ -61,7 +64,8 @@ class HeadsConfig:
             raise DrafterError(f"heads with tied_layers {self.tied_layers!r} make no sense: give true or false")
         if self.vocabulary not in ("own", "shared"):
             raise DrafterError(f"heads with the vocabulary {self.vocabulary!r} make no sense: give own or shared")
-        object.__setattr__(self, "kept", tuple(self.kept))
+        for name in ("kept", "temperatures"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         self._demand_tokens()
 
     def _demand_tokens(self) -> None:
@@ -71,6 +75,8 @@ class HeadsConfig:
         ascending = all(type(one) is int for one in kept) and all(a < b for a, b in pairwise(kept))
         if kept and not (ascending and kept[0] >= 0 and kept[-1] < self.vocab_size):
             raise DrafterError(f"a part of the vocabulary is ascending token ids below {self.vocab_size}")
+        if not all(isinstance(one, int | float) and 0 < one < inf for one in self.temperatures):
+            raise DrafterError(f"the temperatures {list(self.temperatures)} make no sense: give numbers above 0")
 
     @property
     def candidates(self) -> int:

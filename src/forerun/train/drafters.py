@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from forerun.train.objectives.heads import HeadsObjective
 from forerun.train.run import Record, Run
 from forerun.train.schedule import Schedule
 from forerun.train.teacher import Teacher
+from forerun.train.temperatures import temperatures_of
 
 WIDEST_START = 12288
 """Inputs of a head above which no least squares are solved: their matrix takes 4 bytes times the square of that."""
@@ -105,8 +106,15 @@ class HeadsTraining:
         """Train to the schedule's end, resuming what was interrupted in `run`, and write the heads to `out`."""
         record = Record(self.record(), older=self.older())
         figures = Run(self.objective, self.recipe.schedule, run, record).finish(out.name, self._start())
-        checkpoints.write(self.objective.module, self.config, self._about(out, figures))
+        config = replace(self.config, temperatures=self._temperatures())
+        figures |= {f"head{k}_temperature": one for k, one in enumerate(config.temperatures, 1)}
+        checkpoints.write(self.objective.module, config, self._about(out, figures))
         return figures
+
+    def _temperatures(self) -> tuple[float, ...]:
+        """Fitted on the answers that figures are of."""
+        one = self.objective
+        return temperatures_of(one.module, one.teacher, one.judged, self.answers)
 
     def _start(self) -> LeastSquares | None:
         """A fit of untrained heads by least squares, if that is wanted and not too large."""
@@ -205,7 +213,8 @@ def _answers(samples: Sequence[Sample], recipe: HeadsRecipe) -> Answers:
 def _heads(recipe: HeadsRecipe, network: Network, answers: Answers) -> tuple[Any, HeadsConfig]:
     vocab_size, width = network.input_embedding.shape
     drafter, method, preset = registry.preset(recipe.preset)
-    start = checkpoints.load(recipe.init_from, drafter).architecture if recipe.init_from else {}
+    start = dict(checkpoints.load(recipe.init_from, drafter).architecture) if recipe.init_from else {}
+    start.pop("temperatures", None)  # they are fitted anew
     shape: dict[str, Any] = {**preset.architecture, **start, **recipe.architecture}
     config = method.config(**method.fitted(shape | {"width": width, "vocab_size": vocab_size}, network))
     said = np.concatenate([np.asarray(sample.answer, np.int64) for sample in answers.training])

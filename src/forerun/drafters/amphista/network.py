@@ -160,7 +160,7 @@ class AmphistaHeads(HeadsModule):
     between them, or None; vocabulary [K, V, D], or None for the target's own."""
 
     def __init__(self, config: AmphistaConfig):
-        super().__init__(config.kept)
+        super().__init__(config)
         self.config, self.count = config, config.heads
         self.adaptation = Adaptation(config) if config.stages else None
         self.mlps = nn.Parameter(torch.zeros(config.heads, config.width, config.width))

@@ -11,7 +11,7 @@ from forerun.drafters.block import BlockConfig, BlockSettings
 from forerun.drafters.block.network import BlockModule
 from forerun.drafting.checkpoint import demand_fit, demand_layers, load, tree_for
 from forerun.drafting.drafter import Context, Drafter
-from forerun.drafting.growth import Expander, Form, Known, StaticTree, TopTree, least_of
+from forerun.drafting.growth import Expander, Form, Known, StaticTree, TopTree, least_of, tempered
 from forerun.drafting.heads import StatesDrafter, format_of
 from forerun.drafting.markov import MarkovExpander
 from forerun.drafting.workshop import Workshop
@@ -78,7 +78,8 @@ class PackedBlocks(Blocks):
 
     def expander(self, roots: Sequence[int]) -> Expander:
         logits = self._module.proposing(self.network.logits(self.cache, roots))
-        return MarkovExpander(logits, torch.tensor(roots), self._module.markov, self._known)
+        expander = MarkovExpander(logits, torch.tensor(roots), self._module.markov, self._known)
+        return tempered(expander, self._module.temperatures)
 
     def best_first(self, roots: Sequence[int], limits: Sequence[TreeLimits]) -> list[BestTree] | None:
         if not self._module.config.from_anchor:  # the kernels take the first row for the first depth
@@ -116,7 +117,8 @@ class TorchBlocks(Blocks):
     @torch.inference_mode()
     def expander(self, roots: Sequence[int]) -> Expander:
         root_B = torch.tensor(roots, device=self.embedding.device)
-        return MarkovExpander(self.states(root_B) @ self.head.T, root_B, self.module.markov, self._known)
+        expander = MarkovExpander(self.states(root_B) @ self.head.T, root_B, self.module.markov, self._known)
+        return tempered(expander, self.module.temperatures)
 
     def states(self, root_B: Tensor) -> Tensor:
         """The last states of the rows of every block that propose, [B, K, D]."""

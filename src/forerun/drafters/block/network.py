@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from statistics import geometric_mean
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ class BlockModule(HeadsModule):
     tables = ("markov.",)
 
     def __init__(self, config: BlockConfig):
-        super().__init__(config.kept)
+        super().__init__(config)
         assert config.layer is not None
         self.config, self.count, self.borrows = config, config.heads, config.layers
         width = config.width
@@ -88,8 +89,8 @@ class BlockModule(HeadsModule):
     def parts(self, embedding_VD: Tensor) -> BlockWeights:
         """Everything as plain matrices, for the kernels. embedding: the target's."""
         before, behind = (None, None) if self.markov is None else (self.markov.before, self.markov.behind)
-        mask = self.filler(embedding_VD)
-        return BlockWeights(self.config.rows, self.stack, mask, self.fuse, self.fuse_norm, before, behind, self.known)
+        more = (before, behind, self.known, geometric_mean(self.temperatures or (1.0,)))
+        return BlockWeights(self.config.rows, self.stack, self.filler(embedding_VD), self.fuse, self.fuse_norm, *more)
 
     def filler(self, embedding_VD: Tensor | None) -> Tensor:
         """What stands in the rows behind the anchor, [D]. embedding: the target's."""

@@ -14,7 +14,7 @@ from forerun.drafters.eagle import EagleConfig, EagleSettings
 from forerun.drafters.eagle.network import EagleModule, EagleStack
 from forerun.drafting.checkpoint import demand_fit, demand_layers, load, tree_for
 from forerun.drafting.drafter import Context, Drafter
-from forerun.drafting.growth import Expander, Form, Frontier, Known, StaticTree, TopTree
+from forerun.drafting.growth import Expander, Form, Frontier, Known, StaticTree, TopTree, tempered
 from forerun.drafting.heads import REMEMBERED, WAITING, StatesDrafter
 from forerun.drafting.settings import MOST
 from forerun.drafting.workshop import Workshop
@@ -201,7 +201,8 @@ class EagleDrafter(StatesDrafter):
         depths = [min(depth, most) for depth, most in zip(self.depths(context), context.budgets, strict=True)]
         if not any(depths):
             return TokenTree.root([row.tokens[-1] for row in context.rows], context.device)
-        return self.form.grow(PairsExpander(self.pairs, context.rows), context, depths).tree
+        expander = tempered(PairsExpander(self.pairs, context.rows), self.pairs.stack.form.temperatures)
+        return self.form.grow(expander, context, depths).tree
 
 
 def build(workshop: Workshop, settings: EagleSettings) -> Drafter:

@@ -156,7 +156,7 @@ class EagleModule(HeadsModule):
     solvable = False
 
     def __init__(self, config: EagleConfig):
-        super().__init__(config.kept)
+        super().__init__(config)
         self.config, self.count, self.foresees = config, config.heads, not config.fused
         self.stack = EagleStack(config)
 

@@ -51,7 +51,7 @@ class HydraHeads(HeadsModule):
     sees_tokens = True
 
     def __init__(self, config: HydraConfig):
-        super().__init__(config.kept)
+        super().__init__(config)
         self.config, self.count = config, config.heads
         width, heads = config.width, config.heads
         later = config.layers - 1

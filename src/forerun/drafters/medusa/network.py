@@ -32,7 +32,7 @@ class MedusaHeads(HeadsModule):
     tables = ("markov.",)
 
     def __init__(self, config: MedusaConfig):
-        super().__init__(config.kept)
+        super().__init__(config)
         self.config, self.count, self.sees_tokens = config, config.heads, bool(config.rank)
         self.solvable = config.vocabulary == "own"  # a linear start goes into projections of their own
         self.markov = MarkovTerm(config.vocab_size, config.candidates, config.rank) if config.rank else None

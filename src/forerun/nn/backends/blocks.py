@@ -17,7 +17,7 @@ class BlockWeights:
 
     stack: its layers, a `Transformer` without a vocabulary. before, behind: the tables of the term that ties a token to
     the one above it, None without. known: the tokens that can be proposed, ascending, None: all; the rows of `behind`
-    are theirs.
+    are theirs. temperature: of the laws that trees grow by.
     """
 
     count: int
@@ -28,6 +28,7 @@ class BlockWeights:
     before: Tensor | None  # [V, R]
     behind: Tensor | None  # [V or fewer, R]
     known: Tensor | None = None
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ class BlockNetwork(Protocol):
         """Remember what the target said of the next tokens of the rows in slots from `start` on, [n, M D] each."""
 
     def logits(self, cache: Cache, roots: Sequence[int]) -> Tensor:
-        """What may follow these roots at every depth, [B, W, V], without the term of the token above; fp32. Where only
-        some tokens are known, of these alone."""
+        """What may follow these roots at every depth, [B, W, V], without the term of the token above and whatever the
+        temperature; fp32. Where only some tokens are known, of these alone."""
         ...
 
     def grow(self, cache: Cache, roots: Sequence[int], limits: Sequence[TreeLimits]) -> list[BestTree]:

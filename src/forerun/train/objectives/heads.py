@@ -6,6 +6,7 @@ of a whole batch never exist.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ from forerun.drafting.heads import HeadsModule
 from forerun.drafting.trained import Weights
 from forerun.ranktree import RankTree
 from forerun.train.answers import Answers, Batch
+from forerun.train.distill import Sample
 from forerun.train.lesson import Lesson, among, chunk, logits_of
 from forerun.train.objectives.descent import Descent, Group, by_kind
 from forerun.train.objectives.losses import losses, paced
@@ -112,11 +114,16 @@ class HeadsObjective(Descent):
             return None
         return F.linear(lesson.states_PKD.transpose(0, 1).flatten(0, 1), self.teacher.head_VD)
 
+    @property
+    def judged(self) -> Sequence[Sample]:
+        """The answers that figures are of."""
+        return self.answers.heldout[: self.most_validated] or self.answers.training[: self.most_validated]
+
     def validate(self, watch: Watch = unwatched) -> dict[str, float]:
         """`loss`, `head1_loss` .. `headK_loss` (each alone, in nats), `head1_top1` .. `headK_top5` (shares of answer
         tokens), `head1_given` .. (the share of top 1 where all heads before were right), and `tokens_per_step` as
         projected for the tree."""
-        samples = self.answers.heldout[: self.most_validated] or self.answers.training[: self.most_validated]
+        samples = self.judged
         self.module.eval()
         batches, losses, ranks = list(self.answers.batches_of(samples)), list[Tensor](), list[Ranks]()
         for number, batch in enumerate(batches):

@@ -38,6 +38,7 @@ class Stack(Protocol):
 
     dtype: torch.dtype
     record: TransformerRecord
+    norms: dict[str, Tensor]
 
     def turn_up_to(self, length: int) -> None:
         """Have rotary tables for so many positions."""
@@ -54,6 +55,8 @@ class PackedBlocks:
         stack: these, packed.
         weights: of the matrices packed here: bf16, fp32 or int8. The tables of the term are never int8.
 
+    The kernels know no temperature: the weights of the last norm and of the term hold it.
+
     Raises ValueError for matrices that do not fit together.
     """
 
@@ -64,9 +67,12 @@ class PackedBlocks:
         self._norm, self._mask = (part.detach().float().contiguous() for part in (block.fuse_norm, block.mask))
         self._record = BlockRecord(ctypes.pointer(stack.record), self._fuse.record, count=block.count)
         self._record.fuse_norm, self._record.mask = self._norm.data_ptr(), self._mask.data_ptr()
+        self._temperature = block.temperature
+        stack.norms["final_norm"].div_(block.temperature)
         if block.before is not None and block.behind is not None:
             self._before = block.before.detach().to(stack.dtype).contiguous()
-            self._behind = Packed.of(block.behind.detach(), stack.dtype if weights == torch.int8 else weights)
+            behind = block.behind.detach() / block.temperature
+            self._behind = Packed.of(behind, stack.dtype if weights == torch.int8 else weights)
             self._record.rank, self._record.before = block.before.shape[1], self._before.data_ptr()
             self._record.behind = self._behind.record
 
@@ -103,7 +109,7 @@ class PackedBlocks:
         one = TreeLimits(1, 1, 0.0)
         wish = _wish(cache, roots, [one if yes else NOTHING for yes in asked or [True] * len(roots)])
         self._call(kernels().fr_block_score, wish, cache, logits.data_ptr())
-        return logits
+        return logits if self._temperature == 1 else logits.mul_(self._temperature)
 
     def grow(self, cache: Cache, roots: Sequence[int], limits: Sequence[TreeLimits]) -> list[BestTree]:
         """See `BlockNetwork.grow`. Of equal paths the shallower comes first, then that of the better ranks."""
