@@ -107,6 +107,13 @@ def test_the_figures_on_the_way(preset, trained):
     assert recorded.keys() >= fitted.keys() and len(fitted) == heads
 
 
+def test_tensorboard_is_told_the_figures(trained, tmp_path):
+    pytest.importorskip("tensorboardX")
+    trained("medusa", "heads", "--tensorboard", tmp_path / "board")
+    (file,) = (tmp_path / "board").iterdir()
+    assert b"given/head5" in file.read_bytes() and b"loss/training" in file.read_bytes()
+
+
 def test_the_presets_are_the_papers(trained):
     found = {preset: config_of(trained(preset, preset)[0]) for preset in KINDS}
     medusa, hydra, plus = (found[preset]["architecture"] for preset in KINDS)

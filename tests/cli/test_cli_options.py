@@ -20,6 +20,7 @@ HEADS = (
     "--target --data --out --run --text --text-share --layers --text-weight --teacher-weight --distance-weight --lk"
     " --state-weight --pace --head-decay --steps --rows --batch-size --length --parts --rate --lr --validate-every"
     " --save-every --seed --init-from --dtype --device --kernels --floor --start-batches --threads --known"
+    " --tensorboard"
 )
 OPTIONS = {
     "demo": f"{SAMPLING} {MACHINE} {PROMPTS} --acceptance --drafter --drafters --show --limit --rounds --json --plot"
@@ -41,7 +42,8 @@ OPTIONS = {
     "train lm": "--corpus --run --out --build-corpus --vocabulary --width --layers --heads --kv-heads --head-dim"
     " --mlp-width --max-length --grow-from --init-from --init-layers --teacher --steps --rows --batch-size --length"
     " --first"
-    " --warmup --decay --muon-rate --adam-rate --validate-every --save-every --seed --device --threads --compile",
+    " --warmup --decay --muon-rate --adam-rate --validate-every --save-every --seed --device --threads --compile"
+    " --tensorboard",
     "train medusa": f"{HEADS} --heads --tied-layers --vocabulary --markov-rank",
     "train medusa-fused": f"{HEADS} --heads --tied-layers --vocabulary --markov-rank",
     "train block": f"{HEADS} --block --markov-rank --sources --mask-token --from-anchor",
@@ -53,7 +55,7 @@ OPTIONS = {
     "train medusa2": "--target --data --out --run --init-from --heads --layers --tied-layers --vocabulary --keep"
     " --known --markov-rank --head-weight --ramp --head-decay --rank --alpha --steps --rows --batch-size --length"
     " --parts --rate --lr --head-rate --validate-every"
-    " --save-every --seed --dtype --device --threads",
+    " --save-every --seed --dtype --device --threads --tensorboard",
 }
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,7 @@ from forerun.drafting.trained import Weights
 
 if TYPE_CHECKING:
     from forerun.train.drafters import HeadsRecipe, HeadsTraining
+    from forerun.train.events import Events
 
 SHAPE, LOSS, SCHEDULE = "Shape", "Loss", "Schedule"
 PAPER = "the paper's"
@@ -117,6 +119,7 @@ def command(preset: str) -> Callable[..., None]:
         device: options.Device = "auto",
         kernels: options.Kernels = "auto",
         threads: options.Threads = None,
+        tensorboard: options.TensorBoard = None,
         **given: Any,
     ) -> None:
         compute_with(threads)
@@ -132,7 +135,7 @@ def command(preset: str) -> Callable[..., None]:
         recipe = drafters.HeadsRecipe(
             *what, rows, length, seed, init_from, dtype, start_batches, kernels, text, text_share
         )
-        _fit(recipe, run or run_of(out), out, device)
+        _fit(recipe, run or run_of(out), out, device, tensorboard)
 
     train.__doc__ = f"""{chosen.sense}
 
@@ -150,7 +153,19 @@ def compute_with(threads: int | None) -> None:
     warn_if_busy(use_threads(threads))
 
 
-def _fit(recipe: HeadsRecipe, run: Path, out: Path, device: str) -> None:
+@contextmanager
+def events_in(folder: Path | None) -> Iterator[Events | None]:
+    """Where TensorBoard looks, if it is to."""
+    if folder is None:
+        yield None
+        return
+    from forerun.train.events import Events
+
+    with closing(Events(folder)) as events:
+        yield events
+
+
+def _fit(recipe: HeadsRecipe, run: Path, out: Path, device: str, tensorboard: Path | None) -> None:
     from forerun.cli import engines
     from forerun.nn.dtype import device_of
     from forerun.train import drafters
@@ -158,7 +173,8 @@ def _fit(recipe: HeadsRecipe, run: Path, out: Path, device: str) -> None:
     engines.quiet()
     training = drafters.prepare(recipe, device_of(device))
     introduce(training)
-    report(training, training.fit(run, out), out)
+    with events_in(tensorboard) as events:
+        report(training, training.fit(run, out, events), out)
     draw(training, run, f"{recipe.preset} heads for {Path(recipe.target).name}")
 
 

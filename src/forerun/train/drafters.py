@@ -26,6 +26,7 @@ from forerun.sources.fingerprint import digest, fingerprint
 from forerun.sources.source import Source
 from forerun.train.answers import Answers, Windows
 from forerun.train.distill import Distilled, Sample, read
+from forerun.train.events import Events
 from forerun.train.least_squares import LeastSquares
 from forerun.train.objectives.heads import HeadsObjective
 from forerun.train.run import Record, Run
@@ -102,10 +103,10 @@ class HeadsTraining:
     answers: Answers
     distilled: Distilled
 
-    def fit(self, run: Path, out: Path) -> dict[str, float]:
+    def fit(self, run: Path, out: Path, events: Events | None = None) -> dict[str, float]:
         """Train to the schedule's end, resuming what was interrupted in `run`, and write the heads to `out`."""
         record = Record(self.record(), older=self.older())
-        figures = Run(self.objective, self.recipe.schedule, run, record).finish(out.name, self._start())
+        figures = Run(self.objective, self.recipe.schedule, run, record, events).finish(out.name, self._start())
         config = replace(self.config, temperatures=self._temperatures())
         figures |= {f"head{k}_temperature": one for k, one in enumerate(config.temperatures, 1)}
         checkpoints.write(self.objective.module, config, self._about(out, figures))

@@ -24,6 +24,7 @@ from forerun.nn.transformer import Transformer
 from forerun.nn.translate import published_config, translate
 from forerun.sources.folder import CONFIG, DOWNLOADED, INDEX, checkpoint_folder, read_config, stored, weight_files
 from forerun.train import drafters
+from forerun.train.events import Events
 from forerun.train.lora import Adapters
 from forerun.train.objectives.joint import Balance, JointObjective, Moved, Ramp
 from forerun.train.run import Record, Run
@@ -81,7 +82,7 @@ class JointTraining:
     objective: JointObjective
     heads: drafters.HeadsTraining
 
-    def fit(self, run: Path, out: Path) -> dict[str, float]:
+    def fit(self, run: Path, out: Path, events: Events | None = None) -> dict[str, float]:
         """Train to the schedule's end, resuming what was interrupted in `run`; merge, and write
         model and heads to `out`.
 
@@ -89,7 +90,7 @@ class JointTraining:
         """
         own = {name: getattr(self.recipe, name) for name in ("keep", "head_weight", "ramp", "rank", "alpha")}
         record = Record(self.heads.record() | own, older=self.heads.older())
-        figures = Run(self.objective, self.objective.schedule, run, record).finish(out.name)
+        figures = Run(self.objective, self.objective.schedule, run, record, events).finish(out.name)
         self.objective.module.backbone.merge()
         self._write(out, figures)
         return figures

@@ -22,6 +22,7 @@ from torch import Tensor
 from forerun.errors import TrainingError
 from forerun.files import beside, claim, put
 from forerun.train.display import Display
+from forerun.train.events import Events
 from forerun.train.interrupt import held_back
 from forerun.train.schedule import Schedule
 
@@ -139,9 +140,18 @@ def _no_place(folder: Path, error: OSError) -> str:
 class Run:
     """The steps of an objective, from the first, or from where an earlier run in this folder stopped."""
 
-    def __init__(self, objective: Objective, schedule: Schedule, folder: Path, record: Record | None = None):
-        """Raises TrainingError if the folder holds a run of something else, or with another schedule."""
-        self.objective, self.schedule, self.folder = objective, schedule, folder
+    def __init__(
+        self,
+        objective: Objective,
+        schedule: Schedule,
+        folder: Path,
+        record: Record | None = None,
+        events: Events | None = None,
+    ):
+        """events: told every row of the log, too.
+
+        Raises TrainingError if the folder holds a run of something else, or with another schedule."""
+        self.objective, self.schedule, self.folder, self._events = objective, schedule, folder, events
         self.step, self.seconds, self.loss = 0, 0.0, 0.0
         self._saved: int | None = None
         self._is_whole = False
@@ -158,6 +168,8 @@ class Run:
         TrainingError where checkpoints cannot be written, and what the objective raises.
         """
         with self._alone():
+            if self._events is not None:
+                self._events.begin(row for row in read_log(self.folder) if row["step"] <= self.step)
             try:
                 with Display(title, self.schedule.steps, self.step) as display:
                     if start is not None and self._saved is None:
@@ -220,6 +232,8 @@ class Run:
         figures = self._validate(display) if self._is_validated else {}
         if self._is_logged:
             row = {"step": self.step, "train_loss": self.loss, "seconds": self.seconds, **figures}
+            if self._events is not None:
+                self._events.tell(row)
             self._log(json.dumps({key: round(value, 5) for key, value in row.items()}) + "\n")
         return figures
 
