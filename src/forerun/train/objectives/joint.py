@@ -129,7 +129,7 @@ class JointObjective(Descent):
                 sums.append(checkpoint(self._sums, part, theirs, head_VD, use_reentrant=False))
                 seen += count
         text, divergence, *heads = torch.stack(sums).sum(0).unbind()
-        counts_K = lesson.valid_KP.sum(1).clamp(min=1)
+        counts_K = (lesson.valid_KP & among(module.known, lesson.labels_KP)[1]).sum(1).clamp(min=1)
         scale = self.heads.weights.decay ** torch.arange(1, module.count + 1, device=counts_K.device)
         return Terms(text / seen, divergence / seen, (torch.stack(heads) / counts_K * scale).sum())
 
