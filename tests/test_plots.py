@@ -51,6 +51,14 @@ def test_it_names_the_model_and_the_machine_and_every_line():
     assert names == [["training", "held out"], ["head 1", "head 2"], ["head 1", "head 2"], ["plain", "1.30"]]
 
 
+def test_conditional_acceptance_is_shown_where_the_log_has_it():
+    rows = [row | {f"head{head}_given": 0.2 * row["step"] / 30 for head in (1, 2)} for row in HEADS]
+    panel = drawing(rows, *SAID)(LIGHT).panels[2]
+    assert panel.get_title("left") == "Right where all heads before are"
+    assert list(panel.lines[1].get_ydata()) == [row["head2_given"] for row in rows]
+    assert drawing(HEADS, *SAID)(LIGHT).panels[2].get_title("left") == "Best token is right, by head"
+
+
 def test_no_two_marks_of_an_axis_are_named_alike():
     """Heads that have learnt little differ by less than a percent."""
     rows = [row | {f"head{head}_top1": 0.01 + 0.001 * row["step"] / 10 / head for head in (1, 2)} for row in HEADS]

@@ -96,9 +96,22 @@ def test_the_figures_on_the_way(preset, trained):
         assert (
             f"{head}  {last[f'head{head}_loss']:.2f}  " + "  ".join(f"{share:.1%}".rjust(5) for share in shares) in out
         )
+    temperatures = config_of(folder)["architecture"]["temperatures"]
+    assert [line.split()[-1] for line in out.splitlines() if line.strip()[:1].isdigit()] == [
+        f"{one:.2f}" for one in temperatures
+    ]
     assert 1 <= last["tokens_per_step"] <= 1 + heads
     recorded = config_of(folder)["training"]["figures"]
-    assert recorded == pytest.approx({name: last[name] for name in recorded}, abs=1e-4)
+    fitted = {f"head{head}_temperature": one for head, one in enumerate(temperatures, 1)}
+    assert recorded == pytest.approx({name: (last | fitted)[name] for name in recorded}, abs=1e-4)
+    assert recorded.keys() >= fitted.keys() and len(fitted) == heads
+
+
+def test_tensorboard_is_told_the_figures(trained, tmp_path):
+    pytest.importorskip("tensorboardX")
+    trained("medusa", "heads", "--tensorboard", tmp_path / "board")
+    (file,) = (tmp_path / "board").iterdir()
+    assert b"given/head5" in file.read_bytes() and b"loss/training" in file.read_bytes()
 
 
 def test_the_presets_are_the_papers(trained):
@@ -132,6 +145,19 @@ def test_parts_of_a_method_are_switched_off_by_options(trained):
     architecture = config_of(trained("amphista", "heads", *given)[0])["architecture"]
     names = ("stages", "sampled_token", "auto_embedding")
     assert [architecture[name] for name in names] == [*switches.values()]
+
+
+def test_a_block_drafter_that_other_engines_read(trained, forerun, family, tmp_path):
+    """Of inner layers and with a mask that is a token; the text stays the target's own on its way there and back."""
+    folder, _, _ = trained("block", "drafter", "--sources", "0,1", "--mask-token", 2)
+    architecture = config_of(folder)["architecture"]
+    assert (architecture["sources"], architecture["mask_token"]) == ([0, 1], 2) and "mask" not in weights_of(folder)
+    code, said, err = forerun(
+        "convert", folder, "--to", "dspark", "--out", tmp_path / "out", "--target", family / "target"
+    )
+    assert code == 0, err
+    before, after = (part.split()[-2] for part in said.rsplit(":", 1)[1].split(","))
+    assert before == after and config_of(tmp_path / "out")["mask_token_id"] == 2
 
 
 def test_the_sample_that_is_shown_is_one_that_is_trained_on(trained, answers, family):
@@ -358,6 +384,7 @@ def test_targets_that_cannot_be_had(refused_run, family, tmp_path):
         ("medusa", ("--length", 2000), "context of 1024"),
         ("medusa", ("--length", 4), "4 tokens"),
         ("medusa", ("--length", 0), "--length from 8 to 1024"),
+        ("block", ("--sources", "0;1"), "'0;1' is no list of whole numbers"),
         ("medusa", ("--head-decay", "inf"), "inf is not a finite number"),
         ("medusa", ("--head-decay", 0), "--head-decay"),
         ("hydra++", ("--dropout", "nan"), "--dropout"),
@@ -428,7 +455,8 @@ def test_heads_are_trained_against_a_discriminator(trained, said, family):
     assert all(figures <= row.keys() for row in rows)
     assert f"was right {rows[-1]['discriminator_accuracy']:.0%} of the time" in out
     assert config_of(folder)["training"]["adversary"]["weight"] == 0.1
-    assert config_of(folder)["architecture"] == config_of(plain)["architecture"]
+    shapes = [config_of(each)["architecture"] for each in (folder, plain)]
+    assert all(shape.pop("temperatures") for shape in shapes) and shapes[0] == shapes[1]
     held, others = weights_of(folder), weights_of(plain)
     assert held.keys() == others.keys()
     options = ("generate", family / "target", "def main(", "--max-new-tokens", 32, *FP32)

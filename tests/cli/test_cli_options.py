@@ -20,7 +20,8 @@ HEADS = (
     "--target --data --out --run --text --text-share --layers --text-weight --teacher-weight --distance-weight --lk"
     " --state-weight --pace --head-decay --adversarial --discriminator-sees"
     " --discriminator-warmup --steps --rows --batch-size --length --parts --rate --lr --validate-every"
-    " --save-every --seed --init-from --dtype --device --kernels --floor --start-batches --threads"
+    " --save-every --seed --init-from --dtype --device --kernels --floor --start-batches --threads --known"
+    " --tensorboard"
 )
 OPTIONS = {
     "demo": f"{SAMPLING} {MACHINE} {PROMPTS} --acceptance --drafter --drafters --show --limit --rounds --json --plot"
@@ -42,19 +43,20 @@ OPTIONS = {
     "train lm": "--corpus --run --out --build-corpus --vocabulary --width --layers --heads --kv-heads --head-dim"
     " --mlp-width --max-length --grow-from --init-from --init-layers --teacher --steps --rows --batch-size --length"
     " --first"
-    " --warmup --decay --muon-rate --adam-rate --validate-every --save-every --seed --device --threads --compile",
+    " --warmup --decay --muon-rate --adam-rate --validate-every --save-every --seed --device --threads --compile"
+    " --tensorboard",
     "train medusa": f"{HEADS} --heads --tied-layers --vocabulary --markov-rank",
     "train medusa-fused": f"{HEADS} --heads --tied-layers --vocabulary --markov-rank",
-    "train block": f"{HEADS} --block --markov-rank",
+    "train block": f"{HEADS} --block --markov-rank --sources --mask-token --from-anchor",
     "train hydra": f"{HEADS} --heads --tied-layers --vocabulary --dropout",
     "train hydra++": f"{HEADS} --heads --tied-layers --vocabulary --dropout",
-    "train eagle": f"{HEADS} --vocabulary --ahead --unrolled --noise --known",
-    "train eagle3": f"{HEADS} --vocabulary --ahead --unrolled --noise --known",
+    "train eagle": f"{HEADS} --vocabulary --ahead --unrolled --noise",
+    "train eagle3": f"{HEADS} --vocabulary --ahead --unrolled --noise",
     "train amphista": f"{HEADS} --heads --vocabulary --stages --sampled-token --auto-embedding",
     "train medusa2": "--target --data --out --run --init-from --heads --layers --tied-layers --vocabulary --keep"
-    " --markov-rank --head-weight --ramp --head-decay --rank --alpha --steps --rows --batch-size --length --parts"
-    " --rate --lr --head-rate --validate-every"
-    " --save-every --seed --dtype --device --threads",
+    " --known --markov-rank --head-weight --ramp --head-decay --rank --alpha --steps --rows --batch-size --length"
+    " --parts --rate --lr --head-rate --validate-every"
+    " --save-every --seed --dtype --device --threads --tensorboard",
 }
 
 

@@ -40,6 +40,8 @@ CONFIGS = {
     "one layer": BlockConfig(WIDTH, VOCAB, BLOCK, rank=8, sources=(1, -1), layer=PREFIX),
     "two layers": BlockConfig(WIDTH, VOCAB, BLOCK, layers=2, rank=8, sources=(0, 2), layer=PREFIX),
     "no Markov term": BlockConfig(WIDTH, VOCAB, BLOCK, rank=0, sources=(2,), layer=PREFIX),
+    "DFlash": BlockConfig(WIDTH, VOCAB, BLOCK, rank=0, sources=(1,), mask_token=7, from_anchor=False, layer=PREFIX),
+    "past the anchor": BlockConfig(WIDTH, VOCAB, BLOCK, 2, rank=8, sources=(0, 2), from_anchor=False, layer=PREFIX),
 }
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 TEXT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4]
@@ -66,7 +68,8 @@ def joined(config: BlockConfig, tokens: Sequence[int]) -> Tensor:
 
 
 def slow_states(module: BlockModule, tokens: Sequence[int], place: int) -> Tensor:
-    """The last states of the block behind one place, [W, D], one row and one head after another, in fp64."""
+    """The last states of the rows that propose, of the block behind one place, [K, D], one row and one head after
+    another, in fp64."""
     w, config = {name: p.double() for name, p in module.named_parameters()}, module.config
     shape = config.layer
     assert shape is not None
@@ -84,7 +87,9 @@ def slow_states(module: BlockModule, tokens: Sequence[int], place: int) -> Tenso
     q_rows, kv_rows = shape.heads * size, shape.kv_heads * size
     fused = [norm(w["fuse"] @ joined(config, tokens)[0, t].double(), w["fuse_norm"]) for t in range(place + 1)]
     root = lively().embedding.weight[tokens[place + 1]].double()
-    x = [root, *[w["mask"]] * (config.heads - 1)]
+    table = lively().embedding.weight.double()
+    mask = w["mask"] if config.mask_token is None else table[config.mask_token]
+    x = [root, *[mask] * (config.heads - 1 if config.from_anchor else config.heads)]
     for layer in range(config.layers):
         own = {name.split(".", 3)[3]: p for name, p in w.items() if name.startswith(f"stack.blocks.{layer}.")}
 
@@ -105,7 +110,7 @@ def slow_states(module: BlockModule, tokens: Sequence[int], place: int) -> Tenso
             gate, up = (own["gate_up.weight"] @ norm(row, own["mlp_norm"])).chunk(2)
             after.append(row + own["down.weight"] @ (F.silu(gate) * up))
         x = after
-    return torch.stack([norm(row, w["stack.final_norm"]) for row in x])
+    return torch.stack([norm(row, w["stack.final_norm"]) for row in x[-config.heads :]])
 
 
 def slow_logits(module: BlockModule, tokens: Sequence[int], place: int, before: Sequence[int]) -> Tensor:
@@ -122,7 +127,8 @@ def taught(module: BlockModule, texts: Sequence[Sequence[int]], places: Sequence
     tokens = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts])
     read = Model(lively(), 0).read(Inputs.whole(tokens), module.reads(2))
     rows, at = (torch.tensor(part) for part in zip(*places, strict=True))
-    there = Places(rows, at, F.embedding(tokens, lively().embedding.weight))
+    table = lively().embedding.weight
+    there = Places(rows, at, F.embedding(tokens, table), table)
     seen = module.seen({layer: states.clone() for layer, states in read.items()}, there)
     behind = tokens[rows[:, None], at[:, None] + 1 + torch.arange(module.count)]
     return module.logits(seen, F.embedding(behind, module.table(lively().embedding.weight)), lively().head.weight)

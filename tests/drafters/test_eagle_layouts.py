@@ -176,8 +176,7 @@ def test_eagle3_as_others_have_it(form: str, base: Base, tmp_path: Path) -> None
     seen, logits = said(heads, states, embedded, base.head_VD)
     expected = theirs(states, embedded)[0]
     torch.testing.assert_close(seen, expected)
-    torch.testing.assert_close(logits[:, list(KEPT)], theirs.lm_head(expected).detach())
-    assert logits.isinf().sum() == 9 * (V - len(KEPT))
+    torch.testing.assert_close(logits, theirs.lm_head(expected).detach())
 
 
 def test_layers_that_are_not_named_are_those_of_the_code(base: Base, tmp_path: Path) -> None:

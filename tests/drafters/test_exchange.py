@@ -699,3 +699,17 @@ def test_sizes_of_published_medusa_heads():
     assert sum(2 * torch.Size(place.shape).numel() for place in unbiased.values()) <= 1_478_493_144  # as on the hub
     large = sum(p.numel() for p in skeleton(MedusaConfig(6656, 32000, heads=5)).parameters())
     assert round(large / 5e6, 1) == 257.3 and round(2 * large / 1e9, 3) == 2.573
+
+
+@pytest.mark.parametrize(
+    ("config", "layouts"),
+    [(MedusaConfig(D, V, K, kept=(1, 4)), ("vllm", "fasterdecoding")), (HydraConfig(D, V, K, kept=(1, 4)), ("hydra",))],
+)
+def test_a_part_of_the_vocabulary_is_refused_where_it_has_no_place(
+    config: MedusaConfig | HydraConfig, layouts: tuple[str, ...], tmp_path: Path
+) -> None:
+    heads = read(ours(tmp_path / "it", config))
+    assert heads.config == config
+    for layout in layouts:
+        with pytest.raises(DrafterError, match="knows 2 of 32 tokens"):
+            write(heads, layout, tmp_path / layout)

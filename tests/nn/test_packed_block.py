@@ -92,7 +92,7 @@ class Case:
     def packed(self) -> PackedBlocks:
         stack = pack(self.module.stack, self.weights)
         stack.borrow(self.embedding, Packed.of(self.head, self.weights))
-        return PackedBlocks(self.module.parts(), stack, self.weights)
+        return PackedBlocks(self.module.parts(self.embedding), stack, self.weights)
 
     def empty(self, rows: int, capacity: int = 0) -> Cache:
         memory = Cache(self.module.stack.config.cache_shape, self.dtype, CPU)
@@ -464,8 +464,8 @@ def test_matrices_that_do_not_fit_are_refused(name: str, wrong: tuple[int, ...])
     stack = pack(case.module.stack)
     stack.borrow(case.embedding, Packed.of(case.head))
     with pytest.raises(ValueError, match=f"{'behind' if name == 'before' else name} is"):
-        PackedBlocks(replace(case.module.parts(), **{name: torch.zeros(wrong)}), stack, FP32)
+        PackedBlocks(replace(case.module.parts(case.embedding), **{name: torch.zeros(wrong)}), stack, FP32)
     with pytest.raises(ValueError, match="two tables"):
-        PackedBlocks(replace(case.module.parts(), before=None), stack, FP32)
+        PackedBlocks(replace(case.module.parts(case.embedding), before=None), stack, FP32)
     with pytest.raises(ValueError, match="an embedding"):
         stack.borrow(case.embedding[:, 1:], Packed.of(case.head))

@@ -33,6 +33,12 @@ def read_a_gguf() -> None:
     _gguf(Path("m.gguf"))
 
 
+def tell_tensorboard() -> None:
+    from forerun.train.events import Events
+
+    Events(Path("board"))
+
+
 def evaluate() -> None:
     importlib.import_module("forerun.integrations.lm_eval")
 
@@ -40,6 +46,7 @@ def evaluate() -> None:
 ASKS: dict[str, tuple[str, Callable[[], None]]] = {
     "train": ("sentencepiece", train_a_tokenizer),
     "plots": ("matplotlib", draw_a_picture),
+    "tensorboard": ("tensorboardX", tell_tensorboard),
     "gguf": ("gguf", read_a_gguf),
     "eval": ("lm_eval", evaluate),
 }

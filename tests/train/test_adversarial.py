@@ -183,7 +183,7 @@ def test_the_losses_are_those_of_going_through_the_answers_by_hand(kind: str, se
             theirs = head_VD @ states[at + head + 1]
             if module.known is not None and int(theirs.argmax()) not in module.known.tolist():
                 continue
-            laws = theirs[known].softmax(-1), logits[head, place][known].softmax(-1)
+            laws = theirs[known].softmax(-1), logits[head, place].softmax(-1)
             if sees == "state":
                 shown = states[at + head + 1], module.foreseen(lesson.context_PD)[head, place].detach()
             else:

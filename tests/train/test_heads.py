@@ -853,25 +853,41 @@ def test_a_training_leaves_heads_that_draft_as_was_projected(
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("preset", ["eagle3", "block", "medusa", "hydra"])
 def test_the_tokens_that_answers_have_most_often_are_those_that_are_known(
-    data: Path, target_folder: Path, tmp_path: Path
+    preset: str, data: Path, target_folder: Path, tmp_path: Path
 ) -> None:
-    """And no others are proposed, though the text is the target's."""
-    training, out = prepared(target_folder, data, "eagle3", architecture={"known": 9}), tmp_path / "it"
+    """And no others are proposed, though the text is the target's; steps are as many as was projected."""
+    training, out = prepared(target_folder, data, preset, architecture={"known": 9}), tmp_path / "it"
     counts = Counter(token for sample in training.answers.training for token in sample.answer)
-    kept = training.config.kept  # type: ignore[attr-defined]
+    kept = training.config.kept
     assert len(kept) == 9 and min(counts[t] for t in kept) >= max(counts[t] for t in set(counts) - set(kept))
     training.fit(tmp_path / "run", out)
-    again = prepared(target_folder, data, "eagle3", init_from=str(out))
-    assert again.config.kept == kept  # type: ignore[attr-defined]
-    engine = forerun.load(target_folder, f"eagle:{out}", dtype="fp32", kernels="torch")
-    sample, seen = training.answers.heldout[0], []
+    again = prepared(target_folder, data, preset, init_from=str(out))
+    assert again.config.kept == kept
+    tree, sample, seen = training.objective.tree, training.answers.heldout[0], []
+    description = {"drafter": KINDS[preset], "checkpoint": str(out), "tree": [list(path) for path in tree.paths]}
+    engine = forerun.load(target_folder, description, dtype="fp32", kernels="torch")
     propose = engine.drafter.propose
     engine.drafter.propose = lambda context: seen.append(propose(context)) or seen[-1]  # type: ignore[method-assign, func-returns-value]
     output = engine.generate([list(sample.prompt)], SamplingParams(max_new_tokens=40))[0]
     assert output.token_ids == list(sample.answer)
     proposed = {token for tree in seen for token in tree.tokens[0][1:]}
     assert proposed and proposed <= set(kept)
+    tables = ranks_of(training.objective.module, training.objective.teacher, [sample], training.answers)
+    assert output.stats.steps == steps_of(tables[0], tree)
+
+
+def test_a_run_from_before_a_field_goes_on(data: Path, target_folder: Path, tmp_path: Path) -> None:
+    """What an architecture did not say when its run began had the field's default."""
+    prepared(target_folder, data, "medusa").fit(tmp_path / "run", tmp_path / "it")
+    recipe = tmp_path / "run" / "recipe.json"
+    fields = json.loads(recipe.read_text())
+    del fields["architecture"]["kept"], fields["architecture"]["known"]
+    recipe.write_text(json.dumps(fields))
+    prepared(target_folder, data, "medusa").fit(tmp_path / "run", tmp_path / "again")
+    with pytest.raises(TrainingError, match="another architecture"):
+        prepared(target_folder, data, "medusa", architecture={"known": 9}).fit(tmp_path / "run", tmp_path / "other")
 
 
 @pytest.mark.parametrize("preset", sorted(set(PRESETS) - set(RANKED)))

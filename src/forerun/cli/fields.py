@@ -32,18 +32,19 @@ def parameters(record: type[Any], panel: str) -> list[inspect.Parameter]:
 
 
 def _made(name: str, kind: Any, option: Option, panel: str) -> inspect.Parameter:
+    is_list = kind == tuple[int, ...]
     shown = typer.Option(
         None,
         option.flag or f"--{name.replace('_', '-')}",
         min=option.least,
         max=option.most,
-        callback=finite if kind is float else None,
-        metavar="|".join(option.words) or None,
+        callback=finite if kind is float else numbers if is_list else None,
+        metavar="N,N,..." if is_list else "|".join(option.words) or None,
         help=option.sense,
         rich_help_panel=ADVANCED if option.rare else panel,
         show_default=option.shown,
     )
-    annotation = (Literal[option.words] if option.words else kind) | None
+    annotation = (Literal[option.words] if option.words else str if is_list else kind) | None
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=shown, annotation=annotation)
 
 
@@ -52,6 +53,14 @@ def finite(value: float | None) -> float | None:
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number: give one")
     return value
+
+
+def numbers(value: str | None) -> tuple[int, ...] | None:
+    """A list of whole numbers, as the field has it."""
+    try:
+        return None if value is None else tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{value!r} is no list of whole numbers: write 2,5") from None
 
 
 def one(name: str, kind: Any, sense: str, **how: Any) -> inspect.Parameter:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,7 @@ from forerun.drafting.trained import Adversary, Weights
 
 if TYPE_CHECKING:
     from forerun.train.drafters import HeadsRecipe, HeadsTraining
+    from forerun.train.events import Events
 
 SHAPE, LOSS, SCHEDULE = "Shape", "Loss", "Schedule"
 PAPER = "the paper's"
@@ -122,6 +124,7 @@ def command(preset: str) -> Callable[..., None]:
         device: options.Device = "auto",
         kernels: options.Kernels = "auto",
         threads: options.Threads = None,
+        tensorboard: options.TensorBoard = None,
         **given: Any,
     ) -> None:
         compute_with(threads)
@@ -138,7 +141,7 @@ def command(preset: str) -> Callable[..., None]:
         recipe = drafters.HeadsRecipe(
             *what, rows, length, seed, init_from, dtype, start_batches, kernels, text, text_share, against
         )
-        _fit(recipe, run or run_of(out), out, device)
+        _fit(recipe, run or run_of(out), out, device, tensorboard)
 
     train.__doc__ = f"""{chosen.sense}
 
@@ -157,7 +160,19 @@ def compute_with(threads: int | None) -> None:
     warn_if_busy(use_threads(threads))
 
 
-def _fit(recipe: HeadsRecipe, run: Path, out: Path, device: str) -> None:
+@contextmanager
+def events_in(folder: Path | None) -> Iterator[Events | None]:
+    """Where TensorBoard looks, if it is to."""
+    if folder is None:
+        yield None
+        return
+    from forerun.train.events import Events
+
+    with closing(Events(folder)) as events:
+        yield events
+
+
+def _fit(recipe: HeadsRecipe, run: Path, out: Path, device: str, tensorboard: Path | None) -> None:
     from forerun.cli import engines
     from forerun.nn.dtype import device_of
     from forerun.train import drafters
@@ -165,7 +180,8 @@ def _fit(recipe: HeadsRecipe, run: Path, out: Path, device: str) -> None:
     engines.quiet()
     training = drafters.prepare(recipe, device_of(device))
     introduce(training)
-    report(training, training.fit(run, out), out)
+    with events_in(tensorboard) as events:
+        report(training, training.fit(run, out, events), out)
     draw(training, run, f"{recipe.preset} heads for {Path(recipe.target).name}")
 
 
@@ -247,13 +263,15 @@ def report(training: HeadsTraining, figures: dict[str, float], out: Path) -> Non
     from forerun.cli.narration import on_stdout
 
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("head", "loss", "top 1", "top 2", "top 3", "top 4", "top 5", "given"):
+    for heading in ("head", "loss", "top 1", "top 2", "top 3", "top 4", "top 5", "given", "temperature"):
         table.add_column(heading, justify="right")
     head = 1
     while f"head{head}_top1" in figures:
         loss = f"{figures[f'head{head}_loss']:.2f}"
         shares = [figures[f"head{head}_{name}"] for name in (*(f"top{k}" for k in range(1, 6)), "given")]
-        table.add_row(str(head), loss, *(f"{share:.1%}" for share in shares))
+        temperature = figures.get(f"head{head}_temperature")  # heads that are trained with their target have none
+        fitted = "" if temperature is None else f"{temperature:.2f}"
+        table.add_row(str(head), loss, *(f"{share:.1%}" for share in shares), fitted)
         head += 1
     console = on_stdout()
     console.print(table)

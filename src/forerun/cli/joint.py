@@ -103,6 +103,7 @@ def command(method: Trained) -> Callable[..., None]:
         dtype: options.Dtype = "auto",
         device: options.Device = "auto",
         threads: options.Threads = None,
+        tensorboard: options.TensorBoard = None,
         **given: Any,
     ) -> None:
         from forerun.train import drafters, joint
@@ -118,7 +119,7 @@ def command(method: Trained) -> Callable[..., None]:
         own = drafters.HeadsRecipe(*what, rows, length, seed, init_from, dtype)
         weight = preset.head_weight if head_weight is None else head_weight
         recipe = joint.JointRecipe(own, keep, weight, ramp or preset.ramp, rank, alpha)
-        _fit(recipe, run or heads.run_of(out), out, device)
+        _fit(recipe, run or heads.run_of(out), out, device, tensorboard)
 
     train.__doc__ = f"""{joined.sense}
 
@@ -131,14 +132,15 @@ def command(method: Trained) -> Callable[..., None]:
     return fields.replacing(train, init_from=[start], shape=shapes, loss=decay)
 
 
-def _fit(recipe: JointRecipe, run: Path, out: Path, device: str) -> None:
+def _fit(recipe: JointRecipe, run: Path, out: Path, device: str, tensorboard: Path | None) -> None:
     from forerun.nn.dtype import device_of
     from forerun.train import joint
 
     training = joint.prepare(recipe, device_of(device))
     heads.introduce(training.heads)
     _warn(training, out)
-    figures, target = training.fit(run, out), recipe.heads.target
+    with heads.events_in(tensorboard) as events:
+        figures, target = training.fit(run, out, events), recipe.heads.target
     heads.report(training.heads, figures, out / joint.HEADS)
     report(figures, target, out)
     heads.draw(training.heads, run, f"{joint.method_of(recipe)[1].name}: {Path(target).name} and its heads")

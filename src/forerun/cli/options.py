@@ -111,6 +111,15 @@ Weights = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
+TensorBoard = Annotated[
+    Path | None,
+    typer.Option(
+        "--tensorboard",
+        metavar="DIR",
+        help="Tell TensorBoard the figures, too, in this folder.",
+        rich_help_panel=ADVANCED,
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(

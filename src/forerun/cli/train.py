@@ -11,7 +11,7 @@ import typer
 
 from forerun.cli import heads, joint, options
 from forerun.cli.command import NAMES, Commands, add
-from forerun.cli.heads import compute_with
+from forerun.cli.heads import compute_with, events_in
 from forerun.drafting import registry
 
 PRESETS = [preset for method in registry.trained().values() for preset in method.presets]
@@ -107,6 +107,7 @@ def lm(
     seed: Seed = 0,
     device: options.Device = "auto",
     threads: options.Threads = None,
+    tensorboard: options.TensorBoard = None,
     compile_: Compile = False,
 ) -> None:
     """Train a language model on a corpus, or prepare the corpus, or both.
@@ -136,7 +137,8 @@ def lm(
     schedule = replace(schedule, validate_every=validate_every, save_every=save_every)
     wish = recipe.ModelRecipe(corpus, sizes, start, teacher, schedule, rows, length, first, seed, compile_)
     where = device_of(device)
-    print(recipe.train(wish, run, out, where))
+    with events_in(tensorboard) as events:
+        print(recipe.train(wish, run, out, where, events))
     picture(run, (out or run).name, f"{steps:,} steps of {rows} x {length} tokens", where)
 
 

@@ -130,10 +130,11 @@ def write(
     checkpoint: Checkpoint,
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    """Write heads to `checkpoint.folder`, all at once at the end. `config` is the record behind the architecture; its
-    dropout is left out, for it belongs to training. A tree that was calibrated for older weights there goes."""
+    """Write heads to `checkpoint.folder`, all at once at the end. `config` is the record behind the architecture; what
+    belongs to training, or says nothing, is left out. A tree that was calibrated for older weights there goes."""
     folder = checkpoint.folder
-    architecture = {name: value for name, value in asdict(config).items() if name != "dropout" and value is not None}
+    said = {name: value for name, value in asdict(config).items() if value not in (None, ())}
+    architecture = {name: value for name, value in said.items() if name not in ("dropout", "known")}
     about = {
         "forerun": VERSION,
         "drafter": checkpoint.drafter,

@@ -20,7 +20,7 @@ temperature 0 take the best.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from math import inf, log
 from operator import mul
@@ -60,8 +60,31 @@ class Frontier:
         return int(self.depths_BW.max())
 
 
+@dataclass(frozen=True)
+class Known:
+    """A part of a vocabulary. tokens: ascending, int64 [n]."""
+
+    tokens: Tensor
+    vocab_size: int
+
+    @staticmethod
+    def of(kept: Sequence[int], vocab_size: int, device: torch.device) -> Known | None:
+        """None for no tokens: all are known."""
+        return Known(torch.tensor(kept, device=device), vocab_size) if kept else None
+
+    def whole(self, logits: Tensor) -> Tensor:
+        """Over the vocabulary, [..., V], of those of these tokens, [..., n]."""
+        spread = logits.new_full((*logits.shape[:-1], self.vocab_size), -inf)
+        return spread.index_copy_(-1, self.tokens, logits)
+
+
 class Expander:
-    """Says what may follow. Override `begin` and `expand`; the rest where something faster is known."""
+    """Says what may follow. Override `begin` and `expand`; the rest where something faster is known.
+
+    known: the tokens that its logits are of, None: all. `best` and `top` name tokens, and `whole` says the same of all.
+    """
+
+    known: Known | None = None
 
     def begin(self) -> Scores:
         """What may follow node 0 of every row (N is 1)."""
@@ -74,12 +97,62 @@ class Expander:
 
     def best(self, logits_BWV: Tensor, count: int) -> Tensor:
         """The most probable tokens, [B, W, count], the best first, equal ones by id."""
-        return best_tokens(logits_BWV, count)
+        return self._named(best_tokens(logits_BWV, count))
 
     def top(self, logits_BWV: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Natural logarithms of the probabilities of the best tokens, and these, [B, W, count] each."""
-        tokens = self.best(logits_BWV, count)
-        return logits_BWV.float().log_softmax(-1).gather(-1, tokens), tokens
+        places = best_tokens(logits_BWV, count)
+        return logits_BWV.float().log_softmax(-1).gather(-1, places), self._named(places)
+
+    def whole(self) -> Expander:
+        """What draws needs laws over the vocabulary."""
+        return self if self.known is None else _Whole(self, self.known)
+
+    def _named(self, places: Tensor) -> Tensor:
+        return places if self.known is None else self.known.tokens[places]
+
+
+class _Whole(Expander):
+    """Tokens that are not known are impossible."""
+
+    def __init__(self, inner: Expander, known: Known):
+        self._inner, self._part = inner, known
+
+    def begin(self) -> Scores:
+        return self._spread(self._inner.begin())
+
+    def expand(self, frontier: Frontier) -> Scores:
+        return self._spread(self._inner.expand(frontier))
+
+    def _spread(self, scores: Scores) -> Scores:
+        return Scores(self._part.whole(scores.logits_BNV), scores.hidden)
+
+
+class Tempered(Expander):
+    """The same with a temperature for every depth, beyond which the last holds."""
+
+    def __init__(self, inner: Expander, temperatures: Sequence[float]):
+        self._inner, self._temperatures, self.known = inner, temperatures, inner.known
+
+    def begin(self) -> Scores:
+        return self._at(0, self._inner.begin())
+
+    def expand(self, frontier: Frontier) -> Scores:
+        return self._at(frontier.depth, self._inner.expand(frontier))
+
+    def _at(self, depth: int, scores: Scores) -> Scores:
+        temperature = self._temperatures[min(depth, len(self._temperatures) - 1)]
+        return replace(scores, logits_BNV=scores.logits_BNV / temperature)
+
+    def best(self, logits_BWV: Tensor, count: int) -> Tensor:
+        return self._inner.best(logits_BWV, count)
+
+    def top(self, logits_BWV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        return self._inner.top(logits_BWV, count)
+
+
+def tempered(expander: Expander, temperatures: Sequence[float]) -> Expander:
+    return Tempered(expander, temperatures) if temperatures else expander
 
 
 class ModelExpander(Expander):
@@ -161,7 +234,7 @@ class Chain:
         return self.stopping.reads
 
     def grow(self, expander: Expander, context: Context, depths: Sequence[int]) -> Grown:
-        rows, pen = context.rows, _Pen(context)
+        rows, pen, expander = context.rows, _Pen(context), expander.whole()
         longest = min(self.max_nodes, max(depths))
         watch = _Watch(self.stopping, rows, [1 + min(depth, longest) for depth in depths])
         chains: list[list[int]] = [[row.tokens[-1]] for row in rows]
@@ -409,7 +482,7 @@ class SampledTree:
         return self.max_nodes
 
     def grow(self, expander: Expander, context: Context, depths: Sequence[int]) -> Grown:
-        grove, chance = _Grove(context), context.chance()
+        grove, chance, expander = _Grove(context), context.chance(), expander.whole()
         groups: list[dict[int, Tensor]] = [{} for _ in context.rows]
         frontiers: list[list[int]] = [[0] for _ in context.rows]
         for level, width in enumerate(self.widths, 1):

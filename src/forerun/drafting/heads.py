@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from forerun.accept.exact import Verdict
 from forerun.drafting.drafter import Context, Drafter
-from forerun.drafting.growth import Expander, Frontier, cut, parts_of, tokens_of
+from forerun.drafting.growth import Expander, Frontier, Known, cut, parts_of, tempered, tokens_of
 from forerun.drafting.markov import MarkovExpander, MarkovTerm
-from forerun.drafting.trained import LayerConfig
+from forerun.drafting.trained import HeadsConfig, LayerConfig
 from forerun.errors import DrafterError
 from forerun.model import CHUNK, Inputs, Model, Scores
 from forerun.native.matrix import Packed
@@ -38,11 +38,12 @@ from forerun.tree import TokenTree
 @dataclass(frozen=True)
 class Places:
     """P places in texts, [P] each: the text's row, and the last token that the target has read. embedded_BND: the
-    embeddings of the texts."""
+    texts by the target's embedding_VD, which few ask for."""
 
     rows_P: Tensor
     places_P: Tensor
     embedded_BND: Tensor
+    embedding_VD: Tensor | None = None
 
     @property
     def roots_PD(self) -> Tensor:
@@ -57,7 +58,8 @@ class HeadsModule(nn.Module):
     that see of these the one before theirs alone, through this term. solvable: a linear map may be
     their start (`start_from`). tables: how the names of parameters begin that are looked up like
     embeddings. borrows: how many of the target's last layers their own begin as (`borrow`).
-    foresees: they guess the target's states, which may be taught (`foreseen`).
+    foresees: they guess the target's states, which may be taught (`foreseen`). temperatures: as in
+    their config; training knows nothing of them.
     """
 
     sees_tokens = False
@@ -67,15 +69,25 @@ class HeadsModule(nn.Module):
     foresees = False
     count: int
 
-    def __init__(self) -> None:
+    def __init__(self, config: HeadsConfig | None = None) -> None:
         super().__init__()
         self.markov: MarkovTerm | None = None
+        self.temperatures = config.temperatures if config else ()
+        self._known = torch.tensor(config.kept, device="cpu") if config and config.kept else None
 
     @property
     def known(self) -> Tensor | None:
-        """The tokens that they can propose, ascending, where they are not all: the logits of others are
-        -inf. They learn the target's law among these, where the target's best token is one of them."""
-        return None
+        """The tokens that they can propose, ascending, where they are not all: logits are of these alone. They learn
+        the target's law among these, where the target's best token is one of them."""
+        if self._known is not None:
+            device = next(self.parameters()).device
+            if device.type not in ("meta", self._known.device.type):
+                self._known = self._known.to(device)
+        return self._known
+
+    def of_known(self, matrix_VD: Tensor) -> Tensor:
+        """Of a matrix with a row for every token, the rows of those that can be proposed."""
+        return matrix_VD if self.known is None else matrix_VD[self.known]
 
     @property
     def taught(self) -> int:
@@ -101,7 +113,8 @@ class HeadsModule(nn.Module):
 
     def logits(self, context_PD: Tensor, embedded_PKD: Tensor, head_VD: Tensor) -> Tensor:
         """Of all heads at P places, [K, P, V]. context: as `seen`; embedded: of the K tokens that follow each place,
-        the root first, their rows of `table`; head: the target's output projection, for heads that share it."""
+        the root first, their rows of `table`; head: the target's output projection, for heads that share it. Where only
+        some tokens are known, V is of these (`of_known`)."""
         raise NotImplementedError
 
     def unconditional(self, context_PD: Tensor, head_VD: Tensor) -> Tensor:
@@ -167,7 +180,8 @@ class TorchHeads:
     """Drafting in plain torch: the readable version, and the one for CUDA."""
 
     def __init__(self, module: HeadsModule, embedding_VD: Tensor, head_VD: Tensor):
-        self.module, self.embedding, self.head = module, embedding_VD, head_VD
+        self.module, self.embedding, self.head = module, embedding_VD, module.of_known(head_VD)
+        self._known = None if module.known is None else Known(module.known, len(embedding_VD))
 
     @torch.inference_mode()
     def draft(self, context_BD: Tensor, roots: Sequence[int], tree: RankTree) -> list[list[int]]:
@@ -175,19 +189,23 @@ class TorchHeads:
 
     def expander(self, context_BD: Tensor, roots: Sequence[int]) -> Expander:
         """For trees of any form."""
+        return tempered(self._expander(context_BD, roots), self.module.temperatures)
+
+    def _expander(self, context_BD: Tensor, roots: Sequence[int]) -> Expander:
         if self.module.markov is not None:
             logits = self.module.unconditional(context_BD, self.head).transpose(0, 1)
-            return MarkovExpander(logits, torch.tensor(roots, device=context_BD.device), self.module.markov)
+            root_B = torch.tensor(roots, device=context_BD.device)
+            return MarkovExpander(logits, root_B, self.module.markov, self._known)
         if not self.module.sees_tokens:
-            return _Independent(self.module.unconditional(context_BD, self.head))
-        return _Chained(self, context_BD, torch.tensor(roots, device=context_BD.device))
+            return _Independent(self.module.unconditional(context_BD, self.head), self._known)
+        return _Chained(self, context_BD, torch.tensor(roots, device=context_BD.device), self._known)
 
 
 class _Independent(Expander):
     """Heads that see the context alone know all depths at once: the same may follow every node of a level."""
 
-    def __init__(self, logits_KBV: Tensor):
-        self._logits = logits_KBV
+    def __init__(self, logits_KBV: Tensor, known: Known | None):
+        self._logits, self.known = logits_KBV, known
 
     def begin(self) -> Scores:
         return Scores(self._logits[0][:, None])
@@ -199,8 +217,8 @@ class _Independent(Expander):
 class _Chained(Expander):
     """Heads that see the tokens drafted before theirs, each node its own branch."""
 
-    def __init__(self, heads: TorchHeads, context_BD: Tensor, root_B: Tensor):
-        self._heads = heads
+    def __init__(self, heads: TorchHeads, context_BD: Tensor, root_B: Tensor, known: Known | None):
+        self._heads, self.known = heads, known
         self._z_BWM = torch.cat((context_BD, heads.embedding[root_B]), -1)[:, None]
 
     def begin(self) -> Scores:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from forerun.drafting.growth import Expander, Frontier
+from forerun.drafting.growth import Expander, Frontier, Known
 from forerun.model import Scores
 
 SPREAD = 0.01
@@ -20,12 +20,12 @@ SPREAD = 0.01
 
 
 class MarkovTerm(nn.Module):
-    """before [V, R], of the token before; behind [V, R], of the one that is proposed."""
+    """before [V, R], of the token before; behind, of those that can be proposed, [V or fewer, R]."""
 
-    def __init__(self, vocab_size: int, rank: int):
+    def __init__(self, vocab_size: int, candidates: int, rank: int):
         super().__init__()
         self.before = nn.Parameter(torch.zeros(vocab_size, rank))
-        self.behind = nn.Parameter(torch.zeros(vocab_size, rank))
+        self.behind = nn.Parameter(torch.zeros(candidates, rank))
 
     def initialise(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -43,8 +43,8 @@ class MarkovTerm(nn.Module):
 class MarkovExpander(Expander):
     """Of logits [B, K, V] of all depths that are known but for the term (None: altogether)."""
 
-    def __init__(self, logits_BKV: Tensor, root_B: Tensor, term: MarkovTerm | None):
-        self._logits, self._root, self._term = logits_BKV, root_B, term
+    def __init__(self, logits_BKV: Tensor, root_B: Tensor, term: MarkovTerm | None, known: Known | None = None):
+        self._logits, self._root, self._term, self.known = logits_BKV, root_B, term, known
 
     def begin(self) -> Scores:
         return self._after(self._root[:, None], 0)

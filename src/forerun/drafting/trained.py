@@ -4,13 +4,16 @@ training, foreign layouts."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+from math import inf
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from forerun.drafting.settings import option, setting
 from forerun.errors import DrafterError
 
 if TYPE_CHECKING:
+    from forerun.chance import Ints
     from forerun.nn.transformer import TransformerConfig
 
 LARGEST = 1 << 24
@@ -36,7 +39,9 @@ class HeadSettings:
 class HeadsConfig:
     """An architecture, as a checkpoint holds it. width, vocab_size: the target's. heads: K. layers:
     blocks per head, one set of weights for all if tied_layers. vocabulary: "own" (a projection per
-    head) or "shared" (the target's)."""
+    head) or "shared" (the target's). kept: the tokens that can be proposed, ascending, where they are not
+    all; known: how many of them training is to choose, 0 for all. temperatures: by depth, what logits are
+    divided by before they are probabilities (deeper: the last); none: nothing."""
 
     width: int
     vocab_size: int
@@ -48,6 +53,9 @@ class HeadsConfig:
     vocabulary: str = option(
         "own", "A projection per head, or the target's for all.", words=("own", "shared"), shown="own"
     )
+    known: int = option(0, "Propose the most frequent tokens alone.", least=0, shown="all", identifies=False, rare=True)
+    kept: tuple[int, ...] = ()
+    temperatures: tuple[float, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         """DrafterError for an architecture that no heads can have: made by training or from a file."""
@@ -56,12 +64,47 @@ class HeadsConfig:
             raise DrafterError(f"heads with tied_layers {self.tied_layers!r} make no sense: give true or false")
         if self.vocabulary not in ("own", "shared"):
             raise DrafterError(f"heads with the vocabulary {self.vocabulary!r} make no sense: give own or shared")
+        for name in ("kept", "temperatures"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._demand_tokens()
+
+    def _demand_tokens(self) -> None:
+        kept = self.kept
+        if type(self.known) is not int or not 0 <= self.known <= self.vocab_size:
+            raise DrafterError(f"there are no {self.known!r} of {self.vocab_size} tokens to know: give fewer, or 0")
+        ascending = all(type(one) is int for one in kept) and all(a < b for a, b in pairwise(kept))
+        if kept and not (ascending and kept[0] >= 0 and kept[-1] < self.vocab_size):
+            raise DrafterError(f"a part of the vocabulary is ascending token ids below {self.vocab_size}")
+        if not all(isinstance(one, int | float) and 0 < one < inf for one in self.temperatures):
+            raise DrafterError(f"the temperatures {list(self.temperatures)} make no sense: give numbers above 0")
+
+    @property
+    def candidates(self) -> int:
+        """How many tokens can be proposed."""
+        return len(self.kept) or self.vocab_size
 
     @property
     def brief(self) -> str:
         """A few words about its shape."""
         tied = " (tied)" if self.layers > 1 and self.tied_layers else ""
-        return f"{self.heads} heads of {self.layers} layer{'s' if self.layers > 1 else ''}{tied}"
+        return f"{self.heads} heads of {self.layers} layer{'s' if self.layers > 1 else ''}{tied}{self.knows}"
+
+    @property
+    def knows(self) -> str:
+        """The end of `brief`."""
+        return f", {len(self.kept)} tokens" if self.kept else ""
+
+
+Config = TypeVar("Config", bound=HeadsConfig)
+
+
+def narrowed(config: Config, counts_V: Ints) -> Config:
+    """With the most frequent tokens, if only some are to be known and nobody has chosen them yet. counts: how often
+    each token is in the answers."""
+    if not config.known or config.kept:
+        return config
+    best = (-counts_V).argsort(kind="stable")[: config.known]
+    return replace(config, kept=tuple(sorted(best.tolist())))
 
 
 def demand_counts(config: Any, names: Sequence[str]) -> None:
@@ -252,9 +295,8 @@ class Trained:
     number, by which methods are listed, the oldest first. config: the record of the architecture,
     whose options the command line offers. network: from a config to the heads without their
     weights. fitted: from (fields of a config, the target's network) to the fields with what follows
-    from the target. narrowed: from (a config, how often each token is in the answers, [V]) to the
-    config that fits them. presets: by name, each a command. joint: with the target together.
-    layouts: of other code."""
+    from the target. presets: by name, each a command. joint: with the target together. layouts: of
+    other code."""
 
     title: str
     paper: str
@@ -262,6 +304,5 @@ class Trained:
     network: Callable[[Any], Any]
     presets: Mapping[str, Preset]
     fitted: Callable[[dict[str, Any], Any], dict[str, Any]] = lambda fields, network: fields
-    narrowed: Callable[[Any, Any], Any] = lambda config, counts_V: config
     joint: JointMethod | None = None
     layouts: Sequence[Layout] = ()

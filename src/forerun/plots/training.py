@@ -12,6 +12,9 @@ Row = Mapping[str, float]
 JUDGED = "discriminator_accuracy"
 
 
+SHARES = {"given": "Right where all heads before are", "top1": "Best token is right, by head"}
+
+
 def drawing(rows: Sequence[Row], title: str, under: str) -> Callable[[Theme], Sheet]:
     """The picture of a log that has at least one row with a held-out `loss`. A language model has
     a loss alone; heads have losses and accuracies of their own, and tokens per step; a discriminator
@@ -19,20 +22,21 @@ def drawing(rows: Sequence[Row], title: str, under: str) -> Callable[[Theme], Sh
     last = _checked(rows)[-1]
     count = sum(name.startswith("head") and name.endswith("_loss") for name in last)
     is_opposed = JUDGED in last
+    share = "given" if "head1_given" in last else "top1"  # which older logs have alone
 
     def draw(theme: Theme) -> Sheet:
         from matplotlib.ticker import PercentFormatter
 
         panels = ["Loss, nats"]
         if count:
-            panels += ["Loss of every head, nats", "Best token is right, by head", "Tokens per step, projected"]
+            panels += ["Loss of every head, nats", SHARES[share], "Tokens per step, projected"]
         if is_opposed:
             panels.append("Discriminator is right")
         sheet = Sheet(theme, title, under, panels)
         _losses(sheet, sheet.panels[0], rows)
         if count:
             _heads(sheet, sheet.panels[1], rows, "head{}_loss", "loss", count)
-            _heads(sheet, sheet.panels[2], rows, "head{}_top1", "accepted", count)
+            _heads(sheet, sheet.panels[2], rows, f"head{{}}_{share}", "accepted", count)
             sheet.panels[2].yaxis.set_major_formatter(PercentFormatter(1))  # with as many decimals as it takes
             _steps(sheet, sheet.panels[3], rows)
         if is_opposed:

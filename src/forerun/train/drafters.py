@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from forerun.drafting import checkpoint as checkpoints
 from forerun.drafting import registry
 from forerun.drafting.checkpoint import DEFAULT_TREE, Checkpoint
 from forerun.drafting.heads import HeadsModule
-from forerun.drafting.trained import Adversary, HeadsConfig, Preset, Weights
+from forerun.drafting.trained import Adversary, HeadsConfig, Preset, Weights, narrowed
 from forerun.errors import TrainingError
 from forerun.nn.dtype import dtype_of
 from forerun.nn.foreign.network import Foreign
@@ -26,6 +26,7 @@ from forerun.sources.fingerprint import digest, fingerprint
 from forerun.sources.source import Source
 from forerun.train.answers import Answers, Windows
 from forerun.train.distill import Distilled, Sample, read
+from forerun.train.events import Events
 from forerun.train.least_squares import LeastSquares
 from forerun.train.objectives.adversarial import Judging, opposed
 from forerun.train.objectives.alternating import Alternating
@@ -33,6 +34,7 @@ from forerun.train.objectives.heads import HeadsObjective
 from forerun.train.run import Objective, Record, Run
 from forerun.train.schedule import Schedule
 from forerun.train.teacher import Teacher
+from forerun.train.temperatures import temperatures_of
 
 WIDEST_START = 12288
 """Inputs of a head above which no least squares are solved: their matrix takes 4 bytes times the square of that."""
@@ -116,12 +118,19 @@ class HeadsTraining:
             return self.objective
         return Alternating(discriminator=self.judging, heads=self.objective)
 
-    def fit(self, run: Path, out: Path) -> dict[str, float]:
+    def fit(self, run: Path, out: Path, events: Events | None = None) -> dict[str, float]:
         """Train to the schedule's end, resuming what was interrupted in `run`, and write the heads to `out`."""
-        record = Record(self.record(), older=NO_TEXT | NO_ADVERSARY)
-        figures = Run(self.learning, self.recipe.schedule, run, record).finish(out.name, self._start())
-        checkpoints.write(self.objective.module, self.config, self._about(out, figures))
+        record = Record(self.record(), older=self.older())
+        figures = Run(self.learning, self.recipe.schedule, run, record, events).finish(out.name, self._start())
+        config = replace(self.config, temperatures=self._temperatures())
+        figures |= {f"head{k}_temperature": one for k, one in enumerate(config.temperatures, 1)}
+        checkpoints.write(self.objective.module, config, self._about(out, figures))
         return figures
+
+    def _temperatures(self) -> tuple[float, ...]:
+        """Fitted on the answers that figures are of."""
+        one = self.objective
+        return temperatures_of(one.module, one.teacher, one.judged, self.answers)
 
     def _start(self) -> LeastSquares | None:
         """A fit of untrained heads by least squares, if that is wanted and not too large."""
@@ -153,6 +162,11 @@ class HeadsTraining:
             **self._text(),
             **self._adversary(),
         }
+
+    def older(self) -> dict[str, Any]:
+        """What fields had that are younger than some records."""
+        defaults = {one.name: one.default for one in fields(self.config) if one.default is not MISSING}
+        return NO_TEXT | NO_ADVERSARY | {"architecture": defaults}
 
     def _text(self) -> dict[str, Any]:
         """What is read beside the answers, if anything is."""
@@ -225,11 +239,12 @@ def _answers(samples: Sequence[Sample], recipe: HeadsRecipe) -> Answers:
 def _heads(recipe: HeadsRecipe, network: Network, answers: Answers) -> tuple[Any, HeadsConfig]:
     vocab_size, width = network.input_embedding.shape
     drafter, method, preset = registry.preset(recipe.preset)
-    start = checkpoints.load(recipe.init_from, drafter).architecture if recipe.init_from else {}
-    fields: dict[str, Any] = {**preset.architecture, **start, **recipe.architecture}
-    config = method.config(**method.fitted(fields | {"width": width, "vocab_size": vocab_size}, network))
+    start = dict(checkpoints.load(recipe.init_from, drafter).architecture) if recipe.init_from else {}
+    start.pop("temperatures", None)  # they are fitted anew
+    shape: dict[str, Any] = {**preset.architecture, **start, **recipe.architecture}
+    config = method.config(**method.fitted(shape | {"width": width, "vocab_size": vocab_size}, network))
     said = np.concatenate([np.asarray(sample.answer, np.int64) for sample in answers.training])
-    config = method.narrowed(config, np.bincount(said, minlength=vocab_size))
+    config = narrowed(config, np.bincount(said, minlength=vocab_size))
     torch.manual_seed(recipe.seed)
     return method.network(config), config
 

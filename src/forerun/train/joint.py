@@ -24,6 +24,7 @@ from forerun.nn.transformer import Transformer
 from forerun.nn.translate import published_config, translate
 from forerun.sources.folder import CONFIG, DOWNLOADED, INDEX, checkpoint_folder, read_config, stored, weight_files
 from forerun.train import drafters
+from forerun.train.events import Events
 from forerun.train.lora import Adapters
 from forerun.train.objectives.joint import Balance, JointObjective, Moved, Ramp
 from forerun.train.run import Record, Run
@@ -83,15 +84,15 @@ class JointTraining:
     objective: JointObjective
     heads: drafters.HeadsTraining
 
-    def fit(self, run: Path, out: Path) -> dict[str, float]:
+    def fit(self, run: Path, out: Path, events: Events | None = None) -> dict[str, float]:
         """Train to the schedule's end, resuming what was interrupted in `run`; merge, and write
         model and heads to `out`.
 
         Can be called once: the adapters are gone afterwards.
         """
         own = {name: getattr(self.recipe, name) for name in ("keep", "head_weight", "ramp", "rank", "alpha")}
-        record = Record(self.heads.record() | own)
-        figures = Run(self.objective, self.objective.schedule, run, record).finish(out.name)
+        record = Record(self.heads.record() | own, older=self.heads.older())
+        figures = Run(self.objective, self.objective.schedule, run, record, events).finish(out.name)
         self.objective.module.backbone.merge()
         self._write(out, figures)
         return figures

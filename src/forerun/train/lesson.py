@@ -46,7 +46,9 @@ class Lesson:
         if chosen is not None:
             rows, places = rows[chosen], places[chosen]
         embedded = F.embedding(tokens, teacher.embedding_VD)
-        context = module.seen({layer: known[layer] for layer in layers}, Places(rows, places, embedded))
+        context = module.seen(
+            {layer: known[layer] for layer in layers}, Places(rows, places, embedded, teacher.embedding_VD)
+        )
         behind = places[:, None] + torch.arange(1, module.count + 2, device=teacher.device)
         ends = torch.from_numpy(batch.ends).to(teacher.device)[rows, None]
         inside = behind.clamp(max=tokens.shape[1] - 1)
@@ -69,9 +71,17 @@ class Lesson:
 
 
 def logits_of(module: HeadsModule, teacher: Teacher, lesson: Lesson) -> Tensor:
-    """[K, P, V]."""
+    """[K, P, V], or of the tokens that the module knows."""
     embedded = F.embedding(lesson.tokens_PK[:, : module.count], module.table(teacher.embedding_VD))
-    return module.logits(lesson.context_PD, embedded, teacher.head_VD)
+    return module.logits(lesson.context_PD, embedded, module.of_known(teacher.head_VD))
+
+
+def among(known: Tensor | None, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The places of tokens among the known ones (any place where they are not known), and which are."""
+    if known is None:
+        return tokens, torch.ones_like(tokens, dtype=torch.bool)
+    places = torch.searchsorted(known, tokens.contiguous()).clamp(max=len(known) - 1)
+    return places, known[places] == tokens
 
 
 def chunk(module: HeadsModule, teacher: Teacher) -> int:

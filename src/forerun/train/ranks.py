@@ -17,7 +17,7 @@ from forerun.drafting.heads import HeadsModule
 from forerun.ranktree import RankTree
 from forerun.train.answers import Answers
 from forerun.train.distill import Sample
-from forerun.train.lesson import Lesson, chunk, logits_of
+from forerun.train.lesson import Lesson, among, chunk, logits_of
 from forerun.train.teacher import Teacher
 
 RANKS = 16
@@ -36,7 +36,7 @@ def ranks_of(module: HeadsModule, teacher: Teacher, samples: Sequence[Sample], a
         with teacher.precision():
             lesson = Lesson.of(module, teacher, batch)
             parts = lesson.chunks(chunk(module, teacher))
-            found = torch.cat([_ranks(logits_of(module, teacher, part), part) for part in parts], 1)
+            found = torch.cat([_ranks(logits_of(module, teacher, part), part, module.known) for part in parts], 1)
         counts = [max(0, end - max(2, begin)) for begin, end in zip(batch.begins, batch.ends, strict=True)]
         found_here = [table.T.cpu().numpy() for table in torch.split(found, counts, 1)]
         tables += [_from_the_first(table, begin) for table, begin in zip(found_here, batch.begins, strict=True)]
@@ -48,12 +48,15 @@ def _from_the_first(table: Ranks, begin: int) -> Ranks:
     return np.concatenate((np.full((max(0, 2 - begin), table.shape[1]), -1), table))
 
 
-def _ranks(logits_KPV: Tensor, lesson: Lesson) -> Tensor:
-    labels = lesson.labels_KP[..., None]
-    own = logits_KPV.gather(-1, labels)
-    ids = torch.arange(logits_KPV.shape[-1], device=labels.device)
-    better = (logits_KPV > own) | ((logits_KPV == own) & (ids < labels))
-    return torch.where(lesson.valid_KP, better.sum(-1).clamp(max=RANKS), -1)
+def _ranks(logits_KPV: Tensor, lesson: Lesson, known: Tensor | None) -> Tensor:
+    """Tokens that are not known have no rank."""
+    places, is_known = among(known, lesson.labels_KP)
+    places = places[..., None]
+    own = logits_KPV.gather(-1, places)
+    ids = torch.arange(logits_KPV.shape[-1], device=places.device)
+    better = (logits_KPV > own) | ((logits_KPV == own) & (ids < places))
+    ranks = torch.where(is_known, better.sum(-1).clamp(max=RANKS), RANKS)
+    return torch.where(lesson.valid_KP, ranks, -1)
 
 
 def conditional(ranks: Sequence[Ranks]) -> list[float]:

@@ -24,6 +24,7 @@ from forerun.nn.save import save_pretrained
 from forerun.nn.transformer import Transformer, TransformerConfig, stack
 from forerun.train import corpus as corpora
 from forerun.train import tokenizer
+from forerun.train.events import Events
 from forerun.train.objectives.descent import OPTIMISER
 from forerun.train.objectives.next_token import NextToken, TokenWindows
 from forerun.train.run import STATE, Record, Run, Watch, read_run, unwatched
@@ -106,7 +107,7 @@ def build_corpus(folder: Path, vocabulary: int, watch: Watch = unwatched) -> str
     )
 
 
-def train(recipe: ModelRecipe, run: Path, out: Path | None, device: torch.device) -> str:
+def train(recipe: ModelRecipe, run: Path, out: Path | None, device: torch.device, events: Events | None = None) -> str:
     """Train to the schedule's end and write the model to `out`; says what came of it.
 
     Raises TrainingError for a recipe that cannot be followed, before anything is written.
@@ -114,7 +115,7 @@ def train(recipe: ModelRecipe, run: Path, out: Path | None, device: torch.device
     module = start(recipe).to(device)
     text, teacher = _text(recipe, module.config), _teacher(recipe, module, device)
     objective = NextToken(module, text, recipe.schedule, teacher, recipe.compile)
-    figures = Run(objective, recipe.schedule, run, _record(module.config)).finish((out or run).name)
+    figures = Run(objective, recipe.schedule, run, _record(module.config), events).finish((out or run).name)
     if out is not None:
         write_model(module, recipe.corpus / "tokenizer", out)
     return f"{out or run}: validation loss {figures['loss']:.4f} nats per token after {recipe.schedule.steps} steps"

@@ -22,6 +22,7 @@ from torch import Tensor
 from forerun.errors import TrainingError
 from forerun.files import beside, claim, put
 from forerun.train.display import Display
+from forerun.train.events import Events
 from forerun.train.interrupt import held_back
 from forerun.train.schedule import Schedule
 
@@ -100,7 +101,7 @@ class Record:
                 raise TrainingError(_no_place(run, error)) from None
             return
         try:
-            theirs = _as_json(self.older) | dict(json.loads(path.read_text()))
+            theirs = _with_older(dict(json.loads(path.read_text())), _as_json(self.older))
         except (OSError, ValueError, TypeError) as error:
             raise TrainingError(f"{path} cannot be read ({error}): remove the run, or repair the file") from None
         other = next((name for name in ours if theirs.get(name) != ours[name]), None)
@@ -108,6 +109,16 @@ class Record:
             raise TrainingError(
                 f"{run} belongs to a run with another {self.name or other}: remove it, or name another --run"
             )
+
+
+def _with_older(theirs: dict[str, Any], older: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of fields, too, may be younger than a record."""
+    inner = {
+        name: value | theirs[name]
+        for name, value in older.items()
+        if isinstance(value, dict) and isinstance(theirs.get(name), dict)
+    }
+    return {**older, **theirs, **inner}
 
 
 def _as_json(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,9 +140,18 @@ def _no_place(folder: Path, error: OSError) -> str:
 class Run:
     """The steps of an objective, from the first, or from where an earlier run in this folder stopped."""
 
-    def __init__(self, objective: Objective, schedule: Schedule, folder: Path, record: Record | None = None):
-        """Raises TrainingError if the folder holds a run of something else, or with another schedule."""
-        self.objective, self.schedule, self.folder = objective, schedule, folder
+    def __init__(
+        self,
+        objective: Objective,
+        schedule: Schedule,
+        folder: Path,
+        record: Record | None = None,
+        events: Events | None = None,
+    ):
+        """events: told every row of the log, too.
+
+        Raises TrainingError if the folder holds a run of something else, or with another schedule."""
+        self.objective, self.schedule, self.folder, self._events = objective, schedule, folder, events
         self.step, self.seconds, self.loss = 0, 0.0, 0.0
         self._saved: int | None = None
         self._is_whole = False
@@ -148,6 +168,8 @@ class Run:
         TrainingError where checkpoints cannot be written, and what the objective raises.
         """
         with self._alone():
+            if self._events is not None:
+                self._events.begin(row for row in read_log(self.folder) if row["step"] <= self.step)
             try:
                 with Display(title, self.schedule.steps, self.step) as display:
                     if start is not None and self._saved is None:
@@ -210,6 +232,8 @@ class Run:
         figures = self._validate(display) if self._is_validated else {}
         if self._is_logged:
             row = {"step": self.step, "train_loss": self.loss, "seconds": self.seconds, **figures}
+            if self._events is not None:
+                self._events.tell(row)
             self._log(json.dumps({key: round(value, 5) for key, value in row.items()}) + "\n")
         return figures
 

@@ -117,7 +117,7 @@ def build(workshop: Workshop, settings: HeadSettings) -> Drafter:
     if settings.weights == "int8":
         raise DrafterError("amphista heads run in the target's number format alone: leave weights out")
     format_of(network, settings.weights)
-    grows = tree_for(stored, settings.tree, module.count, module.config.vocab_size)
+    grows = tree_for(stored, settings.tree, module.count, module.config.candidates)
     module = module.to(device=network.device, dtype=network.dtype).eval().requires_grad_(False)
     drafting = TorchHeads(module, network.input_embedding, network.head_matrix())
     return HeadDrafter("amphista", HeadParts(drafting, reader(module, network), grows, network.cache_shape.layers))

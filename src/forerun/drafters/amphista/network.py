@@ -160,14 +160,14 @@ class AmphistaHeads(HeadsModule):
     between them, or None; vocabulary [K, V, D], or None for the target's own."""
 
     def __init__(self, config: AmphistaConfig):
-        super().__init__()
+        super().__init__(config)
         self.config, self.count = config, config.heads
         self.adaptation = Adaptation(config) if config.stages else None
         self.mlps = nn.Parameter(torch.zeros(config.heads, config.width, config.width))
         self.mlp_biases = nn.Parameter(torch.zeros(config.heads, config.width))
         self.embedding = AutoEmbedding(config) if config.auto_embedding != NONE else None
         own = config.vocabulary == "own"
-        self.vocabulary = nn.Parameter(torch.zeros(config.heads, config.vocab_size, config.width)) if own else None
+        self.vocabulary = nn.Parameter(torch.zeros(config.heads, config.candidates, config.width)) if own else None
 
     def initialise(self, head_VD: Tensor, seed: int = 0) -> AmphistaHeads:
         """Before training every head says what the target says of the token that is known already."""
@@ -177,7 +177,7 @@ class AmphistaHeads(HeadsModule):
             self.embedding.initialise(seed + 1)
         if self.vocabulary is not None:
             with torch.no_grad():
-                self.vocabulary.copy_(head_VD.expand_as(self.vocabulary))
+                self.vocabulary.copy_(self.of_known(head_VD).expand_as(self.vocabulary))
         return self
 
     def linear_context(self, context_PD: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ class AmphistaHeads(HeadsModule):
         """Into the projections of their own, as Medusa's heads; shared ones leave no place for it."""
         with torch.no_grad():
             for head, guess in enumerate(maps if self.vocabulary is not None else ()):
-                self.vocabulary[head].copy_(head_VD @ guess)  # type: ignore[index]
+                self.vocabulary[head].copy_(self.of_known(head_VD) @ guess)  # type: ignore[index]
 
     def seen(self, states: Mapping[int, Tensor], places: Places) -> Tensor:
         """What the stages say, side by side, [P, stages D]; without any, the target's state."""

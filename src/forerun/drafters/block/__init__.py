@@ -8,13 +8,22 @@ term (rank 0) it is DFlash (arXiv 2602.06036), whose number stands for the famil
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from forerun.drafting.method import Method, later
 from forerun.drafting.settings import demand_count, option, setting
-from forerun.drafting.trained import LARGEST, HeadsConfig, LayerConfig, Preset, Trained, Weights, demand_counts
+from forerun.drafting.trained import (
+    LARGEST,
+    HeadsConfig,
+    LayerConfig,
+    Layout,
+    Preset,
+    Trained,
+    Weights,
+    demand_counts,
+)
 from forerun.errors import DrafterError
 
 LAST = -1
@@ -23,9 +32,11 @@ LAST = -1
 
 @dataclass(frozen=True)
 class BlockConfig(HeadsConfig):
-    """heads: the tokens of a block. layers: its own. rank: of the Markov term, 0 without. sources: the target's layers
-    whose states are fused, numbered as hidden states are, or LAST. layer: the shape of its layers, None until a target
-    is known."""
+    """heads: the tokens that a block proposes. layers: its own. rank: of the Markov term, 0 without. sources: the
+    target's layers whose states are fused, numbered as hidden states are, or LAST. mask_token: the token whose
+    embedding stands in the rows behind the anchor; None: a vector that is learnt. from_anchor: whether the anchor's own
+    row proposes a token, as DSpark's does and DFlash's does not. layer: the shape of its layers, None until a target is
+    known."""
 
     heads: int = option(7, "Tokens of a block.", least=1, flag="--block")
     layers: int = option(1, "Layers of its own.", least=1)
@@ -38,7 +49,23 @@ class BlockConfig(HeadsConfig):
         flag="--markov-rank",
         rare=True,
     )
-    sources: tuple[int, ...] = ()
+    sources: tuple[int, ...] = option(
+        (), "Layers of the target that are read; -1 is what its projection sees.", shown="three of them", rare=True
+    )
+    mask_token: int | None = option(
+        None,
+        "A token that no text has, for the rows of what is not known.",
+        least=0,
+        shown="a vector that is learnt",
+        rare=True,
+    )
+    from_anchor: bool = option(
+        True,
+        "The newest token's row proposes one, or (DFlash) only those behind it.",
+        flag="--from-anchor/--past-anchor",
+        shown="from-anchor",
+        rare=True,
+    )
     layer: LayerConfig | None = None
 
     def __post_init__(self) -> None:
@@ -55,6 +82,21 @@ class BlockConfig(HeadsConfig):
         if self.tied_layers or self.vocabulary != "shared":
             raise DrafterError("a block drafter has layers of its own, and the target's vocabulary matrix")
         demand_counts(self, ("heads", "layers"))
+        mask = self.mask_token
+        if mask is not None and (type(mask) is not int or not 0 <= mask < self.vocab_size):
+            raise DrafterError(f"a mask_token {mask!r} makes no sense: give one of the {self.vocab_size} tokens")
+        if type(self.from_anchor) is not bool:
+            raise DrafterError(f"from_anchor {self.from_anchor!r} makes no sense: give true or false")
+
+    @property
+    def rows(self) -> int:
+        """Of a block: one for every token that it proposes, and one for an anchor that proposes none."""
+        return self.heads if self.from_anchor else self.heads + 1
+
+
+def speaks_of(algorithm: str) -> Callable[[Mapping[str, Any]], bool]:
+    """Of a config.json: it is speculators', for this one of their algorithms."""
+    return lambda config: config.get("speculators_model_type") == algorithm
 
 
 @dataclass(frozen=True)
@@ -91,5 +133,21 @@ METHOD = Method(
         presets={
             "block": Preset(_SENSE, {"heads": 7, "layers": 1}, _WEIGHTS, rate=1e-3, warmup=0.04, muon=2e-3, share=0.25),
         },
+        layouts=(
+            Layout(
+                "dspark",
+                "speculators (DSpark)",
+                later("forerun.drafters.block.layouts:read"),
+                later("forerun.drafters.block.layouts:as_dspark"),
+                knows=speaks_of("dspark"),
+            ),
+            Layout(
+                "dflash",
+                "speculators (DFlash)",
+                later("forerun.drafters.block.layouts:read"),
+                later("forerun.drafters.block.layouts:as_dflash"),
+                knows=speaks_of("dflash"),
+            ),
+        ),
     ),
 )

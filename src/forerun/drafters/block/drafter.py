@@ -11,7 +11,7 @@ from forerun.drafters.block import BlockConfig, BlockSettings
 from forerun.drafters.block.network import BlockModule
 from forerun.drafting.checkpoint import demand_fit, demand_layers, load, tree_for
 from forerun.drafting.drafter import Context, Drafter
-from forerun.drafting.growth import Expander, Form, StaticTree, TopTree, least_of
+from forerun.drafting.growth import Expander, Form, Known, StaticTree, TopTree, least_of, tempered
 from forerun.drafting.heads import StatesDrafter, format_of
 from forerun.drafting.markov import MarkovExpander
 from forerun.drafting.workshop import Workshop
@@ -73,12 +73,17 @@ class PackedBlocks(Blocks):
 
     def __init__(self, network: BlockNetwork, module: BlockModule, cache: Cache):
         super().__init__(cache, network.count)
-        self.network, self._markov = network, module.markov
+        self.network, self._module = network, module
+        self._known = Known.of(module.config.kept, module.config.vocab_size, module.fuse.device)
 
     def expander(self, roots: Sequence[int]) -> Expander:
-        return MarkovExpander(self.network.logits(self.cache, roots), torch.tensor(roots), self._markov)
+        logits = self._module.proposing(self.network.logits(self.cache, roots))
+        expander = MarkovExpander(logits, torch.tensor(roots), self._module.markov, self._known)
+        return tempered(expander, self._module.temperatures)
 
-    def best_first(self, roots: Sequence[int], limits: Sequence[TreeLimits]) -> list[BestTree]:
+    def best_first(self, roots: Sequence[int], limits: Sequence[TreeLimits]) -> list[BestTree] | None:
+        if not self._module.config.from_anchor:  # the kernels take the first row for the first depth
+            return None
         return self.network.grow(self.cache, roots, limits)
 
     def _read(self, start: int, states: Sequence[Tensor]) -> None:
@@ -90,7 +95,8 @@ class TorchBlocks(Blocks):
 
     def __init__(self, module: BlockModule, embedding_VD: Tensor, head_VD: Tensor):
         super().__init__(Cache(module.stack.config.cache_shape, embedding_VD.dtype, embedding_VD.device))
-        self.module, self.embedding, self.head = module, embedding_VD, head_VD
+        self.module, self.embedding, self.head = module, embedding_VD, module.of_known(head_VD)
+        self._known = Known.of(module.config.kept, module.config.vocab_size, module.fuse.device)
 
     @torch.inference_mode()
     def _read(self, start: int, states: Sequence[Tensor]) -> None:
@@ -111,24 +117,25 @@ class TorchBlocks(Blocks):
     @torch.inference_mode()
     def expander(self, roots: Sequence[int]) -> Expander:
         root_B = torch.tensor(roots, device=self.embedding.device)
-        return MarkovExpander(self.states(root_B) @ self.head.T, root_B, self.module.markov)
+        expander = MarkovExpander(self.states(root_B) @ self.head.T, root_B, self.module.markov, self._known)
+        return tempered(expander, self.module.temperatures)
 
     def states(self, root_B: Tensor) -> Tensor:
-        """The last states of the rows of every block, [B, W, D]."""
-        module, width = self.module, self.module.count
+        """The last states of the rows of every block that propose, [B, K, D]."""
+        module, width = self.module, self.module.config.rows
         lengths_B = torch.tensor(list(self.cache.lengths), device=root_B.device)
         longest = int(lengths_B.max())
         positions_BW = lengths_B[:, None] + torch.arange(width, device=root_B.device)
         outside = torch.arange(longest, device=root_B.device) >= lengths_B[:, None]
         outside = torch.cat((outside, outside.new_zeros(len(root_B), width)), 1)[:, None].expand(-1, width, -1)
-        x = module.rows(self.embedding[root_B])
+        x = module.rows(self.embedding[root_B], self.embedding)
         bias = torch.zeros(outside.shape, dtype=x.dtype, device=x.device).masked_fill_(outside, float("-inf"))
         for layer in range(module.config.layers):
             q, k, v = module.project(layer, x, positions_BW)
             text = self.cache.store[layer, :, : len(root_B), :longest]
             keys, values = torch.cat((text[0], k.to(text.dtype)), 1), torch.cat((text[1], v), 1)
             x = module.go_on(layer, x, ops.attention(q, keys, values, bias, module.stack.config.head_dim**-0.5))
-        return module.last_norm(x)
+        return module.last_norm(module.proposing(x))
 
 
 class BlockDrafter(StatesDrafter):
@@ -176,13 +183,13 @@ def build(workshop: Workshop, settings: BlockSettings) -> Drafter:
     blocks = blocks_on(module, network, kind)
     form: Form = TopTree(settings.nodes, module.count, settings.nodes)
     if settings.tree is not None:
-        form = StaticTree(tree_for(stored, settings.tree, module.count, config.vocab_size))
+        form = StaticTree(tree_for(stored, settings.tree, module.count, config.candidates))
     return BlockDrafter(blocks, form, layers)
 
 
 def blocks_on(module: BlockModule, network: Network, weights: torch.dtype) -> Blocks:
     """On the target's own backend. weights: the number format of what the backend packs."""
-    in_one_go = network.backend.blocks(module.parts(), network, weights)
+    in_one_go = network.backend.blocks(module.parts(network.input_embedding), network, weights)
     if in_one_go is None:
         return TorchBlocks(module, network.input_embedding, network.head_matrix())
     return PackedBlocks(in_one_go, module, Cache(module.stack.config.cache_shape, network.dtype, network.device))

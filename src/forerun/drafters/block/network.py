@@ -6,14 +6,17 @@
             all of H and all rows of its block; row k stands at the anchor's position + k
     logits of row k = head(norm(y_k)) + B A[token before it]        the Markov term
 
-Row k (from 0) proposes the token k + 1 behind the anchor, a node of depth k + 1. Projection and embedding are the
-target's own and frozen. The confidence head of the original is left out: here the tree's own probabilities tell.
+Row k (from 0) proposes the token k + 1 behind the anchor, a node of depth k + 1. In the form of DFlash ("past the
+anchor") there is one row more, the anchor's proposes nothing and row k the token k behind it. MASK is a vector that is
+learnt, or the embedding of a token. Projection and embedding are the target's own and frozen. The confidence head of
+the original is left out: here the tree's own probabilities tell.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from statistics import geometric_mean
 from typing import Any
 
 import torch
@@ -30,23 +33,24 @@ from forerun.nn.transformer import Layer, Transformer
 
 
 class BlockModule(HeadsModule):
-    """mask [D]; fuse [D, M D], fuse_norm [D]; the layers and the last norm in `stack`; the Markov term."""
+    """mask [D], None where it is a token's; fuse [D, M D], fuse_norm [D]; the layers and the last norm in `stack`; the
+    Markov term."""
 
     sees_tokens = True
     solvable = False
     tables = ("markov.",)
 
     def __init__(self, config: BlockConfig):
-        super().__init__()
+        super().__init__(config)
         assert config.layer is not None
         self.config, self.count, self.borrows = config, config.heads, config.layers
         width = config.width
-        self.mask = nn.Parameter(torch.zeros(width))
+        self.mask = nn.Parameter(torch.zeros(width)) if config.mask_token is None else None
         self.fuse = nn.Parameter(torch.zeros(width, len(config.sources) * width))
         self.fuse_norm = nn.Parameter(torch.ones(width))
-        longest = config.layer.max_length + config.heads
+        longest = config.layer.max_length + config.rows
         self.stack = Transformer(config.layer.transformer(width, config.layers, qk_norm=True, max_length=longest))
-        self.markov = MarkovTerm(config.vocab_size, config.rank) if config.rank else None
+        self.markov = MarkovTerm(config.vocab_size, config.candidates, config.rank) if config.rank else None
 
     def initialise(self, head_VD: Tensor, seed: int = 0) -> BlockModule:
         """The newest source's state passes the fusion; everything else begins at random."""
@@ -55,7 +59,8 @@ class BlockModule(HeadsModule):
         self.stack.initialise(seed)
         with torch.no_grad():
             self.fuse[:, -width:] = torch.eye(width)
-            self.mask.copy_(torch.randn(width, generator=generator) * head_VD.std())
+            if self.mask is not None:
+                self.mask.copy_(torch.randn(width, generator=generator) * head_VD.std())
         if self.markov is not None:
             self.markov.initialise(seed)
         return self
@@ -72,7 +77,7 @@ class BlockModule(HeadsModule):
     def stretch(self, length: int) -> None:
         """Know angles for texts of so many tokens: the target's may be longer than the one that it was trained on."""
         stack = self.stack
-        longest = max(stack.config.max_length, length + self.count)
+        longest = max(stack.config.max_length, length + self.config.rows)
         stack.config = replace(stack.config, max_length=longest)
 
     def grow_from(self, smaller: BlockModule) -> None:
@@ -85,10 +90,18 @@ class BlockModule(HeadsModule):
     def table(self, embedding_VD: Tensor) -> Tensor:
         return embedding_VD[:, :0] if self.markov is None else self.markov.before
 
-    def parts(self) -> BlockWeights:
-        """Everything as plain matrices, for the kernels."""
+    def parts(self, embedding_VD: Tensor) -> BlockWeights:
+        """Everything as plain matrices, for the kernels. embedding: the target's."""
         before, behind = (None, None) if self.markov is None else (self.markov.before, self.markov.behind)
-        return BlockWeights(self.count, self.stack, self.mask, self.fuse, self.fuse_norm, before, behind)
+        more = (before, behind, self.known, geometric_mean(self.temperatures or (1.0,)))
+        return BlockWeights(self.config.rows, self.stack, self.filler(embedding_VD), self.fuse, self.fuse_norm, *more)
+
+    def filler(self, embedding_VD: Tensor | None) -> Tensor:
+        """What stands in the rows behind the anchor, [D]. embedding: the target's."""
+        if self.mask is not None:
+            return self.mask
+        assert embedding_VD is not None and self.config.mask_token is not None
+        return embedding_VD[self.config.mask_token]
 
     # ---- what the rows of blocks say
 
@@ -106,10 +119,14 @@ class BlockModule(HeadsModule):
         assert block.k_norm is not None
         return ops.rotary(self._norm(keys, block.k_norm), *self._angles(positions_BN)), values
 
-    def rows(self, embedded_BD: Tensor) -> Tensor:
-        """What goes into the first layer, [B, W, D], of anchors' embeddings."""
-        masks = self.mask.to(embedded_BD.dtype).expand(len(embedded_BD), self.count - 1, -1)
+    def rows(self, embedded_BD: Tensor, embedding_VD: Tensor | None) -> Tensor:
+        """What goes into the first layer, [B, W, D], of anchors' embeddings. embedding: the target's."""
+        masks = self.filler(embedding_VD).to(embedded_BD.dtype).expand(len(embedded_BD), self.config.rows - 1, -1)
         return torch.cat((embedded_BD[:, None], masks), 1)
+
+    def proposing(self, x_BWM: Tensor) -> Tensor:
+        """Of all rows those that propose a token, [B, K, ...]."""
+        return x_BWM[:, self.config.rows - self.count :]
 
     def project(self, layer: int, x_BWD: Tensor, positions_BW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of rows."""
@@ -142,12 +159,12 @@ class BlockModule(HeadsModule):
     # ---- in training
 
     def seen(self, states: Mapping[int, Tensor], places: Places) -> Tensor:
-        """The rows' last states [P, W, D] of a block at every place, all side by side."""
+        """The last states [P, K, D] of the rows that propose, of a block at every place, all side by side."""
         fused = self.fused(torch.cat(list(states.values()), -1))
         texts = [places.places_P[places.rows_P == row] for row in range(len(fused))]
         positions_BN = torch.arange(fused.shape[1], device=fused.device).expand(len(fused), -1)
-        positions_PW = 1 + places.places_P[:, None] + torch.arange(self.count, device=fused.device)
-        x = self.rows(places.roots_PD)
+        positions_PW = 1 + places.places_P[:, None] + torch.arange(self.config.rows, device=fused.device)
+        x = self.rows(places.roots_PD, places.embedding_VD)
         for layer in range(self.config.layers):
             keys, values = self.memory(layer, fused, positions_BN)
             parts = [torch.split(part, list(map(len, texts))) for part in self.project(layer, x, positions_PW)]
@@ -157,7 +174,7 @@ class BlockModule(HeadsModule):
                 if len(text)
             ]
             x = self.go_on(layer, x, torch.cat(mixed))
-        return self.last_norm(x)
+        return self.last_norm(self.proposing(x))
 
     def _mix(
         self, q_AWHE: Tensor, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor], places_A: Tensor

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from forerun.drafting.method import Method, later
@@ -30,8 +29,7 @@ class EagleConfig(HeadsConfig):
     """heads: the steps that figures look ahead, and taught: those of them that learn; both say
     nothing about the weights. layers: its own. fused: EAGLE-3's form. sources: the target's layers
     that it reads, numbered as hidden states are; LAST is what the output projection sees, however
-    many layers there are. layer: the shape of its layers. kept: the tokens that it can propose,
-    ascending, where they are not all; known: how many of them training is to choose, 0 for all.
+    many layers there are. layer: the shape of its layers.
 
     qkv_bias, qk_norm: of its layers, as some families have them. fuse_bias: of the projection that
     joins a token and a state (EAGLE-1's older checkpoints). The others are EAGLE-3's:
@@ -54,17 +52,9 @@ class EagleConfig(HeadsConfig):
         words=("length", "flat", "none"),
         identifies=False,
     )
-    known: int = option(
-        0,
-        "Propose the most frequent tokens alone (eagle3).",
-        least=0,
-        shown="all",
-        identifies=False,
-    )
     fused: bool = False
     sources: tuple[int, ...] = (LAST,)
     layer: LayerConfig | None = None
-    kept: tuple[int, ...] = ()
     qkv_bias: bool = False
     qk_norm: bool = False
     fuse_bias: bool = False
@@ -75,16 +65,14 @@ class EagleConfig(HeadsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("sources", "kept"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "sources", tuple(self.sources))
         if isinstance(self.layer, Mapping):
             object.__setattr__(self, "layer", LayerConfig(**self.layer))
         self._demand_sense()
 
     @property
     def brief(self) -> str:
-        knows = f", {len(self.kept)} tokens" if self.kept else ""
-        return f"EAGLE-{3 if self.fused else 1} of {self.layers} layer{'s' if self.layers > 1 else ''}{knows}"
+        return f"EAGLE-{3 if self.fused else 1} of {self.layers} layer{'s' if self.layers > 1 else ''}{self.knows}"
 
     def _demand_sense(self) -> None:
         if not isinstance(self.layer, LayerConfig):
@@ -103,7 +91,6 @@ class EagleConfig(HeadsConfig):
         if self.tied_layers:
             raise DrafterError("an eagle has layers of its own: leave tied_layers out")
         self._demand_form()
-        self._demand_tokens()
 
     def _demand_form(self) -> None:
         of_three = ("residual_normed", "sources_normed", "joined_normed", "output_normed")
@@ -115,14 +102,6 @@ class EagleConfig(HeadsConfig):
             raise DrafterError(f"EAGLE-1 has no {stranger or 'vocabulary of its own'}: train eagle3 for one")
         if (self.fused and self.fuse_bias) or (self.sources_normed and self.joined_normed):
             raise DrafterError("EAGLE-3 fuses its sources without a bias, and norms them one by one or together")
-
-    def _demand_tokens(self) -> None:
-        kept = self.kept
-        if type(self.known) is not int or not 0 <= self.known <= self.vocab_size:
-            raise DrafterError(f"there are no {self.known!r} of {self.vocab_size} tokens to know: give fewer, or 0")
-        ascending = all(type(one) is int for one in kept) and all(a < b for a, b in pairwise(kept))
-        if kept and not (ascending and kept[0] >= 0 and kept[-1] < self.vocab_size and self.vocabulary == "own"):
-            raise DrafterError("a part of the vocabulary is ascending token ids, and has a projection of its own")
 
 
 @dataclass(frozen=True)
@@ -169,7 +148,6 @@ METHOD = Method(
         config=EagleConfig,
         network=later("forerun.drafters.eagle.network:EagleModule"),
         fitted=later("forerun.drafters.eagle.network:fitted"),
-        narrowed=later("forerun.drafters.eagle.network:narrowed"),
         presets={
             "eagle": Preset(
                 "Train an EAGLE drafter: a layer that foresees the target's next state.",

@@ -14,7 +14,7 @@ from forerun.drafters.eagle import EagleConfig, EagleSettings
 from forerun.drafters.eagle.network import EagleModule, EagleStack
 from forerun.drafting.checkpoint import demand_fit, demand_layers, load, tree_for
 from forerun.drafting.drafter import Context, Drafter
-from forerun.drafting.growth import Expander, Form, Frontier, StaticTree, TopTree
+from forerun.drafting.growth import Expander, Form, Frontier, Known, StaticTree, TopTree, tempered
 from forerun.drafting.heads import REMEMBERED, WAITING, StatesDrafter
 from forerun.drafting.settings import MOST
 from forerun.drafting.workshop import Workshop
@@ -77,6 +77,7 @@ class Pairs:
     def __init__(self, stack: EagleStack, scratch: int):
         """scratch: the most nodes that are read for a tree."""
         self.stack, self.model = stack, Model(stack, max(scratch, WAITING))
+        self.known_tokens = Known.of(stack.form.kept, stack.form.vocab_size, stack.device)
         self._layers = (stack.config.layers,)
         self._rows: Slots[_Tail] = Slots()
 
@@ -163,12 +164,10 @@ class Pairs:
 
 
 class PairsExpander(Expander):
-    """Every node is read with what was said at its parent. kept: the tokens that are scored, if not all."""
+    """Every node is read with what was said at its parent."""
 
     def __init__(self, pairs: Pairs, rows: Sequence[Row]):
-        self._pairs, self._rows = pairs, rows
-        kept = pairs.stack.form.kept
-        self._kept = torch.tensor(kept, device=pairs.model.device) if kept else None
+        self._pairs, self._rows, self.known = pairs, rows, pairs.known_tokens
 
     def begin(self) -> Scores:
         return self._heard(self._pairs.next_scores(self._rows))
@@ -180,16 +179,6 @@ class PairsExpander(Expander):
     def _heard(self, scores: Scores) -> Scores:
         self._said_BWD = scores.hidden[0]
         return scores
-
-    def best(self, logits_BWV: Tensor, count: int) -> Tensor:
-        return self._named(super().best(logits_BWV, count))
-
-    def top(self, logits_BWV: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        best = super().best(logits_BWV, count)
-        return logits_BWV.float().log_softmax(-1).gather(-1, best), self._named(best)
-
-    def _named(self, places: Tensor) -> Tensor:
-        return places if self._kept is None else self._kept[places]
 
 
 class EagleDrafter(StatesDrafter):
@@ -212,7 +201,8 @@ class EagleDrafter(StatesDrafter):
         depths = [min(depth, most) for depth, most in zip(self.depths(context), context.budgets, strict=True)]
         if not any(depths):
             return TokenTree.root([row.tokens[-1] for row in context.rows], context.device)
-        return self.form.grow(PairsExpander(self.pairs, context.rows), context, depths).tree
+        expander = tempered(PairsExpander(self.pairs, context.rows), self.pairs.stack.form.temperatures)
+        return self.form.grow(expander, context, depths).tree
 
 
 def build(workshop: Workshop, settings: EagleSettings) -> Drafter:
@@ -227,6 +217,6 @@ def build(workshop: Workshop, settings: EagleSettings) -> Drafter:
     form: Form = TopTree(settings.width, settings.depth or (8 if config.fused else 6), settings.nodes)
     if settings.tree is not None:
         wish = [list(path) for path in STATIC.paths] if settings.tree == "static" else settings.tree
-        form = StaticTree(tree_for(stored, wish, MOST, len(config.kept) or config.vocab_size))
-    stack = module.stack.lend(network.input_embedding, network.head_matrix())
+        form = StaticTree(tree_for(stored, wish, MOST, config.candidates))
+    stack = module.stack.lend(network.input_embedding, module.of_known(network.head_matrix()))
     return EagleDrafter(Pairs(stack, form.scratch), form, layers)

@@ -21,16 +21,13 @@ is what drafting does with the same tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from forerun.chance import Ints
 from forerun.drafters.eagle import LAST, EagleConfig
 from forerun.drafting.heads import HeadsModule, Places, grow, layer_like, quieten
 from forerun.nn import ops
@@ -72,8 +69,8 @@ class EagleStack(Transformer):
         self.fuse_bias = nn.Parameter(torch.zeros(width)) if config.fuse_bias else None
         normed = (sources, width) if config.sources_normed else (1, sources * width) if config.joined_normed else None
         self.fuse_norm = nn.Parameter(torch.ones(normed)) if normed else None
-        rows = len(config.kept) or config.vocab_size
-        self.vocabulary = nn.Parameter(torch.zeros(rows, width)) if config.vocabulary == "own" else None
+        own = config.vocabulary == "own"
+        self.vocabulary = nn.Parameter(torch.zeros(config.candidates, width)) if own else None
         self._lent: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -91,7 +88,8 @@ class EagleStack(Transformer):
         return self.fuse.device
 
     def lend(self, embedding_VD: Tensor, head_VD: Tensor) -> EagleStack:
-        """Read tokens, and score them, with these matrices of the target, as far as it has none of its own."""
+        """Read tokens, and score them, with these matrices of the target, as far as it has none of its own. head: the
+        rows of tokens that can be proposed."""
         self._lent = embedding_VD, head_VD if self.vocabulary is None else self.vocabulary
         return self
 
@@ -158,18 +156,13 @@ class EagleModule(HeadsModule):
     solvable = False
 
     def __init__(self, config: EagleConfig):
-        super().__init__()
+        super().__init__(config)
         self.config, self.count, self.foresees = config, config.heads, not config.fused
         self.stack = EagleStack(config)
 
     @property
     def taught(self) -> int:
         return self.config.taught
-
-    @property
-    def known(self) -> Tensor | None:
-        kept = self.config.kept
-        return torch.tensor(kept, device=self.stack.device) if kept else None
 
     def train(self, mode: bool = True) -> EagleModule:
         self.count = self.config.taught if mode else self.config.heads
@@ -186,7 +179,7 @@ class EagleModule(HeadsModule):
             if self.stack.fuse_norm is not None:
                 self.stack.fuse_norm.fill_(1.0)
             if self.stack.vocabulary is not None:
-                self.stack.vocabulary.copy_(head_VD[list(self.config.kept)] if self.config.kept else head_VD)
+                self.stack.vocabulary.copy_(self.of_known(head_VD))
         return self
 
     def grow_from(self, smaller: EagleModule) -> None:
@@ -225,14 +218,7 @@ class EagleModule(HeadsModule):
         return context_PD.transpose(0, 1)
 
     def logits(self, context_PD: Tensor, embedded_PKD: Tensor, head_VD: Tensor) -> Tensor:
-        context = context_PD.transpose(0, 1)
-        if self.stack.vocabulary is None:
-            return F.linear(context, head_VD)
-        logits = F.linear(context, self.stack.vocabulary)
-        if self.known is None:
-            return logits
-        whole = logits.new_full((*logits.shape[:-1], self.config.vocab_size), float("-inf"))
-        return whole.index_copy(-1, self.known, logits)
+        return F.linear(context_PD.transpose(0, 1), head_VD if self.stack.vocabulary is None else self.stack.vocabulary)
 
 
 class _Unrolled:
@@ -272,14 +258,6 @@ def fitted(fields: dict[str, Any], network: Network) -> dict[str, Any]:
     """The fields of a config, with layers like the target's; EAGLE-3's with its sources."""
     sources = {"sources": sources_of(network.cache_shape.layers)} if fields.get("fused") else {}
     return {"layer": layer_like(network)} | sources | fields
-
-
-def narrowed(config: EagleConfig, counts_V: Ints) -> EagleConfig:
-    """With the most frequent tokens, if only some are to be known and nobody has chosen them yet."""
-    if not config.known or config.kept:
-        return config
-    best = np.argsort(-counts_V, kind="stable")[: config.known]
-    return replace(config, kept=tuple(sorted(best.tolist())))
 
 
 def sources_of(top: int) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import torch
 from forerun.drafters.hydra import HydraConfig
 from forerun.drafting.trained import LayerConfig
 from forerun.errors import DrafterError
+from forerun.layouts.decoders import demand_all_tokens
 from forerun.layouts.table import (
     Heads,
     Parcel,
@@ -172,6 +173,7 @@ def as_hydra(heads: Heads, base: Base | None) -> Parcel:
             " train with"
             " tied layers"
         )
+    demand_all_tokens(heads, "Hydra's code")
     if config.vocabulary == "shared":
         raise DrafterError(
             "these heads share their target's vocabulary matrix, and Hydra's code wants one per head: keep them"

@@ -52,7 +52,7 @@ class HydraHeads(HeadsModule):
     sees_tokens = True
 
     def __init__(self, config: HydraConfig):
-        super().__init__()
+        super().__init__(config)
         self.config, self.count = config, config.heads
         width, heads = config.width, config.heads
         later = config.layers - 1
@@ -64,8 +64,8 @@ class HydraHeads(HeadsModule):
         self.blocks = nn.Parameter(torch.zeros(stored, heads, width, width)) if stored else None
         self.biases = nn.Parameter(torch.zeros(stored, heads, width)) if stored else None
         own = config.vocabulary == "own"
-        self.vocabulary = nn.Parameter(torch.zeros(heads, config.vocab_size, width)) if own else None
-        self.vocabulary_biases = nn.Parameter(torch.zeros(heads, config.vocab_size)) if own else None
+        self.vocabulary = nn.Parameter(torch.zeros(heads, config.candidates, width)) if own else None
+        self.vocabulary_biases = nn.Parameter(torch.zeros(heads, config.candidates)) if own else None
         self.prefix = Transformer(config.prefix.transformer(width)) if config.prefix else None
 
     def initialise(self, head_VD: Tensor, seed: int = 0) -> HydraHeads:
@@ -74,7 +74,7 @@ class HydraHeads(HeadsModule):
             for through in self.through:
                 through[:, : self.config.width] = torch.eye(self.config.width)
             if self.vocabulary is not None:
-                self.vocabulary.copy_(head_VD.expand_as(self.vocabulary))
+                self.vocabulary.copy_(self.of_known(head_VD).expand_as(self.vocabulary))
         if self.prefix is not None:
             self.prefix.initialise(seed)
         return self
@@ -155,7 +155,7 @@ def build(workshop: Workshop, settings: HeadSettings) -> Drafter:
     module = stored.module(HydraHeads, HydraConfig)
     network, weights = workshop.target.network, settings.weights
     demand_fit(stored, module.config.width, module.config.vocab_size, network)
-    grows = tree_for(stored, settings.tree, module.count, module.config.vocab_size)
+    grows = tree_for(stored, settings.tree, module.count, module.config.candidates)
     name = "hydra" if module.prefix is None else "hydra++"
     parts = HeadParts(
         drafting(module, network, weights), reader(module, network, weights), grows, network.cache_shape.layers

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from forerun.drafters.medusa import MERGED_PREFIX, MedusaConfig
 from forerun.errors import CheckpointError, DrafterError
+from forerun.layouts.decoders import demand_all_tokens
 from forerun.layouts.table import (
     Heads,
     Parcel,
@@ -240,6 +241,7 @@ def as_vllm(heads: Heads, base: Base | None) -> Parcel:
 
 def _medusa_only(heads: Heads, where: str) -> MedusaConfig:
     if isinstance(heads.config, MedusaConfig):
+        demand_all_tokens(heads, where)
         return heads.config
     raise DrafterError(
         f"{heads.method.title}'s heads see the tokens drafted before theirs, and {where} gives heads the target's"

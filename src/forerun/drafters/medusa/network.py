@@ -32,15 +32,15 @@ class MedusaHeads(HeadsModule):
     tables = ("markov.",)
 
     def __init__(self, config: MedusaConfig):
-        super().__init__()
+        super().__init__(config)
         self.config, self.count, self.sees_tokens = config, config.heads, bool(config.rank)
         self.solvable = config.vocabulary == "own"  # a linear start goes into projections of their own
-        self.markov = MarkovTerm(config.vocab_size, config.rank) if config.rank else None
+        self.markov = MarkovTerm(config.vocab_size, config.candidates, config.rank) if config.rank else None
         stored = 1 if config.tied_layers else config.layers
         self.blocks = nn.Parameter(torch.zeros(stored, config.heads, config.width, config.width))
         self.biases = nn.Parameter(torch.zeros(stored, config.heads, config.width))
         self.vocabulary = (
-            nn.Parameter(torch.zeros(config.heads, config.vocab_size, config.width))
+            nn.Parameter(torch.zeros(config.heads, config.candidates, config.width))
             if config.vocabulary == "own"
             else None
         )
@@ -49,7 +49,7 @@ class MedusaHeads(HeadsModule):
         """Before training every head says what the target says: zero blocks, and copies of its output projection."""
         with torch.no_grad():
             if self.vocabulary is not None:
-                self.vocabulary.copy_(head_VD.expand_as(self.vocabulary))
+                self.vocabulary.copy_(self.of_known(head_VD).expand_as(self.vocabulary))
         if self.markov is not None:
             self.markov.initialise(seed)
         return self
@@ -61,7 +61,7 @@ class MedusaHeads(HeadsModule):
         """Into the projections of its own, behind blocks that do nothing yet; shared ones leave no place for it."""
         with torch.no_grad():
             for head, guess in enumerate(maps if self.vocabulary is not None else ()):
-                self.vocabulary[head].copy_(head_VD @ guess)  # type: ignore[index]
+                self.vocabulary[head].copy_(self.of_known(head_VD) @ guess)  # type: ignore[index]
 
     def grow_from(self, smaller: MedusaHeads) -> None:
         grow(self, smaller, ("blocks", "biases"), smaller.config.layers)
@@ -113,6 +113,6 @@ def build(workshop: Workshop, settings: HeadSettings) -> Drafter:
     module = stored.module(MedusaHeads, MedusaConfig)
     network = workshop.target.network
     demand_fit(stored, module.config.width, module.config.vocab_size, network)
-    grows = tree_for(stored, settings.tree, module.count, module.config.vocab_size)
+    grows = tree_for(stored, settings.tree, module.count, module.config.candidates)
     parts = HeadParts(drafting(module, network, settings.weights), LastState(), grows, network.cache_shape.layers)
     return HeadDrafter("medusa", parts)

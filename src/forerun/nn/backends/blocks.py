@@ -13,10 +13,11 @@ from forerun.nn.cache import Cache
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """What drafts blocks of `count` rows (`drafters/block/network.py` says how).
+    """What drafts blocks of `count` rows, the anchor's among them (`drafters/block/network.py` says how).
 
     stack: its layers, a `Transformer` without a vocabulary. before, behind: the tables of the term that ties a token to
-    the one above it, None without.
+    the one above it, None without. known: the tokens that can be proposed, ascending, None: all; the rows of `behind`
+    are theirs. temperature: of the laws that trees grow by.
     """
 
     count: int
@@ -25,7 +26,9 @@ class BlockWeights:
     fuse: Tensor  # [D, M D]
     fuse_norm: Tensor  # [D]
     before: Tensor | None  # [V, R]
-    behind: Tensor | None  # [V, R]
+    behind: Tensor | None  # [V or fewer, R]
+    known: Tensor | None = None
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class BlockNetwork(Protocol):
         """Remember what the target said of the next tokens of the rows in slots from `start` on, [n, M D] each."""
 
     def logits(self, cache: Cache, roots: Sequence[int]) -> Tensor:
-        """What may follow these roots at every depth, [B, W, V], without the term of the token above; fp32."""
+        """What may follow these roots at every depth, [B, W, V], without the term of the token above and whatever the
+        temperature; fp32. Where only some tokens are known, of these alone."""
         ...
 
     def grow(self, cache: Cache, roots: Sequence[int], limits: Sequence[TreeLimits]) -> list[BestTree]:

@@ -27,14 +27,14 @@ class HeadWeights:
     through: Tensor | None  # [D, M]
     through_bias: Tensor | None  # [D]
     blocks: tuple[tuple[Tensor, Tensor], ...]  # [D, D] and [D] each
-    vocabulary: Tensor | Packed  # [V, D]
+    vocabulary: Tensor | Packed  # [V, D], or of the tokens that are known
     vocabulary_bias: Tensor | None  # [V]
 
 
 class DraftHeads(Protocol):
     """The module of `count` heads, as it is trained. sees_tokens: heads see the tokens drafted
     before theirs, not only the context. markov: if set, they see of these the one before theirs alone, through two
-    tables (drafting/markov.py).
+    tables (drafting/markov.py). known: the tokens that they propose, ascending, None: all.
 
     `logits` and `head_logits` are the readable arithmetic of all heads and of one (see
     `HeadsModule`); `weights` is the same as plain matrices, for kernels. head: the target's output
@@ -44,6 +44,9 @@ class DraftHeads(Protocol):
     sees_tokens: bool
     markov: Any
     count: int
+
+    @property
+    def known(self) -> Tensor | None: ...
 
     def logits(self, context_PD: Tensor, embedded_PKD: Tensor, head_VD: Tensor) -> Tensor: ...
 

@@ -262,15 +262,15 @@ class Judging(Descent):
         heads = self.opposed
         heads.module.eval()
         torch.manual_seed(heads.answers.seed + number)
-        begins = range(0, len(heads.validated), heads.answers.rows)
+        begins = range(0, len(heads.judged), heads.answers.rows)
         begin = begins[number % len(begins)]
-        (batch,) = heads.answers.batches_of(heads.validated[begin : begin + heads.answers.rows])
+        (batch,) = heads.answers.batches_of(heads.judged[begin : begin + heads.answers.rows])
         return self.judged(batch)
 
     @torch.no_grad()
     def validate(self, watch: Watch = unwatched) -> dict[str, float]:
         """`loss` and `accuracy` on a few held-out batches."""
-        batches = -(-len(self.opposed.validated) // self.opposed.answers.rows)
+        batches = -(-len(self.opposed.judged) // self.opposed.answers.rows)
         judged = [self._heldout(number) for number in range(min(JUDGED_BATCHES, batches))]
         losses, shares = zip(*judged, strict=True)
         return {"loss": float(torch.stack(losses).mean()), "accuracy": sum(shares) / len(shares)}

@@ -20,7 +20,7 @@ from forerun.drafting.trained import Weights
 from forerun.ranktree import RankTree
 from forerun.train.answers import Answers, Batch
 from forerun.train.distill import Sample
-from forerun.train.lesson import Lesson, chunk, logits_of
+from forerun.train.lesson import Lesson, among, chunk, logits_of
 from forerun.train.objectives.descent import Descent, Group, by_kind
 from forerun.train.objectives.losses import losses, paced
 from forerun.train.ranks import Ranks, conditional, projected, ranks_of
@@ -117,11 +117,12 @@ class HeadsObjective(Descent):
         logits, labels, learn = logits_of(self.module, self.teacher, lesson), lesson.labels_KP, lesson.valid_KP
         theirs = self._target_logits(lesson) if law or self.weights.asks_target else None
         if (known := self.module.known) is not None:
-            learn = learn & torch.isin(labels if theirs is None else theirs.argmax(-1), known)
-            if self.weights.text:
-                learn = learn & torch.isin(labels, known)
-            logits, theirs = logits[..., known], None if theirs is None else theirs[..., known]
-            labels = torch.searchsorted(known, labels.contiguous()).clamp(max=len(known) - 1)
+            labels, is_known = among(known, labels)
+            if theirs is not None:
+                learn = learn & among(known, theirs.argmax(-1))[1]
+                theirs = theirs[..., known]
+            if theirs is None or self.weights.text:
+                learn = learn & is_known
         return Said(lesson, logits, theirs, labels, learn)
 
     def _beside(self, said: Said) -> Tensor | None:
@@ -140,15 +141,15 @@ class HeadsObjective(Descent):
         return logits.view(*lesson.valid_KP.shape, -1)
 
     @property
-    def validated(self) -> Sequence[Sample]:
-        """The samples that figures are of."""
+    def judged(self) -> Sequence[Sample]:
+        """The answers that figures are of."""
         return self.answers.heldout[: self.most_validated] or self.answers.training[: self.most_validated]
 
     def validate(self, watch: Watch = unwatched) -> dict[str, float]:
         """`loss`, `head1_loss` .. `headK_loss` (each alone, in nats), `head1_top1` .. `headK_top5` (shares of answer
         tokens), `head1_given` .. (the share of top 1 where all heads before were right), and `tokens_per_step` as
         projected for the tree."""
-        samples = self.validated
+        samples = self.judged
         self.module.eval()
         batches, losses, ranks = list(self.answers.batches_of(samples)), list[Tensor](), list[Ranks]()
         for number, batch in enumerate(batches):

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from forerun.errors import TrainingError
 from forerun.nn.transformer import Transformer
 from forerun.train.answers import Batch
-from forerun.train.lesson import CHUNK_NUMBERS, Lesson, logits_of
+from forerun.train.lesson import CHUNK_NUMBERS, Lesson, among, logits_of
 from forerun.train.lora import Adapters
 from forerun.train.objectives.descent import Descent
 from forerun.train.objectives.heads import HeadsObjective
@@ -131,7 +131,7 @@ class JointObjective(Descent):
                 sums.append(checkpoint(self._sums, part, theirs, head_VD, use_reentrant=False))
                 seen += count
         text, original, divergence, *heads = torch.stack(sums).sum(0).unbind()
-        counts_K = lesson.valid_KP.sum(1).clamp(min=1)
+        counts_K = (lesson.valid_KP & among(module.known, lesson.labels_KP)[1]).sum(1).clamp(min=1)
         scale = self.heads.weights.decay ** torch.arange(1, module.count + 1, device=counts_K.device)
         return Terms(text / seen, original / seen, divergence / seen, (torch.stack(heads) / counts_K * scale).sum())
 
@@ -155,8 +155,9 @@ class JointObjective(Descent):
             divergence = (original.exp() * (original - log_probs)).sum()
             original_text = F.nll_loss(original, lesson.labels_KP[0], reduction="sum")
         logits = logits_of(self.heads.module, pupil, lesson).float()
-        each = F.cross_entropy(logits.flatten(0, 1), lesson.labels_KP.flatten(), reduction="none")
-        heads_K = (each.view(lesson.valid_KP.shape) * lesson.valid_KP).sum(1)
+        labels_KP, is_known = among(self.heads.module.known, lesson.labels_KP)
+        each = F.cross_entropy(logits.flatten(0, 1), labels_KP.flatten(), reduction="none")
+        heads_K = (each.view(lesson.valid_KP.shape) * (lesson.valid_KP & is_known)).sum(1)
         return torch.cat((torch.stack((text, original_text, divergence)), heads_K))
 
     def validate(self, watch: Watch = unwatched) -> dict[str, float]:

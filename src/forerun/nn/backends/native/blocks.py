@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from ctypes import c_double, c_int32, c_int64, c_void_p
+from dataclasses import replace
 from itertools import islice
 from typing import Protocol
 
@@ -25,15 +26,25 @@ from forerun.native.records import (
 from forerun.nn.backends.blocks import BestTree, BlockWeights, TreeLimits
 from forerun.nn.cache import Cache
 
+SPARE = 16
+"""Roots of a call that are no known tokens. What more there are is asked about in further calls."""
+IMPOSSIBLE = -1e9
+"""The logit of what is never proposed."""
+NOTHING = TreeLimits(0, 0, 0.0)
+
 
 class Stack(Protocol):
     """Packed layers that have borrowed the target's vocabulary: embedding and head."""
 
     dtype: torch.dtype
     record: TransformerRecord
+    norms: dict[str, Tensor]
 
     def turn_up_to(self, length: int) -> None:
         """Have rotary tables for so many positions."""
+
+    def borrow(self, embedding: Tensor, head: Packed) -> None:
+        """Read and score tokens with these."""
 
 
 class PackedBlocks:
@@ -43,6 +54,8 @@ class PackedBlocks:
         block: its weights, apart from its layers.
         stack: these, packed.
         weights: of the matrices packed here: bf16, fp32 or int8. The tables of the term are never int8.
+
+    The kernels know no temperature: the weights of the last norm and of the term hold it.
 
     Raises ValueError for matrices that do not fit together.
     """
@@ -54,9 +67,12 @@ class PackedBlocks:
         self._norm, self._mask = (part.detach().float().contiguous() for part in (block.fuse_norm, block.mask))
         self._record = BlockRecord(ctypes.pointer(stack.record), self._fuse.record, count=block.count)
         self._record.fuse_norm, self._record.mask = self._norm.data_ptr(), self._mask.data_ptr()
+        self._temperature = block.temperature
+        stack.norms["final_norm"].div_(block.temperature)
         if block.before is not None and block.behind is not None:
             self._before = block.before.detach().to(stack.dtype).contiguous()
-            self._behind = Packed.of(block.behind.detach(), stack.dtype if weights == torch.int8 else weights)
+            behind = block.behind.detach() / block.temperature
+            self._behind = Packed.of(behind, stack.dtype if weights == torch.int8 else weights)
             self._record.rank, self._record.before = block.before.shape[1], self._before.data_ptr()
             self._record.behind = self._behind.record
 
@@ -87,12 +103,13 @@ class PackedBlocks:
 
     # ---- drafting
 
-    def logits(self, cache: Cache, roots: Sequence[int]) -> Tensor:
-        """See `BlockNetwork.logits`."""
+    def logits(self, cache: Cache, roots: Sequence[int], asked: Sequence[bool] | None = None) -> Tensor:
+        """See `BlockNetwork.logits`. asked: of which rows; others get zeros."""
         logits = torch.empty((len(roots), self.count, self.vocab_size))
-        wish = _wish(cache, roots, [TreeLimits(1, 1, 0.0)] * len(roots))
+        one = TreeLimits(1, 1, 0.0)
+        wish = _wish(cache, roots, [one if yes else NOTHING for yes in asked or [True] * len(roots)])
         self._call(kernels().fr_block_score, wish, cache, logits.data_ptr())
-        return logits
+        return logits if self._temperature == 1 else logits.mul_(self._temperature)
 
     def grow(self, cache: Cache, roots: Sequence[int], limits: Sequence[TreeLimits]) -> list[BestTree]:
         """See `BlockNetwork.grow`. Of equal paths the shallower comes first, then that of the better ranks."""
@@ -108,6 +125,77 @@ class PackedBlocks:
         self._stack.turn_up_to(cache.capacity)
         records = (self._record, asked, cache_record(cache.store))
         demand_fine(function(*map(ctypes.byref, records), *into, torch.get_num_threads()))
+
+
+class KnownBlocks:
+    """A `BlockNetwork` that proposes some tokens alone.
+
+    The kernels are told of tokens by their places among the known ones. Behind these there is room for roots that are
+    none of them: a call fills in what is read of those, and their logits make them impossible.
+    """
+
+    def __init__(self, block: BlockWeights, stack: Stack, embedding: Tensor, head: Tensor, weights: torch.dtype):
+        assert block.known is not None
+        known = block.known.cpu()
+        self.count, self.vocab_size = block.count, len(known)
+        self._known: list[int] = known.tolist()
+        self._places = {token: place for place, token in enumerate(self._known)}
+        bias = torch.zeros(len(known) + SPARE)
+        bias[len(known) :] = IMPOSSIBLE
+        self._filled = [(embedding, _with_room(embedding[known], stack.dtype))]
+        stack.borrow(self._filled[0][1], Packed.of(_with_room(head[known], head.dtype), weights, bias))
+        if block.before is not None and block.behind is not None:
+            before = _with_room(block.before[known], stack.dtype)
+            self._filled.append((block.before, before))
+            block = replace(block, before=before, behind=_with_room(block.behind, block.behind.dtype))
+        self._inner = PackedBlocks(block, stack, weights)
+
+    def read(self, cache: Cache, start: int, states: Sequence[Tensor]) -> None:
+        """See `BlockNetwork.read`."""
+        self._inner.read(cache, start, states)
+
+    def logits(self, cache: Cache, roots: Sequence[int]) -> Tensor:
+        """See `BlockNetwork.logits`."""
+        logits = torch.zeros((len(roots), self.count, self.vocab_size))
+        for places, asked in self._calls(roots):
+            logits += self._inner.logits(cache, places, asked)[..., : self.vocab_size]
+        return logits
+
+    def grow(self, cache: Cache, roots: Sequence[int], limits: Sequence[TreeLimits]) -> list[BestTree]:
+        """See `BlockNetwork.grow`."""
+        trees = [BestTree([root], [-1], [0.0]) for root in roots]
+        wishes = [replace(one, least=max(one.least, IMPOSSIBLE / 2)) for one in limits]
+        for places, asked in self._calls(roots):
+            some = [one if yes else NOTHING for one, yes in zip(wishes, asked, strict=True)]
+            for row, tree in enumerate(self._inner.grow(cache, places, some)):
+                if asked[row]:
+                    tokens = [roots[row], *(self._known[place] for place in tree.tokens[1:])]
+                    trees[row] = replace(tree, tokens=tokens)
+        return trees
+
+    def _calls(self, roots: Sequence[int]) -> Iterator[tuple[list[int], list[bool]]]:
+        """The places of roots, and of which rows they are asked: all of them, one call after the other."""
+        waiting = set(range(len(roots)))
+        while waiting:
+            places, asked, spare = [0] * len(roots), [False] * len(roots), len(self._known)
+            for row in sorted(waiting):
+                place = self._places.get(roots[row])
+                if place is None:
+                    if spare == len(self._known) + SPARE:
+                        continue
+                    place, spare = spare, spare + 1
+                    for table, filled in self._filled:
+                        filled[place] = table[roots[row]]
+                places[row], asked[row] = place, True
+                waiting.remove(row)
+            yield places, asked
+
+
+def _with_room(known: Tensor, dtype: torch.dtype) -> Tensor:
+    """These rows, and empty ones behind them for roots that are none of the known tokens."""
+    table = known.new_zeros((len(known) + SPARE, known.shape[1]), dtype=dtype)
+    table[: len(known)] = known.detach()
+    return table
 
 
 def _wish(cache: Cache, roots: Sequence[int], limits: Sequence[TreeLimits]) -> BlockWishRecord:

@@ -30,6 +30,7 @@ class PackedHeads:
     Args:
         embedding: [V, D]. With it, the head for the children of a node reads the context and behind it the
             embeddings of the tokens from the root to that node; without it, the context alone.
+        known: the tokens that vocabularies have rows for, ascending; None: all.
         dtype: of contexts and embedding, bf16 or fp32.
         weights: of the matrices packed here: bf16, fp32 or int8; None: `dtype`.
 
@@ -42,20 +43,26 @@ class PackedHeads:
         embedding: Tensor | None,
         dtype: torch.dtype,
         weights: torch.dtype | None = None,
+        known: Tensor | None = None,
     ):
         self.dtype, self.weights = dtype, weights or dtype
         if dtype not in (torch.bfloat16, torch.float32) or self.weights not in FORMATS:
             raise ValueError(
                 f"weights in {self.weights} for contexts in {dtype}: the kernels know bf16 and fp32, and int8 weights"
             )
-        self.width, self.vocab_size = _checked(heads, embedding)
+        if known is not None and embedding is not None:
+            # Drafted tokens are numbered by their places among the known ones, roots behind these by their ids.
+            embedding = torch.cat((embedding[known], embedding))
+        self._known = None if known is None else known.cpu()
+        self.width, self.vocab_size = _checked(heads, embedding, known)
         self.embedding = None if embedding is None else embedding.detach().to(dtype).contiguous()
         self._packed = self._pack(heads)
         self._biases: list[Tensor] = []
         self._heads = (HeadRecord * len(heads))(*map(self._head, heads))
         self._given = [head.vocabulary for head in heads if isinstance(head.vocabulary, Packed)]  # kept alive
         place = None if self.embedding is None else self.embedding.data_ptr()
-        self._record = HeadsRecord(len(heads), self.width, self.vocab_size, FORMATS[dtype], self._heads, place)
+        tokens = self.vocab_size if self.embedding is None else len(self.embedding)
+        self._record = HeadsRecord(len(heads), self.width, tokens, FORMATS[dtype], self._heads, place)
         self._plans: dict[int, _Tables] = {}
 
     @property
@@ -74,7 +81,7 @@ class PackedHeads:
         if context_BD.shape != (rows, self.width):
             raise ValueError(f"contexts {list(context_BD.shape)} for {rows} rows of width {self.width}")
         contexts = context_BD.detach().to(self.dtype).contiguous()
-        from_ = np.asarray(roots, np.int64)
+        from_ = self._numbered(roots)
         tokens = torch.empty((rows, tree.size + 1), dtype=torch.int64)
         error = kernels().fr_draft(
             ctypes.byref(self._record),
@@ -86,8 +93,19 @@ class PackedHeads:
             torch.get_num_threads(),
         )
         demand_fine(error)
+        if self._known is not None:
+            tokens = self._known[tokens.clamp_(max=len(self._known) - 1)]
+            tokens[:, 0] = torch.tensor(roots)
         found: list[list[int]] = tokens.tolist()
         return found
+
+    def _numbered(self, roots: Sequence[int]) -> np.ndarray:
+        """The roots as the kernels know them; heads that see no tokens are not told."""
+        if self._known is None:
+            return np.asarray(roots, np.int64)
+        if self.embedding is None:
+            return np.zeros(len(roots), np.int64)
+        return np.asarray(roots, np.int64) + len(self._known)
 
     def _plan(self, tree: RankTree) -> _Tables:
         if tree.depth > len(self._heads):
@@ -195,12 +213,14 @@ def _shape(given: Tensor | Packed) -> tuple[int, ...]:
     return (given.out, int(given.record.in_)) if isinstance(given, Packed) else tuple(given.shape)
 
 
-def _checked(heads: Sequence[HeadWeights], embedding: Tensor | None) -> tuple[int, int]:
+def _checked(heads: Sequence[HeadWeights], embedding: Tensor | None, known: Tensor | None) -> tuple[int, int]:
     """Width and vocabulary of all heads. Raises ValueError where something does not fit."""
     if not heads:
         raise ValueError("no heads draft nothing: give at least one")
     vocabulary, width = _shape(heads[0].vocabulary)
-    if embedding is not None and embedding.shape != (vocabulary, width):
+    if known is not None and len(known) != vocabulary:
+        raise ValueError(f"{len(known)} tokens are known, and the vocabularies have {vocabulary} rows")
+    if embedding is not None and embedding.shape != (vocabulary if known is None else len(embedding), width):
         raise ValueError(f"an embedding {list(embedding.shape)} for heads over {vocabulary} tokens of width {width}")
     formats = {head.vocabulary.record.format if isinstance(head.vocabulary, Packed) else None for head in heads}
     if len(formats) > 1:

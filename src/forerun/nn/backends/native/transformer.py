@@ -31,10 +31,10 @@ from forerun.native.records import (
     WantedRecord,
     cache_record,
 )
-from forerun.nn.backends.blocks import BlockWeights
+from forerun.nn.backends.blocks import BlockNetwork, BlockWeights
 from forerun.nn.backends.heads import DraftHeads, Drafting
 from forerun.nn.backends.native.arena import Arena
-from forerun.nn.backends.native.blocks import PackedBlocks
+from forerun.nn.backends.native.blocks import KnownBlocks, PackedBlocks
 from forerun.nn.backends.native.heads import PackedHeads
 from forerun.nn.cache import Cache, CacheShape
 from forerun.nn.feed import Feed, Read
@@ -353,10 +353,14 @@ class NativeBackend:
         if module.markov is not None:  # not known to the kernels yet
             return None
         embedding = network.input_embedding if module.sees_tokens else None
-        return PackedHeads(module.weights(network.output_head), embedding, network.dtype, weights)
+        known = module.known
+        head = network.output_head if known is None else network.head_matrix()[known]
+        return PackedHeads(module.weights(head), embedding, network.dtype, weights, known)
 
-    def blocks(self, block: BlockWeights, network: Network, weights: torch.dtype) -> PackedBlocks:
+    def blocks(self, block: BlockWeights, network: Network, weights: torch.dtype) -> BlockNetwork:
         stack, head = pack(block.stack, weights), network.output_head
+        if block.known is not None:
+            return KnownBlocks(block, stack, network.input_embedding, network.head_matrix(), weights)
         stack.borrow(network.input_embedding, head if isinstance(head, Packed) else Packed.of(head, weights))
         return PackedBlocks(block, stack, weights)
 
