@@ -71,3 +71,19 @@ static double weigh(float* x, int64_t count, float most) {
 static void scale(const float* x, int64_t count, float factor, float* to) {
     for (int64_t i = 0; i < count; i += 16) store_some(to + i, mul(load_some(x + i, count - i), all(factor)), count - i);
 }
+
+template <class Law, class Draft>
+static void excess_of(double budget, const Law* law, const Draft* draft, int64_t count, double* to) {
+    for (int64_t i = 0; i < count; ++i) {
+        const double rest = budget * double(law[i]) - double(draft[i]);
+        to[i] = rest > 0 ? rest : 0;
+    }
+}
+
+// to = max(budget * law - draft, 0); each of the two fp32 or fp64. `to` may be the law.
+static void excess(double budget, const void* law, bool wide_law, const void* draft, bool wide_draft, int64_t count, double* to) {
+    if (wide_law && wide_draft) excess_of(budget, (const double*)law, (const double*)draft, count, to);
+    else if (wide_law) excess_of(budget, (const double*)law, (const float*)draft, count, to);
+    else if (wide_draft) excess_of(budget, (const float*)law, (const double*)draft, count, to);
+    else excess_of(budget, (const float*)law, (const float*)draft, count, to);
+}

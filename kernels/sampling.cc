@@ -252,7 +252,7 @@ class Verification {
             for (int64_t above = tree.parents[node]; above; above = tree.parents[above]) ++depth;
             deepest = std::max(deepest, depth);
         }
-        memory_ = memory.get<double>(2 * (deepest + 1) * vocabulary);
+        memory_ = memory.get<double>((2 * deepest + 3) * vocabulary);
     }
 
     void run() {
@@ -265,7 +265,7 @@ class Verification {
     const Number *laws_, *draft_laws_;
     const uint8_t* drawn_;
     int64_t vocabulary_;
-    double* memory_;  // at every depth the law of the draft, and what is left of the target's, [vocabulary] each
+    double* memory_;  // a draft's law that has to be made, and twice what is left of the target's at every depth, [vocabulary] each
 
     const Number* law_of(int64_t node) const { return laws_ + node * vocabulary_; }
 
@@ -276,42 +276,60 @@ class Verification {
         return tree_.size > 1;
     }
 
-    // The law that a child was really drawn from.
-    void propose(int64_t parent, int64_t child, double* draft) const {
-        if (drawn_[parent] == DETERMINISTIC) {
-            std::fill(draft, draft + vocabulary_, 0.0);
-            draft[tree_.tokens[child]] = 1;
-            return;
-        }
+    // The law that a child was really drawn from, where it is neither its siblings' nor certain.
+    bool is_renormalised(int64_t child) const {
+        const int64_t parent = tree_.parents[child];
+        return drawn_[parent] == WITHOUT_REPLACEMENT && tree_.next_child(parent, 0) != child;
+    }
+    double* renormalised(int64_t child) const {
+        const int64_t parent = tree_.parents[child];
+        double* draft = memory_;
         std::copy(draft_laws_ + parent * vocabulary_, draft_laws_ + (parent + 1) * vocabulary_, draft);
-        int64_t sibling = drawn_[parent] == WITHOUT_REPLACEMENT ? tree_.next_child(parent, 0) : child;
-        if (sibling == child) return;
-        for (; sibling != child; sibling = tree_.next_child(parent, sibling)) draft[tree_.tokens[sibling]] = 0;
+        for (int64_t sibling = tree_.next_child(parent, 0); sibling != child; sibling = tree_.next_child(parent, sibling))
+            draft[tree_.tokens[sibling]] = 0;
         const double total = total_of(draft, vocabulary_);
         for (int64_t i = 0; i < vocabulary_; ++i) draft[i] /= total;
+        return draft;
     }
 
-    // left = what `law` exceeds the draft's by, normalised; what it summed to. Where that is nothing, `law` stands in.
+    // What the target's law says of a child's token, for what it was drafted with.
     template <class Law>
-    double subtract(double budget, const Law* law, double* draft, double* left) const {
-        for (int64_t i = 0; i < vocabulary_; ++i) draft[i] = std::max(budget * double(law[i]) - draft[i], 0.0);
-        const double total = total_of(draft, vocabulary_);
-        for (int64_t i = 0; i < vocabulary_; ++i) left[i] = total > 0 ? draft[i] / std::max(total, DBL_MIN) : budget * double(law[i]);
-        return total;
+    double ratio(int64_t child, const Law* law) const {
+        const int64_t parent = tree_.parents[child], token = tree_.tokens[child];
+        const double target = double(law[token]);
+        if (drawn_[parent] == DETERMINISTIC) return target;
+        const double draft = is_renormalised(child) ? renormalised(child)[token] : double(draft_laws_[parent * vocabulary_ + token]);
+        return draft > 0 ? target / draft : 0;
+    }
+
+    // left = what the law exceeds the draft's by; its sum.
+    template <class Law>
+    double take_away(int64_t child, double budget, const Law* law, double* left) const {
+        constexpr bool WIDE_LAW = sizeof(Law) == 8, WIDE_DRAFT = sizeof(Number) == 8;
+        const int64_t parent = tree_.parents[child], token = tree_.tokens[child];
+        if (drawn_[parent] == DETERMINISTIC) {
+            scaled(budget, law, left);
+            left[token] = std::max(left[token] - 1, 0.0);
+        } else if (is_renormalised(child)) {
+            kernels().excess(budget, law, WIDE_LAW, renormalised(child), true, vocabulary_, left);
+        } else {
+            kernels().excess(budget, law, WIDE_LAW, draft_laws_ + parent * vocabulary_, WIDE_DRAFT, vocabulary_, left);
+        }
+        return total_of(left, vocabulary_);
     }
 
     template <class Law>
-    double budget_of(double budget, const Law* law, const double* draft, int64_t child) const {
-        const int64_t token = tree_.tokens[child];
-        return draft[token] > 0 ? std::min(1.0, budget * (double(law[token]) / draft[token])) : 0;
+    void scaled(double factor, const Law* law, double* to) const {
+        for (int64_t i = 0; i < vocabulary_; ++i) to[i] = factor * double(law[i]);
     }
 
-    // Ask the path through this child, which has been given the law of its parent, and take it away from that.
+    // Ask the path through a child that has got this law, and take it away from that; true once something is kept. Where nothing is left,
+    // the law stands in.
     template <class Law>
-    bool ask(int64_t child, int64_t depth, double& budget, const Law* law, double* draft, double* left) {
-        propose(tree_.parents[child], child, draft);
-        if (reach(child, depth + 1, budget_of(budget, law, draft, child))) return true;
-        const double total = subtract(budget, law, draft, left);
+    bool ask(int64_t child, int64_t depth, double& budget, double& total, const Law* law, double* left) {
+        if (reach(child, depth + 1, std::min(1.0, budget * ratio(child, law)))) return true;
+        total = take_away(child, budget, law, left);
+        if (!(total > 0)) scaled(budget, law, left);
         budget = total + 1 > budget ? total / (total + 1 - budget) : 1;
         return false;
     }
@@ -327,12 +345,15 @@ class Verification {
 
     // Ask all below this node, and then itself; true once something is kept.
     bool reach(int64_t node, int64_t depth, double budget) {
-        double *draft = memory_ + 2 * depth * vocabulary_, *left = draft + vocabulary_;
+        double *left = memory_ + (2 * depth + 1) * vocabulary_, *spare = left + vocabulary_, total = 0;
         int64_t child = tree_.next_child(node, 0);
         if (!child || !(budget > 0)) return ends(node, budget, law_of(node));
-        if (ask(child, depth, budget, law_of(node), draft, left)) return true;
-        while (budget > 0 && (child = tree_.next_child(node, child)))
-            if (ask(child, depth, budget, left, draft, left)) return true;
+        if (ask(child, depth, budget, total, law_of(node), left)) return true;
+        while (budget > 0 && (child = tree_.next_child(node, child))) {
+            for (int64_t i = 0; i < vocabulary_ && total > 0; ++i) left[i] /= total;
+            if (ask(child, depth, budget, total, left, spare)) return true;
+            std::swap(left, spare);
+        }
         return ends(node, budget, left);
     }
 };

@@ -164,6 +164,7 @@ struct Kernels {
     int64_t (*at_least)(const float* x, int64_t count, float least, int32_t* where);
     double (*weigh)(float* x, int64_t count, float most);
     void (*scale)(const float* x, int64_t count, float factor, float* to);
+    void (*excess)(double budget, const void* law, bool wide_law, const void* draft, bool wide_draft, int64_t count, double* to);
 };
 
 // Attention of all tokens over one layer of the cache. Queries come from `qkv` (fp32 [tokens, qkv_stride], not yet rotated, keys and

@@ -146,4 +146,4 @@ def running_sums(values: Tensor) -> Tensor:
     within = padded.view(*shape, padded.shape[-1] // SUMS, SUMS).cumsum(-1)
     before = within[..., -1].cumsum(-1).roll(1, -1)
     before[..., 0] = 0
-    return (before.unsqueeze(-1) + within).flatten(-2)[..., :size]
+    return (before.unsqueeze(-1) + within).flatten(-2)[..., :size].contiguous()

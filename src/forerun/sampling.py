@@ -337,7 +337,7 @@ def _filtered(scores: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
         least = scores.topk(top_k, -1).values[..., -1:]
         scores = scores.masked_fill(scores < least, float("-inf"))
     if top_p < 1:
-        ascending, order = scores.sort(-1)
+        ascending, order = scores.sort(stable=True)  # of equals the first are dropped
         surplus = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
         surplus[..., -1] = False
         scores = scores.masked_fill(surplus.scatter(-1, order, surplus), float("-inf"))

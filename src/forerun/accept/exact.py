@@ -179,7 +179,7 @@ class _Budgets:
             asked = [*younger, *self._below(younger)]
 
     def law(self, row: int, node: int) -> Tensor:
-        """Of the token behind a path that ends at this node, [V]: what its children leave of the target's."""
+        """Of the token behind a path that ends at this node, [V], not normalised: what its children leave of the target's."""
         return self._left.get((row, node), self._laws[row, node])
 
     def _reach(self, row: int, node: int, budget: float) -> Iterator[_Siblings]:
@@ -197,13 +197,14 @@ class _Budgets:
         law_MV, draft_MV = torch.stack([one.law_V for one in asked]), torch.stack([one.draft_V for one in asked])
         budgets = [self.keep[one.row][one.node] for one in asked]
         budget_M1 = torch.tensor(budgets, dtype=law_MV.dtype, device=law_MV.device)[:, None]
-        law_MV, left_M = residual(budget_M1 * law_MV, draft_MV)
+        rest_MV, left_M = excess(budget_M1 * law_MV, draft_MV)
         younger = []
-        for one, law_V, budget, left in zip(asked, law_MV, budgets, left_M.tolist(), strict=True):
-            self._left[one.row, one.node] = law_V
+        for one, rest_V, budget, left in zip(asked, rest_MV, budgets, left_M.tolist(), strict=True):
+            self._left[one.row, one.node] = rest_V
             self.keep[one.row][one.node] = left / (left + 1 - budget) if left + 1 > budget else 1.0
             if one.failed + 1 < len(one.children):
                 draft_V = _proposal(self._tree, one.row, one.children[: one.failed + 2])
+                law_V = rest_V / left if left > 0 else rest_V
                 younger.append(replace(one, law_V=law_V, draft_V=draft_V, failed=one.failed + 1))
         return younger
 
@@ -248,13 +249,13 @@ def _ratio(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
     return torch.where(draft_probs > 0, target_probs / draft_probs, 0.0)
 
 
-def residual(target: Tensor, draft: Tensor) -> tuple[Tensor, Tensor]:
-    """The normalised max(0, target - draft) over the last dimension: what a rejection leaves of the target's law; and
-    what it summed to before.
+def excess(target: Tensor, draft: Tensor) -> tuple[Tensor, Tensor]:
+    """max(0, target - draft), what a rejection leaves of the target's law, and its sum over the last dimension.
 
     Where nothing is left the two laws are equal up to rounding, a rejection has probability zero up
     to rounding, and the target's law stands in.
     """
     rest = (target - draft).clamp(min=0)
     total = running_sums(rest)[..., -1:].to(rest.dtype)
-    return torch.where(total > 0, rest / total.clamp(min=torch.finfo(rest.dtype).tiny), target), total.squeeze(-1)
+    return torch.where(total > 0, rest, target), total.squeeze(-1)
+
