@@ -2,9 +2,10 @@
 
     python benchmarks/sampling.py models/target models/small --json benchmarks/records/sampling.json
 
-Everything that happens in a step but the forwards of the target and of draft models is timed, on one
-thread. Every drafter answers the same requests with the same seeds, in turns; figures are
-medians over the turns of the mean per step, with their range.
+What happens in a step but the forwards of the target and of draft models, as processor time of one
+thread, so that a busy machine shows less. Every drafter answers the same requests with the same
+seeds. Figures are medians over the turns of the mean per step, with their range. Texts may end a
+step early, so steps count whole batches.
 """
 
 from __future__ import annotations
@@ -75,9 +76,11 @@ def main(
     counts = [int(count) for count in rows.split(",")]
     plain = forerun.load(target)
     torch.set_num_threads(1)
-    made = {name: assembly.drafter_for(plain.target.network, spec, tokenizer=plain.tokenizer)
-        for name, spec in (("none", "none"), ("lookup", "lookup"), ("small", f"small:{small}"))}
-    prompts = [plain.encode(one.prompt) for one in spread(load_suite())[:max(counts)]]
+    made = {
+        name: assembly.drafter_for(plain.target.network, spec, tokenizer=plain.tokenizer)
+        for name, spec in (("none", "none"), ("lookup", "lookup"), ("small", f"small:{small}"))
+    }
+    prompts = [plain.encode(one.prompt) for one in spread(load_suite())[: max(counts)]]
     found = [
         figure(plain.beside(drafter), name, wish, prompts[:count], turns, tokens)
         for count in counts
@@ -95,8 +98,7 @@ def figure(engine: Engine, drafter: str, wish: str, prompts: list[list[int]], tu
     for turn in range(turns + 1):
         engine.drafter.reset()
         with timed() as clock:
-            said = engine.stream(prompts, **WISHES[wish], seed=7, max_new_tokens=tokens, text=False)
-            outputs = said.outputs()
+            engine.stream(prompts, **WISHES[wish], seed=7, max_new_tokens=tokens, text=False).outputs()
         if turn:
             times.append(clock.microseconds)
             steps = clock.steps
@@ -127,9 +129,12 @@ def timed() -> Iterator[Clock]:
         return result
 
     read_prompt = Model.prefill
-    with patch.object(Engine, "_decode", step), patch.object(Model, "_forward", read):
-        with patch.object(Model, "prefill", prefill):
-            yield clock
+    with (
+        patch.object(Engine, "_decode", step),
+        patch.object(Model, "_forward", read),
+        patch.object(Model, "prefill", prefill),
+    ):
+        yield clock
 
 
 def show(found: list[Figure]) -> None:

@@ -137,7 +137,9 @@ def sample_and_match(
     """`match` of `sample_choices`, natively and from scores: only nodes that are reached get a law. The laws, if they
     are wanted, are zeros at the others."""
     laws_BNV = torch.zeros_like(scores_BNV) if tells_laws else None
-    return _verdict(tree, native.match(_drafts(tree, dice, throws_coins=False), scores_BNV, filters, laws_BNV)), laws_BNV
+    return _verdict(
+        tree, native.match(_drafts(tree, dice, throws_coins=False), scores_BNV, filters, laws_BNV)
+    ), laws_BNV
 
 
 def _was_chosen(tree: TokenTree, row: int) -> bool:
@@ -179,7 +181,8 @@ class _Budgets:
             asked = [*younger, *self._below(younger)]
 
     def law(self, row: int, node: int) -> Tensor:
-        """Of the token behind a path that ends at this node, [V], not normalised: what its children leave of the target's."""
+        """Of the token behind a path that ends at this node, [V]: what its children leave of the target's. Its sum is
+        not 1."""
         return self._left.get((row, node), self._laws[row, node])
 
     def _reach(self, row: int, node: int, budget: float) -> Iterator[_Siblings]:
@@ -258,4 +261,3 @@ def excess(target: Tensor, draft: Tensor) -> tuple[Tensor, Tensor]:
     rest = (target - draft).clamp(min=0)
     total = running_sums(rest)[..., -1:].to(rest.dtype)
     return torch.where(total > 0, rest, target), total.squeeze(-1)
-

@@ -39,7 +39,6 @@ from forerun.row import Row
 from forerun.sampling import Prefix, SamplingParams, edited, laws
 from forerun.tree import Ints, Paths, TokenTree, Topology
 
-
 BARE = SamplingParams(temperature=1.0)
 """What stopping rules see: the draft model's own law."""
 

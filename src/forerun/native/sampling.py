@@ -57,9 +57,7 @@ def laws(scores_BNV: Tensor, filters: Sequence[Filter]) -> Tensor:
     """The law of every node, [B, N, V], fp32; one filter per row."""
     scores, (rows, count, vocabulary) = scores_BNV.contiguous(), scores_BNV.shape
     found, (library, threads) = torch.empty_like(scores), _runner(scores.numel())
-    library.fr_laws(
-        scores.data_ptr(), _filters(tuple(filters)), rows, count, vocabulary, found.data_ptr(), threads
-    )
+    library.fr_laws(scores.data_ptr(), _filters(tuple(filters)), rows, count, vocabulary, found.data_ptr(), threads)
     return found
 
 
