@@ -4,8 +4,8 @@
 
 What happens in a step but the forwards of the target and of draft models, as processor time of one
 thread, so that a busy machine shows less. Every drafter answers the same requests with the same
-seeds. Figures are medians over the turns of the mean per step, with their range. Texts may end a
-step early, so steps count whole batches.
+seeds, by turns with the kernels of sampling and with the torch forms that say what they mean.
+Figures are medians over the turns of the mean per step, with their range.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from forerun.bench.suites import spread
 from forerun.engine import load as assembly
 from forerun.engine.engine import Engine
 from forerun.model import Model
+from forerun.native import sampling
 
 WISHES: dict[str, dict[str, Any]] = {
     "T 0.8": {"temperature": 0.8},
@@ -60,8 +61,8 @@ class Figure:
     drafter: str
     wish: str
     rows: int
-    microseconds: list[float]
-    tokens_per_step: float
+    in_torch: list[float]
+    native: list[float]
 
 
 def main(
@@ -94,15 +95,15 @@ def main(
 
 def figure(engine: Engine, drafter: str, wish: str, prompts: list[list[int]], turns: int, tokens: int) -> Figure:
     """The first turn warms up."""
-    times, steps = [], 0
+    found = Figure(drafter, wish, len(prompts), [], [])
     for turn in range(turns + 1):
-        engine.drafter.reset()
-        with timed() as clock:
-            engine.stream(prompts, **WISHES[wish], seed=7, max_new_tokens=tokens, text=False).outputs()
-        if turn:
-            times.append(clock.microseconds)
-            steps = clock.steps
-    return Figure(drafter, wish, len(prompts), times, tokens / steps)
+        for times, quick in ((found.in_torch, False), (found.native, True)):
+            engine.drafter.reset()
+            with timed() as clock, patch.object(sampling, "is_quick", lambda quick=quick: quick):
+                engine.stream(prompts, **WISHES[wish], seed=7, max_new_tokens=tokens, text=False).outputs()
+            if turn:
+                times.append(clock.microseconds)
+    return found
 
 
 @contextmanager
@@ -138,12 +139,15 @@ def timed() -> Iterator[Clock]:
 
 
 def show(found: list[Figure]) -> None:
-    table = Table("rows", "wish", "drafter", "microseconds per step", "tokens per step")
+    table = Table("rows", "wish", "drafter", "in torch", "native", "ratio", title="microseconds per step")
     for one in found:
-        low, high = min(one.microseconds), max(one.microseconds)
-        spread_ = f"{median(one.microseconds):.0f} ({low:.0f} to {high:.0f})"
-        table.add_row(str(one.rows), one.wish, one.drafter, spread_, f"{one.tokens_per_step:.2f}")
+        ratio = median(one.in_torch) / median(one.native)
+        table.add_row(str(one.rows), one.wish, one.drafter, shown(one.in_torch), shown(one.native), f"{ratio:.1f}")
     Console(width=120).print(table)
+
+
+def shown(times: list[float]) -> str:
+    return f"{median(times):,.0f} ({min(times):,.0f} to {max(times):,.0f})"
 
 
 if __name__ == "__main__":
