@@ -121,7 +121,8 @@ void make_law(const float* logits, const fr_filter& filter, int64_t vocabulary, 
     Room& own = room();
     float* scores = own.scores.get<float>(round_up(vocabulary, PEAKS));
     const float most = kernels().temper(logits, vocabulary, filter.temperature, scores);
-    if (__builtin_isinf(most)) return std::fill(law, law + vocabulary, __builtin_nanf(""));  // nothing is allowed, or something is certain beyond numbers
+    // Nothing is allowed, or something is likelier than numbers can say: that is no law.
+    if (__builtin_isinf(most)) return std::fill(law, law + vocabulary, __builtin_nanf(""));
     if (!(filter.top_k > 0 && filter.top_k < vocabulary) && filter.top_p >= 1 && filter.min_p <= 0) {
         const double mass = kernels().weigh(scores, vocabulary, most);
         return kernels().scale(scores, vocabulary, float(1 / mass), law);
