@@ -27,7 +27,7 @@ from torch import Tensor
 
 import forerun
 from forerun.accept import judge
-from forerun.accept.exact import Verdict, _Budgets, residual, traversal_verification
+from forerun.accept.exact import Verdict, _Budgets, excess, traversal_verification
 from forerun.bench.suites import load as load_suite
 from forerun.bench.suites import spread
 from forerun.chance import Dice
@@ -191,7 +191,8 @@ def _tried(tree: TokenTree, row: int, laws_NV: Tensor, parent: int) -> Iterator[
     for node in tree.topology.children[row].get(parent, []):
         token = tree.tokens[row][node]
         ratio = min(1.0, float(law[token] / proposal[token]))
-        law, _ = residual(law, proposal)
+        rest, total = excess(law, proposal)
+        law = rest / total if total > 0 else rest
         yield node, ratio, law
         proposal = proposal.index_fill(0, torch.tensor([token]), 0.0)
         proposal = proposal / proposal.sum()

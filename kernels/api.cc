@@ -17,7 +17,7 @@ FR_API void fr_sizes(int32_t* sizes) {
     const size_t all[] = {sizeof(fr_matrix), sizeof(fr_feed), sizeof(fr_cache), sizeof(fr_layer), sizeof(fr_transformer), sizeof(fr_wanted),
                           sizeof(fr_head), sizeof(fr_heads), sizeof(fr_level), sizeof(fr_tree),   sizeof(fr_cursor), sizeof(fr_view),
                           sizeof(fr_corpus), sizeof(fr_corpus_wish), sizeof(fr_corpus_draft), sizeof(fr_block), sizeof(fr_block_states), sizeof(fr_block_wish),
-                          sizeof(fr_block_trees)};
+                          sizeof(fr_block_trees), sizeof(fr_filter), sizeof(fr_proposal)};
     for (size_t i = 0; i < sizeof(all) / sizeof(all[0]); ++i) sizes[i] = int32_t(all[i]);
 }
 FR_API int32_t fr_isa_best() { return best_isa(); }

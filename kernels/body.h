@@ -5,3 +5,4 @@
 #include "rows.h"
 #include "linear.h"
 #include "attention.h"
+#include "laws.h"

@@ -208,6 +208,45 @@ FR_API int32_t fr_block_score(const fr_block* block, const fr_block_wish* wish, 
 FR_API int32_t fr_block_grow(const fr_block* block, const fr_block_wish* wish, const fr_cache* cache, const fr_block_trees* trees,
                              int32_t threads);
 
+// ---- laws, draws and acceptance (sampling.cc)
+
+// What a row asks of a law, in this order; a temperature of 0: the best token alone. Off: top_k 0, top_p 1, min_p 0.
+struct fr_filter {
+    float temperature;
+    int32_t top_k;
+    double top_p, min_p;
+};
+// Trees, and the uniform numbers that settle them: [rows, nodes] each, of which row r has sizes[r]. parents: -1 or 0 for node 0. token_luck: of
+// the token behind a node of this depth; coin_luck: of a node. Written: kept [rows, nodes], the nodes that survive, node 0 first, -1
+// behind them; next [rows], the token after them.
+struct fr_proposal {
+    int32_t rows, nodes;
+    const int64_t* sizes;
+    const int64_t* parents;
+    const int64_t* tokens;
+    const double* token_luck;
+    const double* coin_luck;
+    int64_t* kept;
+    int64_t* next;
+};
+// Laws of rows * count nodes from logits [rows, count, vocabulary], fp32; one filter per row.
+FR_API void fr_laws(const float* logits, const fr_filter* filters, int64_t rows, int64_t count, int64_t vocabulary, float* laws,
+                    int32_t threads);
+// The token at which the running sum of each law [count, vocabulary] (fp32, or fp64 if `wide`) passes this share of its total.
+FR_API void fr_pick(const void* laws, int32_t wide, int64_t count, int64_t vocabulary, const double* shares, int64_t* tokens,
+                    int32_t threads);
+// Uniform numbers [rows, columns] (src/forerun/chance.py) for a purpose: of row r at positions[r] + places, attempts (null: none) hashed in.
+FR_API void fr_uniform(const uint64_t* keys, const int64_t* positions, int32_t purpose, const int64_t* places, const int64_t* attempts,
+                       int64_t rows, int64_t columns, double* numbers);
+// Descend to the child that carries the token drawn behind its parent. laws: [rows, nodes, vocabulary], of which the nodes that were asked are
+// written; null: not wanted.
+FR_API void fr_match(const fr_proposal* trees, const float* logits, const fr_filter* filters, int64_t vocabulary, float* laws,
+                     int32_t threads);
+// Traversal verification (src/forerun/accept/exact.py) of trees drawn from draft_laws; both laws [rows, nodes, vocabulary] in fp32 or `wide`.
+// drawn: [rows, nodes], how the children of each node were. FR_FINE or FR_BAD_TOKEN.
+FR_API int32_t fr_verify(const fr_proposal* trees, const void* laws, const void* draft_laws, const uint8_t* drawn, int32_t wide,
+                         int64_t vocabulary, int32_t threads);
+
 // ---- text that is looked up (automaton.cc)
 
 // A suffix automaton over the tokens 0 .. 2^31 - 1 (src/forerun/stores/automaton.py explains it) and a place in it. One thread at a time may use

@@ -17,7 +17,8 @@ namespace amx {
 #pragma clang attribute pop
 #endif
 const Kernels amx_kernels = {amx::read_row, amx::write_row, amx::linear, amx::products,
-                        amx::norm, amx::emit, amx::attention, amx::append_all, amx::silu_gate, amx::top};
+                        amx::norm, amx::emit, amx::attention, amx::append_all, amx::silu_gate, amx::top,
+                        amx::temper, amx::peaks, amx::at_least, amx::weigh, amx::scale, amx::excess};
 #else
 const Kernels amx_kernels = portable_kernels;
 #endif

@@ -17,7 +17,8 @@ namespace avx2 {
 #pragma clang attribute pop
 #endif
 const Kernels avx2_kernels = {avx2::read_row, avx2::write_row, avx2::linear, avx2::products,
-                        avx2::norm, avx2::emit, avx2::attention, avx2::append_all, avx2::silu_gate, avx2::top};
+                        avx2::norm, avx2::emit, avx2::attention, avx2::append_all, avx2::silu_gate, avx2::top,
+                        avx2::temper, avx2::peaks, avx2::at_least, avx2::weigh, avx2::scale, avx2::excess};
 #else
 const Kernels avx2_kernels = portable_kernels;
 #endif

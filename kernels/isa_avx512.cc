@@ -17,7 +17,8 @@ namespace avx512 {
 #pragma clang attribute pop
 #endif
 const Kernels avx512_kernels = {avx512::read_row, avx512::write_row, avx512::linear, avx512::products,
-                        avx512::norm, avx512::emit, avx512::attention, avx512::append_all, avx512::silu_gate, avx512::top};
+                        avx512::norm, avx512::emit, avx512::attention, avx512::append_all, avx512::silu_gate, avx512::top,
+                        avx512::temper, avx512::peaks, avx512::at_least, avx512::weigh, avx512::scale, avx512::excess};
 #else
 const Kernels avx512_kernels = portable_kernels;
 #endif

@@ -7,7 +7,7 @@
 #include "forerun_kernels.h"
 #include "team.h"
 
-constexpr int32_t PANEL = 32, GROUP = 128, BLOCK = 16, CHUNK = 256, WIDEST_HEAD = 512;
+constexpr int32_t PANEL = 32, GROUP = 128, BLOCK = 16, CHUNK = 256, WIDEST_HEAD = 512, PEAKS = 256;
 
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -159,6 +159,12 @@ struct Kernels {
     void (*append_all)(const struct AttentionCall&, int64_t begin, int64_t end);
     void (*silu_gate)(const float* gate_up, float* y, int64_t width);
     void (*top)(const float* logits, int64_t vocabulary, int32_t k, float* values, int64_t* indices, float* logsumexp);
+    float (*temper)(const float* logits, int64_t count, float temperature, float* to);  // these are in laws.h
+    void (*peaks)(const float* x, int64_t count, float* most);
+    int64_t (*at_least)(const float* x, int64_t count, float least, int32_t* where);
+    double (*weigh)(float* x, int64_t count, float most);
+    void (*scale)(const float* x, int64_t count, float factor, float* to);
+    void (*excess)(double budget, const void* law, bool wide_law, const void* draft, bool wide_draft, int64_t count, double* to);
 };
 
 // Attention of all tokens over one layer of the cache. Queries come from `qkv` (fp32 [tokens, qkv_stride], not yet rotated, keys and

@@ -22,8 +22,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from forerun.chance import Dice, Ints, Purpose, draft_dice, final_dice
+from forerun.accept import exact
+from forerun.accept.exact import Verdict
+from forerun.chance import Chance, Dice, Ints, Purpose, draft_dice, final_dice
+from forerun.native import sampling as native
 from forerun.sampling import SamplingParams, laws
+from forerun.tree import TokenTree
 
 Item = TypeVar("Item")
 Result = TypeVar("Result", bound=Hashable)
@@ -106,6 +110,15 @@ class Ways:
     def _name(self, kind: str, row: int, place: int, attempt: int) -> Hashable:
         return (self.stream, kind, place, attempt)
 
+    def uniform(self, purpose: Purpose, place_BX: Ints, attempt_BX: Ints | None = None) -> Tensor:
+        """From the middle of what is still possible."""
+        numbers, kind = torch.empty(place_BX.shape, dtype=torch.float64), purpose.name.lower().replace("accept", "coin")
+        for (row, column), place in np.ndenumerate(place_BX):
+            attempt = -1 if attempt_BX is None else int(attempt_BX[row, column])
+            box = self.lucks[row].box.get(self._name(kind, row, int(place), attempt), (0.0, 1.0))
+            numbers[row, column] = sum(box) / 2
+        return numbers
+
 
 class IdealDice(Ways):
     """The library's own dice, perfect: a number's name is the number that they would have thrown."""
@@ -121,7 +134,15 @@ class IdealDice(Ways):
         dice = self.dice.row(row)
         purpose = Purpose.ACCEPT if kind == "coin" else Purpose.TOKEN
         attempts = None if attempt < 0 else np.array([[attempt]])
-        return float(dice._uniform(purpose, np.array([[place]]), attempts))
+        return float(dice.uniform(purpose, np.array([[place]]), attempts))
+
+
+def verification(tree: TokenTree, laws_BNV: Tensor, chance: Chance) -> Verdict:
+    """Traversal verification, and the kernels must find the same: so whatever enumerates the one enumerates both."""
+    verdict = exact.traversal_in_torch(tree, laws_BNV, chance)
+    if native.fits(laws_BNV, torch.float64):
+        assert exact._verified(tree, laws_BNV, chance) == verdict  # type: ignore[arg-type]
+    return verdict
 
 
 @contextmanager
@@ -137,6 +158,7 @@ def ideal_dice(lucks: Mapping[int, Luck]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("forerun.row.final_dice", final)
         patch.setattr("forerun.row.draft_dice", draft)
+        patch.setattr("forerun.accept.judge.traversal_verification", verification)
         yield
 
 

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from enumeration import Law, Luck, Target, Ways, continued, distance, law_of, plain_law, ways
-from forerun.accept.exact import Verdict, match, sample_choices, traversal_verification
+from enumeration import verification as traversal_verification
+from forerun.accept.exact import Verdict, match, sample_choices
 from forerun.accept.judge import judge
 from forerun.chance import Chance, final_dice, key_of
 from forerun.row import Row, final_chance

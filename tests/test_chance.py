@@ -107,10 +107,10 @@ def test_seeds_and_samples_have_keys_of_their_own() -> None:
 def test_the_streams_are_what_they_have_always_been() -> None:
     """Equal seeds give equal text, from one release to the next."""
     assert key_of(5, 1) == 6356993637754342050
-    assert final_dice([key_of(5, 1)], [3])._uniform(Purpose.TOKEN, np.array([[0, 4]])).tolist() == [
+    assert final_dice([key_of(5, 1)], [3]).uniform(Purpose.TOKEN, np.array([[0, 4]])).tolist() == [
         [0.705003739973206, 0.18005444191044917]
     ]
-    coins = draft_dice([7], [2], [0, 1])._uniform(Purpose.ACCEPT, np.array([[1]]), np.array([[6]]))
+    coins = draft_dice([7], [2], [0, 1]).uniform(Purpose.ACCEPT, np.array([[1]]), np.array([[6]]))
     assert coins.tolist() == [[0.2737453366227873]]
 
 

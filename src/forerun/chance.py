@@ -23,6 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from forerun.native import sampling as native
+
 Ints = NDArray[np.int64]
 
 
@@ -57,23 +59,25 @@ class Dice:
         return Dice(self._keys[index : index + 1], self._positions[index : index + 1])
 
     def coin(self, prob_BX: Tensor, place_BX: Ints, attempt_BX: Ints | None = None) -> Tensor:
-        return self._uniform(Purpose.ACCEPT, place_BX, attempt_BX).to(prob_BX.device) < prob_BX
+        return self.uniform(Purpose.ACCEPT, place_BX, attempt_BX).to(prob_BX.device) < prob_BX
 
     def token(self, law_BXV: Tensor, place_BX: Ints) -> Tensor:
-        return pick(law_BXV, self._uniform(Purpose.TOKEN, place_BX))
+        return pick(law_BXV, self.uniform(Purpose.TOKEN, place_BX))
 
-    def _uniform(self, purpose: Purpose, place_BX: Ints, attempt_BX: Ints | None = None) -> Tensor:
-        """Plain integers: for the few numbers of a step that is faster than arrays."""
+    def uniform(self, purpose: Purpose, place_BX: Ints, attempt_BX: Ints | None = None) -> Tensor:
+        """The numbers behind coins and tokens, [B, X], on the host."""
+        if native.is_quick():
+            return native.uniform(self._keys, self._positions, int(purpose), place_BX, attempt_BX)
+        return self.uniform_in_python(purpose, place_BX, attempt_BX)
+
+    def uniform_in_python(self, purpose: Purpose, place_BX: Ints, attempt_BX: Ints | None = None) -> Tensor:
         words = [
-            [mix(word, position + place) for place in places]
-            for word, position, places in zip(self._streams(purpose), self._positions, place_BX.tolist(), strict=True)
+            [mix(mix(key, int(purpose)), position + place) for place in places]
+            for key, position, places in zip(self._keys, self._positions, place_BX.tolist(), strict=True)
         ]
         if attempt_BX is not None:
             words = [list(map(mix, row, attempts)) for row, attempts in zip(words, attempt_BX.tolist(), strict=True)]
         return torch.from_numpy(np.array([[uniform(word) for word in row] for row in words]))
-
-    def _streams(self, purpose: Purpose) -> list[int]:
-        return [mix(key, int(purpose)) for key in self._keys]
 
 
 def final_dice(keys: Sequence[int], positions: Sequence[int]) -> Dice:
@@ -113,9 +117,33 @@ def uniform(word: int) -> float:
 def pick(law_BXV: Tensor, uniform_BX: Tensor) -> Tensor:
     """The token at which the running sum of a law passes a uniform share of its total. Never one of
     probability zero."""
-    sums = law_BXV.cumsum(-1, dtype=torch.float64)
+    if native.fits(law_BXV, torch.float64):
+        return native.pick(law_BXV, uniform_BX)
+    return pick_in_torch(law_BXV, uniform_BX)
+
+
+def pick_in_torch(law_BXV: Tensor, uniform_BX: Tensor) -> Tensor:
+    """The same on any device, and what is meant."""
+    sums = running_sums(law_BXV)
     # Uniform numbers end at 1 - 2**-53, and that times a total, rounded, is the number before the
     # total: never the total itself.
     mark = uniform_BX.to(sums.device).unsqueeze(-1) * sums[..., -1:]
     # A law that is no law (a row that is padded, a broken model) still must not name a token that does not exist.
     return torch.searchsorted(sums, mark, right=True).squeeze(-1).clamp_(max=law_BXV.shape[-1] - 1)
+
+
+SUMS = 64
+"""Numbers that are summed up one after the other, before the sums of such blocks are: many blocks can be
+summed up at the same time."""
+
+
+def running_sums(values: Tensor) -> Tensor:
+    """Over the last dimension in fp64, in the order of the kernels (`SUMS`)."""
+    *shape, size = values.shape
+    if size <= SUMS:
+        return values.cumsum(-1, dtype=torch.float64)
+    padded = torch.nn.functional.pad(values.double(), (0, -size % SUMS))
+    within = padded.view(*shape, padded.shape[-1] // SUMS, SUMS).cumsum(-1)
+    before = within[..., -1].cumsum(-1).roll(1, -1)
+    before[..., 0] = 0
+    return (before.unsqueeze(-1) + within).flatten(-2)[..., :size].contiguous()

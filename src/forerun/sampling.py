@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from forerun.errors import RequestError
+from forerun.native import sampling as native
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 """transformers' protocol: (input_ids [1, S], scores [1, V]) -> scores [1, V]."""
@@ -191,8 +192,8 @@ class SamplingParams:
         return bool(self.processors or self.logit_bias)
 
     @property
-    def filters(self) -> tuple[int, float, float]:
-        return (self.top_k, self.top_p, self.min_p)
+    def filter(self) -> native.Filter:
+        return (self.temperature, self.top_k, self.top_p, self.min_p)
 
 
 def _named(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -307,23 +308,23 @@ def laws(scores_BNV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     Greedy rows get the one-hot law of their best token, so that one rule can serve a mixed batch.
     """
     scores_BNV = scores_BNV if scores_BNV.dtype == torch.float64 else scores_BNV.float()
-    if all(p.is_greedy for p in params):
-        return one_hot(scores_BNV)
-    scores_BNV = _tempered(scores_BNV, [p.temperature or 1.0 for p in params])
-    for wanted in {p.filters for p in params if not p.is_greedy} - {(0, 1.0, 0.0)}:
-        rows = [row for row, p in enumerate(params) if p.filters == wanted and not p.is_greedy]
-        scores_BNV[rows] = _filtered(scores_BNV[rows], *wanted)
-    result = scores_BNV.softmax(-1)
-    greedy = [row for row, p in enumerate(params) if p.is_greedy]
-    if greedy:
-        result[greedy] = one_hot(scores_BNV[greedy])
+    filters = [p.filter for p in params]
+    return native.laws(scores_BNV, filters) if native.fits(scores_BNV) else laws_in_torch(scores_BNV, filters)
+
+
+def laws_in_torch(scores_BNV: Tensor, filters: Sequence[native.Filter]) -> Tensor:
+    """The same for any device and dtype, and what is meant."""
+    if len(set(filters)) == 1:
+        return _law(scores_BNV, *filters[0])
+    result = torch.empty_like(scores_BNV)
+    for wanted in set(filters):
+        rows = [row for row, one in enumerate(filters) if one == wanted]
+        result[rows] = _law(scores_BNV[rows], *wanted)
     return result
 
 
-def _tempered(scores_BNV: Tensor, temperatures: Sequence[float]) -> Tensor:
-    if len(set(temperatures)) == 1:
-        return scores_BNV / temperatures[0]
-    return torch.stack([row / temperature for row, temperature in zip(scores_BNV, temperatures, strict=True)])
+def _law(scores: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
+    return _filtered(scores / temperature, top_k, top_p, min_p).softmax(-1) if temperature else one_hot(scores)
 
 
 def one_hot(scores: Tensor) -> Tensor:
@@ -336,7 +337,7 @@ def _filtered(scores: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
         least = scores.topk(top_k, -1).values[..., -1:]
         scores = scores.masked_fill(scores < least, float("-inf"))
     if top_p < 1:
-        ascending, order = scores.sort(-1)
+        ascending, order = scores.sort(stable=True)  # of equals the first are dropped
         surplus = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
         surplus[..., -1] = False
         scores = scores.masked_fill(surplus.scatter(-1, order, surplus), float("-inf"))

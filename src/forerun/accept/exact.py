@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from forerun.chance import Chance
-from forerun.tree import Drawn, TokenTree
+from forerun.chance import Chance, Dice, Purpose, running_sums
+from forerun.native import sampling as native
+from forerun.tree import Drawn, Ints, TokenTree
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,20 @@ def traversal_verification(tree: TokenTree, laws_BNV: Tensor, chance: Chance) ->
     The coin of every node is thrown, also of those behind the end. So a coin's name is where the step begins, and its
     node: named by its token's position it would fall again, known by then, in the next step.
     """
+    if isinstance(chance, Dice) and native.fits(laws_BNV, torch.float64):
+        return _verified(tree, laws_BNV, chance)
+    return traversal_in_torch(tree, laws_BNV, chance)
+
+
+def traversal_in_torch(tree: TokenTree, laws_BNV: Tensor, chance: Chance) -> Verdict:
+    """The same on any device and with any luck, and what is meant. In fp64, whatever the laws are in."""
+    assert tree.laws_BNV is not None
+    tree, laws_BNV = replace(tree, laws_BNV=tree.laws_BNV.double()), laws_BNV.double()
     matching = [_was_chosen(tree, row) for row in range(tree.rows)]
     choices = sample_choices(laws_BNV, tree, chance).tolist() if any(matching) else []
     budgets = _Budgets(tree, laws_BNV, [row for row, matches in enumerate(matching) if not matches])
-    nodes = np.tile(np.arange(tree.nodes), (tree.rows, 1))
     keep_BN = torch.tensor(budgets.keep, dtype=torch.float64, device=laws_BNV.device)
-    coins = chance.coin(keep_BN, np.zeros_like(nodes), nodes).tolist()
+    coins = chance.coin(keep_BN, *_coins(tree.rows, tree.nodes)).tolist()
     paths = [
         _walk(tree.tokens[row], tree.topology.parents[row], choices[row])
         if matches
@@ -93,6 +103,43 @@ def traversal_verification(tree: TokenTree, laws_BNV: Tensor, chance: Chance) ->
     law_BV = torch.stack([budgets.law(row, end) for row, end in enumerate(ends)])
     following = chance.token(law_BV[:, None], np.array([[len(path) - 1] for path in paths]))[:, 0].tolist()
     return Verdict(paths, following, [end not in tree.topology.children[row] for row, end in enumerate(ends)])
+
+
+@lru_cache(maxsize=64)
+def _coins(rows: int, nodes: int) -> tuple[Ints, Ints]:
+    """The places of the coins of a step, and their numbers."""
+    numbers = np.tile(np.arange(nodes), (rows, 1))
+    return np.zeros_like(numbers), numbers
+
+
+def _drafts(tree: TokenTree, dice: Dice, throws_coins: bool) -> native.Drafts:
+    coins = dice.uniform(Purpose.ACCEPT, *_coins(tree.rows, tree.nodes)).numpy() if throws_coins else None
+    tokens = dice.uniform(Purpose.TOKEN, tree.topology.depths_BN).numpy()
+    return native.Drafts(tree.sizes, tree.topology.parents_BN, tree.tokens_BN, tokens, coins)
+
+
+def _verdict(tree: TokenTree, found: native.Verdicts) -> Verdict:
+    kept = found.kept
+    bonus = [path[-1] not in parents for path, parents in zip(kept, tree.topology.parents, strict=True)]
+    return Verdict(kept, found.next_tokens, bonus)
+
+
+def _verified(tree: TokenTree, laws_BNV: Tensor, dice: Dice) -> Verdict:
+    assert tree.laws_BNV is not None and tree.drawn_BN is not None
+    dtype = torch.promote_types(laws_BNV.dtype, tree.laws_BNV.dtype)
+    drafts = _drafts(tree, dice, throws_coins=True)
+    return _verdict(tree, native.verify(drafts, laws_BNV.to(dtype), tree.laws_BNV.to(dtype), tree.drawn_BN))
+
+
+def sample_and_match(
+    tree: TokenTree, scores_BNV: Tensor, filters: Sequence[native.Filter], dice: Dice, tells_laws: bool
+) -> tuple[Verdict, Tensor | None]:
+    """`match` of `sample_choices`, natively and from scores: only nodes that are reached get a law. The laws, if they
+    are wanted, are zeros at the others."""
+    laws_BNV = torch.zeros_like(scores_BNV) if tells_laws else None
+    return _verdict(
+        tree, native.match(_drafts(tree, dice, throws_coins=False), scores_BNV, filters, laws_BNV)
+    ), laws_BNV
 
 
 def _was_chosen(tree: TokenTree, row: int) -> bool:
@@ -134,7 +181,8 @@ class _Budgets:
             asked = [*younger, *self._below(younger)]
 
     def law(self, row: int, node: int) -> Tensor:
-        """Of the token behind a path that ends at this node, [V]: what its children leave of the target's."""
+        """Of the token behind a path that ends at this node, [V]: what its children leave of the target's. Its sum is
+        not 1."""
         return self._left.get((row, node), self._laws[row, node])
 
     def _reach(self, row: int, node: int, budget: float) -> Iterator[_Siblings]:
@@ -152,13 +200,14 @@ class _Budgets:
         law_MV, draft_MV = torch.stack([one.law_V for one in asked]), torch.stack([one.draft_V for one in asked])
         budgets = [self.keep[one.row][one.node] for one in asked]
         budget_M1 = torch.tensor(budgets, dtype=law_MV.dtype, device=law_MV.device)[:, None]
-        law_MV, left_M = residual(budget_M1 * law_MV, draft_MV)
+        rest_MV, left_M = excess(budget_M1 * law_MV, draft_MV)
         younger = []
-        for one, law_V, budget, left in zip(asked, law_MV, budgets, left_M.tolist(), strict=True):
-            self._left[one.row, one.node] = law_V
+        for one, rest_V, budget, left in zip(asked, rest_MV, budgets, left_M.tolist(), strict=True):
+            self._left[one.row, one.node] = rest_V
             self.keep[one.row][one.node] = left / (left + 1 - budget) if left + 1 > budget else 1.0
             if one.failed + 1 < len(one.children):
                 draft_V = _proposal(self._tree, one.row, one.children[: one.failed + 2])
+                law_V = rest_V / left if left > 0 else rest_V
                 younger.append(replace(one, law_V=law_V, draft_V=draft_V, failed=one.failed + 1))
         return younger
 
@@ -194,7 +243,7 @@ def _proposal(tree: TokenTree, row: int, siblings: Sequence[int]) -> Tensor:
         return torch.zeros_like(law_V).index_fill_(0, tree.tokens_BN[row, last], 1.0)
     if drawn == Drawn.WITHOUT_REPLACEMENT and earlier:
         law_V = law_V.index_fill(0, tree.tokens_BN[row, earlier], 0.0)
-        law_V = law_V / law_V.sum()
+        law_V = law_V / running_sums(law_V)[-1]
     return law_V
 
 
@@ -203,13 +252,12 @@ def _ratio(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
     return torch.where(draft_probs > 0, target_probs / draft_probs, 0.0)
 
 
-def residual(target: Tensor, draft: Tensor) -> tuple[Tensor, Tensor]:
-    """The normalised max(0, target - draft) over the last dimension: what a rejection leaves of the target's law; and
-    what it summed to before.
+def excess(target: Tensor, draft: Tensor) -> tuple[Tensor, Tensor]:
+    """max(0, target - draft), what a rejection leaves of the target's law, and its sum over the last dimension.
 
     Where nothing is left the two laws are equal up to rounding, a rejection has probability zero up
     to rounding, and the target's law stands in.
     """
     rest = (target - draft).clamp(min=0)
-    total = rest.sum(-1, keepdim=True)
-    return torch.where(total > 0, rest / total.clamp(min=torch.finfo(rest.dtype).tiny), target), total.squeeze(-1)
+    total = running_sums(rest)[..., -1:].to(rest.dtype)
+    return torch.where(total > 0, rest, target), total.squeeze(-1)

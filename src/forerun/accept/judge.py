@@ -21,9 +21,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from forerun.accept.exact import Verdict, match, sample_choices, traversal_verification
+from forerun.accept.exact import Verdict, match, sample_and_match, sample_choices, traversal_verification
 from forerun.accept.lossy import Lenient, Lossy, Typical, lenient, typical
-from forerun.chance import Chance
+from forerun.chance import Chance, Dice
+from forerun.native import sampling as native
 from forerun.row import Row
 from forerun.sampling import edits_of, laws
 from forerun.tree import TokenTree
@@ -41,7 +42,8 @@ def rule_for(tree: TokenTree, greedy: bool) -> str:
 
 @dataclass(frozen=True)
 class Judgement:
-    """The verdict, the rule that gave it, and the model's laws [B, N, V] (None where greedy match needed none).
+    """The verdict, the rule that gave it, and the model's laws [B, N, V] of the nodes kept and perhaps of others (None
+    where nobody needed any).
 
     is_over: per row, whether its processors forbid every next token of the text so far; the verdict then means
     nothing. Empty: of no row.
@@ -70,14 +72,17 @@ def judge(
     chance: Chance,
     best_BN: Tensor | None = None,
     lossy: Lossy | None = None,
+    tells_laws: bool = True,
 ) -> Judgement:
     """Accept what fits the model's law under each row's own sampling parameters. Exact, unless
     `lossy` asks for something else.
 
     best_BN: the best token of `logits_BNV` at every node, if the network has found it already.
+    tells_laws: somebody will look at the laws of what is kept.
     """
     scores, ends = _edits(tree, logits_BNV, rows)
-    found = _judged(tree, logits_BNV, scores, rows, chance, best_BN, lossy)
+    known_BN = best_BN if scores is logits_BNV else None
+    found = _judged(tree, scores, rows, chance, known_BN, lossy, tells_laws)
     if not any(ends):
         return found
     return replace(found, verdict=_short_of(found.verdict, tree, ends), is_over=[0 in nodes for nodes in ends])
@@ -96,20 +101,23 @@ def _short_of(verdict: Verdict, tree: TokenTree, ends: Sequence[frozenset[int]])
 
 def _judged(
     tree: TokenTree,
-    logits_BNV: Tensor,
     scores: Tensor,
     rows: Sequence[Row],
     chance: Chance,
     best_BN: Tensor | None,
     lossy: Lossy | None,
+    tells_laws: bool,
 ) -> Judgement:
     if isinstance(lossy, Lenient):
         return _leniently(tree, scores, rows, chance, lossy)
     rule = rule_for(tree, all(row.params.is_greedy for row in rows))
     if rule == "greedy match":
-        if best_BN is None or scores is not logits_BNV:
-            best_BN = scores.argmax(-1)
-        return Judgement(match(tree, best_BN), rule, None)
+        return Judgement(match(tree, scores.argmax(-1) if best_BN is None else best_BN), rule, None)
+    if scores.dtype != torch.float64:
+        scores = scores.float()
+    if rule == "sample and match" and lossy is None and isinstance(chance, Dice) and native.fits(scores):
+        verdict, law = sample_and_match(tree, scores, [row.params.filter for row in rows], chance, tells_laws)
+        return Judgement(verdict, rule, law)
     law = laws(scores, [row.params for row in rows])
     if lossy is not None:
         return Judgement(typical(tree, law, lossy), TYPICAL, law)

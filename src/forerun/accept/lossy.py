@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forerun.accept.exact import Verdict, residual
+from forerun.accept.exact import Verdict, excess
 from forerun.chance import Chance
 from forerun.errors import ForerunError
 from forerun.tree import TokenTree
@@ -116,7 +116,7 @@ def _left_over(tree: TokenTree, row: int, end: int, law_V: Tensor) -> Tensor:
         return law_V
     if tree.drawn_BN is not None and tree.drawn_BN[row, end]:
         assert tree.laws_BNV is not None
-        return residual(law_V, tree.laws_BNV[row, end])[0]
+        return excess(law_V, tree.laws_BNV[row, end])[0]
     rest = law_V.clone()
     rest[[tree.tokens[row][node] for node in children]] = 0
     return rest if float(rest.sum()) > 0 else law_V

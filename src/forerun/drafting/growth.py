@@ -36,8 +36,11 @@ from forerun.drafting.stopping import Drafted, Stopping
 from forerun.model import Model, Scores
 from forerun.ranktree import Level, RankTree
 from forerun.row import Row
-from forerun.sampling import Prefix, edited, laws
+from forerun.sampling import Prefix, SamplingParams, edited, laws
 from forerun.tree import Ints, Paths, TokenTree, Topology
+
+BARE = SamplingParams(temperature=1.0)
+"""What stopping rules see: the draft model's own law."""
 
 
 @dataclass(slots=True)
@@ -296,7 +299,8 @@ class _Watch:
 
     def drawn(self, depth: int, scores: Scores, token_B1: Tensor) -> None:
         """These tokens were drawn of these scores. A rule that reads states is asked when there are some."""
-        self._probs.append(scores.logits_BNV.float().softmax(-1).gather(-1, token_B1[..., None])[..., 0])
+        bare = laws(scores.logits_BNV, [BARE] * len(self._rows))
+        self._probs.append(bare.gather(-1, token_B1[..., None])[..., 0])
         if not self._rule.reads:
             self._ask(depth, {})
 
@@ -517,10 +521,11 @@ def _children(laws_BWV: Tensor, chance: Dice, nodes: Sequence[Sequence[int]], co
     families: list[list[list[int]]] = [[[] for _ in row] for row in nodes]
     rest = laws_BWV.clone()
     for attempt in range(count):
-        left, tokens = rest.sum(-1).tolist(), chance.token(rest, places + attempt)
-        for row, *told in zip(families, left, tokens.tolist(), strict=True):
+        tokens = chance.token(rest, places + attempt)
+        shares = rest.gather(-1, tokens[..., None])[..., 0].tolist()
+        for row, *told in zip(families, shares, tokens.tolist(), strict=True):
             for children, share, token in zip(row, *told, strict=False):
-                if share > 0:
+                if share > 0:  # otherwise nothing was left to be drawn
                     children.append(token)
         rest.scatter_(-1, tokens[..., None], 0.0)
     return families

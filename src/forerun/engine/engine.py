@@ -329,7 +329,9 @@ class Engine:
         drafted = time.perf_counter()
         scores = self.target.score(tree, rows, self.drafter.reads)
         scored = time.perf_counter()
-        judgement = judge(tree, scores.logits_BNV, rows, final_chance(rows), scores.best_BN, self.lossy)
+        judgement = judge(
+            tree, scores.logits_BNV, rows, final_chance(rows), scores.best_BN, self.lossy, tells_laws=False
+        )
         if any(judgement.is_over):
             raise RequestError("the processors forbid every token at once: leave one, such as the end of the text")
         kept = judgement.verdict.kept

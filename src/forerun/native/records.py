@@ -282,6 +282,28 @@ class BlockTreesRecord(ctypes.Structure):
     )
 
 
+class FilterRecord(ctypes.Structure):
+    """`fr_filter`."""
+
+    _fields_ = (("temperature", c_float), ("top_k", c_int32), ("top_p", c_double), ("min_p", c_double))
+
+
+class ProposalRecord(ctypes.Structure):
+    """`fr_proposal`."""
+
+    _fields_ = (
+        ("rows", c_int32),
+        ("nodes", c_int32),
+        ("sizes", c_void_p),
+        ("parents", c_void_p),
+        ("tokens", c_void_p),
+        ("token_luck", c_void_p),
+        ("coin_luck", c_void_p),
+        ("kept", c_void_p),
+        ("next", c_void_p),
+    )
+
+
 RECORDS = (
     Matrix,
     FeedRecord,
@@ -302,6 +324,8 @@ RECORDS = (
     BlockStatesRecord,
     BlockWishRecord,
     BlockTreesRecord,
+    FilterRecord,
+    ProposalRecord,
 )
 SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "fr_sizes": (None, (c_void_p,)),
@@ -321,6 +345,11 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "fr_block_read": (c_int32, (*(c_void_p,) * 3, c_int32)),
     "fr_block_score": (c_int32, (*(c_void_p,) * 4, c_int32)),
     "fr_block_grow": (c_int32, (*(c_void_p,) * 4, c_int32)),
+    "fr_laws": (None, (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int32)),
+    "fr_pick": (None, (c_void_p, c_int32, c_int64, c_int64, c_void_p, c_void_p, c_int32)),
+    "fr_uniform": (None, (c_void_p, c_void_p, c_int32, c_void_p, c_void_p, c_int64, c_int64, c_void_p)),
+    "fr_match": (None, (*(c_void_p,) * 3, c_int64, c_void_p, c_int32)),
+    "fr_verify": (c_int32, (*(c_void_p,) * 4, c_int32, c_int64, c_int32)),
     "fr_automaton_new": (c_void_p, (c_int32,)),
     "fr_automaton_free": (None, (c_void_p,)),
     "fr_automaton_extend": (c_int32, (c_void_p, c_void_p, c_int64)),

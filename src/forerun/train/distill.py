@@ -230,7 +230,7 @@ def deal(prompts: Iterable[Sequence[int]], sampling: Sampling, context: int) -> 
 
 def _question(prompt: tuple[int, ...], temperature: float, sampling: Sampling) -> Question:
     params = sampling.params(temperature)
-    shaping = [params.max_new_tokens, float(temperature), *map(float, params.filters)]
+    shaping = [params.max_new_tokens, *map(float, params.filter)]
     return Question(digest([list(prompt), shaping])[:32], prompt, float(temperature))
 
 
