@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from functools import lru_cache
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -31,6 +32,7 @@ class TableNetwork:
 
     backend = TORCH
     no_tokens: Tensor | None = None
+    home: Path | None = None
     device = torch.device("cpu")
     dtype = weights = torch.float64
     windows: frozenset[int] = frozenset()

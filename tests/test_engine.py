@@ -89,12 +89,13 @@ DRAFTERS: dict[str, Any] = {
     "hierarchy, nothing pays": {"drafter": "hierarchy", "cost": 0.9},
     "fallback": {"drafter": "fallback", "sources": [LOOKUP, "small:small"]},
     "fallback, enough": {"drafter": "fallback", "sources": [LOOKUP, {**SMALL, "length": 3}, LOOKUP], "enough": 3},
+    "auto": "auto",
     "switch": {"drafter": "switch", "parts": [LOOKUP, {**SMALL, "length": 3}]},
     "switch in a model": {**MIDDLE, "inner": {"drafter": "switch", "parts": ["small:small", LOOKUP]}},
     "fallback in a model": "verified:middle(lookup | verified:low(small:small))",
 }
 DETERMINISTIC = ("hierarchy", "lookup", "maxgram", "small, tree")
-REMEMBERING = {"hierarchy", "hierarchy, nothing pays", "switch"}
+REMEMBERING = {"auto", "hierarchy", "hierarchy, nothing pays", "switch"}
 """What these propose depends on earlier requests too, on when their stores were last of use, or on what steps took."""
 every_drafter = pytest.mark.parametrize("name", DRAFTERS)
 

@@ -81,7 +81,7 @@ def test_another_drafter_says_the_same(chatty, family, talked):
     assert "drafter small" in out
     assert [line for line in out if line in plain] == plain
     stats = "\n".join(out)
-    assert "last answer" in stats and "drafter lookup and small" in stats and "tokens per step" in stats
+    assert "last answer" in stats and "drafter auto and small" in stats and "tokens per step" in stats
 
 
 def test_what_is_wrong_is_said_and_the_talk_goes_on(chatty, talked):

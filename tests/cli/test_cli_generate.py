@@ -26,10 +26,14 @@ PROMPT = "def main(argv):\n    return"
 
 
 def test_the_object_holds_what_the_contract_names(family, said):
-    found = said("generate", family / "target", PROMPT, "--max-new-tokens", 12, "--dtype", "fp32")
+    options = ("generate", family / "target", PROMPT, "--max-new-tokens", 12, "--dtype", "fp32")
+    found = said(*options, "--drafter", "none")
     assert set(found) == {"text", "token_ids", "finish_reason", "stats"}
     assert set(found["stats"]) >= STATS
     assert len(found["token_ids"]) == found["stats"]["new_tokens"] == found["stats"]["steps"] == 12
+    fast = said(*options)
+    assert fast["stats"]["drafter"] == "auto" and fast["token_ids"] == found["token_ids"]
+    assert set(fast) == {*found, "parts"}
     assert found["finish_reason"] == "length"
     assert found["stats"]["drafter"] == "none" and found["stats"]["exact"] is True
 
@@ -127,7 +131,7 @@ def test_stop_strings_and_logprobs(family, said):
 
 
 def test_text_goes_to_stdout_and_its_cost_to_stderr(family, forerun, said):
-    options = ("generate", family / "target", PROMPT, "--max-new-tokens", 16)
+    options = ("generate", family / "target", PROMPT, "--max-new-tokens", 16, "--drafter", "none")
     code, out, err = forerun(*options)
     assert code == 0 and out == said(*options)["text"] + "\n"
     assert len(err.splitlines()) == 1 and "tokens per step" in err and "drafter none" in err
@@ -171,7 +175,7 @@ def test_interrupted_json_holds_what_was_generated(family, forerun, monkeypatch)
 
 def test_interrupted_before_the_first_token_is_still_one_object(family, forerun, monkeypatch):
     with interrupting(monkeypatch, at=1):
-        code, out, _ = forerun("generate", family / "target", PROMPT, "--json")
+        code, out, _ = forerun("generate", family / "target", PROMPT, "--json", "--drafter", "none")
     assert code == 130 and json.loads(out) == {"outputs": []}
 
 

@@ -43,7 +43,7 @@ Compare = Annotated[
     ),
 ]
 
-DRAFTER = "lookup"
+DRAFTER = "auto"
 HELP = """/stats          what the last answer and the conversation cost, and who drafted what
 /drafter SPEC   draft with something else: none, lookup, small:MODEL, ...
 /system TEXT    begin anew with this system message (without TEXT: with none)

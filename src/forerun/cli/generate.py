@@ -87,7 +87,7 @@ def generate(
     chat: options.Chat = False,
     system: options.System = None,
     chat_template: options.Template = None,
-    drafter: options.Drafter = "none",
+    drafter: options.Drafter = "auto",
     num_speculative_tokens: options.SpeculativeTokens = None,
     speculative_config: options.SpeculativeConfig = None,
     max_new_tokens: options.MaxNewTokens = 256,
@@ -138,7 +138,7 @@ def generate(
         logprobs=logprobs,
     )
     _demand_sense(out, compare, as_json, logprobs)
-    spec = speculation.chosen(drafter, speculative_config, num_speculative_tokens)
+    spec = speculation.chosen(drafter, speculative_config, num_speculative_tokens, "auto")
     asked, manner = _asked(prompts or [], prompt_file or []), openings.Manner.of(chat, system, chat_template)
     machine, model = engines.Machine(dtype, device, kernels, weights, threads), options.at(model, revision)
     engine = engines.load(model, spec, machine, max_rows, acceptance)

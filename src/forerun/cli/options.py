@@ -17,7 +17,7 @@ Drafter = Annotated[
     typer.Option(
         "--drafter",
         metavar="SPEC",
-        help="lookup, small:MODEL, KIND:HEADS, ... or a file; none: the baseline.",
+        help="auto, lookup, small:MODEL, KIND:HEADS, ... or a file; none: the baseline.",
         rich_help_panel=DRAFTING,
     ),
 ]

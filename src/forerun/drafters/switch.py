@@ -106,8 +106,19 @@ class Settings:
 
 
 def build(workshop: Workshop, settings: Settings) -> Drafter:
-    certain = [method(describe(part)["drafter"]).grows != "drawn" for part in settings.parts]
-    return Switch([workshop.build(part) for part in settings.parts], certain)
+    parts = [workshop.build(part) for part in settings.parts]
+    return Switch(parts, [is_certain(part) for part in settings.parts])
+
+
+def is_certain(spec: str | Mapping[str, Any]) -> bool:
+    """No luck is involved in what is proposed: not in the method, or in none of the drafters that it is made of."""
+    description = describe(spec)
+    one = method(description["drafter"])
+    if one.grows != "drawn":
+        return True
+    named = {name: kind for name, kind in one.kinds.items() if kind is not None}
+    inner = [part for name in named for part in description.get(name, ())]
+    return {*named.values()} == {"specs"} and bool(inner) and all(is_certain(part) for part in inner)
 
 
 METHOD = Method(

@@ -51,6 +51,12 @@ def load_network(
     ForerunError for kernels that cannot be had.
     """
     source = Source.of(source)
+    network = _loaded(source, dtype, device, kernels, weights)
+    network.home = source.folder
+    return network
+
+
+def _loaded(source: Source, dtype: torch.dtype, device: torch.device, kernels: str, weights: str) -> Network:
     folder, outside = source.folder, source.config
     config = translate(outside, folder)
     reason = why_torch(config, dtype, device, kernels, weights)

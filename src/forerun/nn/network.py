@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -81,7 +82,7 @@ class Network(Protocol):
     is no exception. max_length: the most tokens a row may have. windows: the sliding-window sizes
     for which `forward` needs a mask of its own. no_tokens: ids [n] that have rows in the matrices
     and are no tokens, such as the padding beyond a tokenizer, or None; `Model` makes them
-    impossible, whoever loads a network says which.
+    impossible, whoever loads a network says which. home: the folder that it was loaded from, if it was.
 
     input_embedding and output_head, [V, D] each: the matrices themselves, for drafters that use the
     target's. Nobody else's to write to. output_head may be packed: `head_matrix` is it as a tensor
@@ -89,6 +90,7 @@ class Network(Protocol):
     """
 
     no_tokens: Tensor | None
+    home: Path | None
 
     @property
     def backend(self) -> Backend: ...

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +91,7 @@ class Transformer(nn.Module):
 
     backend = TORCH
     no_tokens: Tensor | None = None
+    home: Path | None = None
 
     def __init__(self, config: TransformerConfig):
         super().__init__()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class Foreign:
 
     backend = TORCH
     no_tokens: Tensor | None = None
+    home: Path | None = None
 
     def __init__(self, model: transformers.PreTrainedModel, name: str):
         self.model, self._name = model, name

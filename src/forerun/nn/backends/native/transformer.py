@@ -13,6 +13,7 @@ import ctypes
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from threading import Lock
 
 import numpy as np
@@ -77,6 +78,7 @@ class PackedTransformer:
 
     device = CPU
     no_tokens: Tensor | None = None
+    home: Path | None = None
 
     def __init__(self, config: TransformerConfig, dtype: torch.dtype, weights: torch.dtype | Formats | None = None):
         if config.head_dim > WIDEST_HEAD or dtype not in FORMATS:

@@ -1,0 +1,115 @@
+"""What to draft with where nobody says: whatever lies beside the target, under a switch that measures.
+
+The stores of tokens need nothing and are always there. Behind them stands what was made for this
+target and lies in its folder or beside it: the trained heads whose record names its fingerprint (of
+several those that promised most tokens per step), and the smallest draft model of its tokenizer
+that has at most an eighth of its size.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from forerun.drafters.switch import Switch, is_certain
+from forerun.drafting import checkpoint as checkpoints
+from forerun.drafting.checkpoint import Checkpoint
+from forerun.drafting.drafter import Drafter
+from forerun.drafting.method import Method
+from forerun.drafting.registry import is_known
+from forerun.drafting.workshop import Workshop
+from forerun.errors import ForerunError
+from forerun.sources.folder import CONFIG, weight_files
+from forerun.sources.source import Source
+
+log = logging.getLogger(__name__)
+
+STORES = {"drafter": "hierarchy"}
+SMALLER = 8
+"""A draft model is worth trying from so many times smaller on."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """{"drafter": "auto"}"""
+
+
+def build(workshop: Workshop, settings: Settings) -> Drafter:
+    """Something beside the target that turns out to be broken is left out, with a warning."""
+    parts, certain = [workshop.build(STORES)], [is_certain(STORES)]
+    for found in beside(workshop.target.network.home):
+        description = {"drafter": "fallback", "sources": [STORES, found]}
+        try:
+            parts.append(workshop.build(description))
+        except ForerunError as error:
+            log.warning("%s is not used: %s", found["checkpoint"], error)
+            continue
+        certain.append(is_certain(description))
+        log.info("drafts with %s:%s", found["drafter"], found["checkpoint"])
+    made = Switch(parts, certain)
+    made.name = METHOD.name
+    return made
+
+
+def beside(home: Path | None) -> list[dict[str, Any]]:
+    """Descriptions of the best heads and of the smallest draft model for the target in this folder, if there are."""
+    if home is None:
+        return []
+    target, folders = Source.of(home), list(_folders(home))
+    heads = [one for one in map(_heads, folders) if one is not None and _target_of(one) == target.fingerprint]
+    best = max(heads, key=_promise, default=None)
+    models = [one for one in folders if _is_draft_model(one, target)]
+    smallest = min(models, key=_size, default=None)
+    found = [] if best is None else [{"drafter": best.drafter, "checkpoint": str(best.folder)}]
+    return found + ([] if smallest is None else [{"drafter": "small", "checkpoint": str(smallest)}])
+
+
+def _folders(home: Path) -> Iterator[Path]:
+    """Folders with a config, in this one and beside it, in an order that does not change."""
+    for place in (home, home.absolute().parent):
+        yield from sorted(one.parent for one in place.glob(f"*/{CONFIG}") if one.parent.resolve() != home.resolve())
+
+
+def _heads(folder: Path) -> Checkpoint | None:
+    try:
+        found = checkpoints.read(folder)
+    except ForerunError:
+        return None
+    return found if is_known(found.drafter) else None
+
+
+def _target_of(heads: Checkpoint) -> object:
+    """The fingerprint of the target whose answers they learnt."""
+    data = heads.training.get("data")
+    target = data.get("target") if isinstance(data, dict) else None
+    return target.get("fingerprint") if isinstance(target, dict) else None
+
+
+def _promise(heads: Checkpoint) -> float:
+    figures = heads.training.get("figures")
+    return float(figures.get("tokens_per_step", 0)) if isinstance(figures, dict) else 0.0
+
+
+def _is_draft_model(folder: Path, target: Source) -> bool:
+    try:
+        one = Source.of(folder)
+        fits = SMALLER * _size(folder) <= _size(target.folder)
+        return fits and bool(one.vocabulary_fingerprint) and one.vocabulary_fingerprint == target.vocabulary_fingerprint
+    except ForerunError:
+        return False
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in weight_files(folder))
+
+
+METHOD = Method(
+    "auto",
+    "Whatever lies beside the target, and stores, where and while that pays.",
+    Settings,
+    build,
+    grows="drawn",
+)
