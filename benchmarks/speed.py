@@ -73,7 +73,7 @@ class Clocked:
 def _models(drafter: Any) -> list[Any]:
     """The models of a drafter and of those inside it."""
     inner = [drafter.inner] if hasattr(drafter, "inner") else []
-    inner += [part.drafter for part in getattr(drafter, "parts", [])] + list(getattr(drafter, "sources", []))
+    inner += [getattr(part, "drafter", part) for part in getattr(drafter, "parts", [])]
     own = [drafter.model] if hasattr(drafter, "model") else []
     return own + [model for one in inner for model in _models(one)]
 

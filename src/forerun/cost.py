@@ -161,7 +161,7 @@ Line = tuple[tuple[float, float], ...]
 """(tokens, seconds), tokens ascending."""
 ENOUGH = 8
 """Steps of either kind, plain ones and others, before a table says what a node costs."""
-RICH = 3
+RICH = 2
 """Points that make a line."""
 
 

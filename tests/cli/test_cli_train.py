@@ -236,7 +236,7 @@ def commands_of(name: str, tmp_path: Path) -> list[list[str]]:
 def test_the_family_script_says_what_this_command_understands(forerun, tmp_path, monkeypatch):
     made: list[tuple[recipe.ModelRecipe, str]] = []
 
-    def noted(wish, run, out, device):
+    def noted(wish, run, out, device, events):
         made.append((wish, out.name if out else ""))
         return ""
 

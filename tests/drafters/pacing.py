@@ -37,11 +37,9 @@ class Machine:
     tokens: int = 0
     choices: list[list[Choice]] = field(default_factory=list)
 
-    def run(
-        self, steps: int, rows: int, choose: Callable[[Table, list[Wish]], list[Choice]], pace: Pace | None
-    ) -> float:
+    def run(self, steps: int, rows: int, choose: Choose, pace: Pace | None, costs: Table | None = None) -> float:
         """Tokens per second over so many steps."""
-        luck, costs = np.random.default_rng(self.seed), Table()
+        luck, costs = np.random.default_rng(self.seed), costs or Table()
         everybody = frozenset(range(len(self.parts)))
         for step in range(steps):
             choices = choose(costs, [Wish(64, everybody)] * rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import shutil
@@ -11,6 +12,7 @@ import pytest
 
 import forerun
 from forerun.drafters.auto import beside
+from forerun.drafters.fallback import Fallback
 from forerun.drafters.switch import Switch, is_certain
 from forerun.drafting import registry
 from forerun.sampling import SamplingParams
@@ -34,15 +36,42 @@ def shelf(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def names(found: list[dict[str, object]]) -> list[tuple[object, str]]:
-    return [(one["drafter"], Path(str(one["checkpoint"])).name) for one in found]
+def names(found: list[list[dict[str, object]]]) -> list[list[tuple[object, str]]]:
+    return [[(one["drafter"], Path(str(one["checkpoint"])).name) for one in candidates] for candidates in found]
 
 
 def test_the_best_heads_of_this_target_and_a_model_that_is_small_enough_are_found(shelf: Path) -> None:
-    assert names(beside(shelf / "target")) == [("hydra", "hydra++"), ("small", "small")]
-    (shelf / "hydra++").unlink()
-    assert names(beside(shelf / "target")) == [("medusa", "medusa"), ("small", "small")]
-    assert names(beside(shelf / "small")) == [], "heads of another, and models that are not smaller"
+    heads = [("hydra", "hydra++"), ("medusa", "medusa")]
+    assert names(beside(shelf / "target")) == [heads, [("small", "small")]]
+    assert names(beside(shelf / "small")) == [[], []], "heads of another, and models that are not smaller"
+
+
+@pytest.mark.parametrize("promise", [None, "much", float("nan"), 99])
+def test_heads_that_promise_nonsense_come_last(shelf: Path, promise: object) -> None:
+    (shelf / "medusa").unlink()
+    shutil.copytree(MODELS / "medusa", shelf / "medusa")
+    config = json.loads((shelf / "medusa" / "config.json").read_text())
+    config["training"]["figures"]["tokens_per_step"] = promise
+    (shelf / "medusa" / "config.json").write_text(json.dumps(config))
+    assert names(beside(shelf / "target"))[0] == [("hydra", "hydra++"), ("medusa", "medusa")]
+
+
+def test_the_code_of_a_neighbour_is_not_run(
+    shelf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor is anybody asked whether it may."""
+    strange = shelf / "strange"
+    shutil.copytree(MODELS / "small", strange)
+    (strange / "code.py").write_text(f"open({str(shelf / 'ran')!r}, 'w')\nclass Config: pass\nclass Words: pass\n")
+    for name, own in (
+        ("config.json", {"AutoConfig": "code.Config"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["code.Words", "code.Words"]}),
+    ):
+        content = json.loads((strange / name).read_text()) | {"auto_map": own, "model_type": "strange"}
+        (strange / name).write_text(json.dumps(content | ({"tokenizer_class": "Words"} if "token" in name else {})))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    assert names(beside(shelf / "target"))[1] == [("small", "small")]
+    assert not (shelf / "ran").exists() and "custom code" not in capsys.readouterr().out
 
 
 def test_a_model_in_memory_or_alone_has_its_stores(shelf: Path, tmp_path: Path) -> None:
@@ -55,15 +84,16 @@ def test_a_model_in_memory_or_alone_has_its_stores(shelf: Path, tmp_path: Path) 
 
 
 def test_what_is_broken_is_left_out_with_a_warning(shelf: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (shelf / "hydra++").unlink()
-    broken = shelf / "medusa"
-    broken.unlink()
-    shutil.copytree(MODELS / "medusa", broken)
-    (broken / "model.safetensors").write_bytes(b"nothing")
+    for name in ("hydra++", "wide"):
+        (shelf / name).unlink()
+        shutil.copytree(MODELS / name, shelf / name)
+        (shelf / name / "model.safetensors").write_bytes(b"nothing")
     with caplog.at_level(logging.WARNING):
         drafter = forerun.load(shelf / "target", drafter="auto").drafter
-    assert isinstance(drafter, Switch) and len(drafter.parts) == 2
-    assert "medusa is not used" in caplog.text
+    assert isinstance(drafter, Switch) and drafter.name == "auto"
+    parts = [[part.name for part in one.parts] for one in drafter.parts[1:] if isinstance(one, Fallback)]
+    assert parts == [["hierarchy", "medusa"], ["hierarchy", "small"]], "the next best stand in"
+    assert "hydra++ is not used" in caplog.text and "wide is not used" in caplog.text
 
 
 @pytest.mark.parametrize("wishes", [{}, {"temperature": 0.8, "seed": 3}], ids=["greedy", "seeded"])

@@ -14,6 +14,7 @@ from fakes import Near, TableNetwork
 from forerun.drafting import registry
 from forerun.drafting.drafter import Drafter
 from forerun.drafting.registry import REGISTRY, names
+from forerun.drafting.several import Several
 from forerun.drafting.spec import describe
 from forerun.drafting.workshop import Workshop, build
 from forerun.errors import DrafterError
@@ -99,8 +100,8 @@ def made(spec: Any, folder: Path | None = None) -> Drafter:
 
 def shape(drafter: Any) -> Any:
     """Names, nested as the drafters are."""
-    if hasattr(drafter, "sources"):
-        return [shape(source) for source in drafter.sources]
+    if isinstance(drafter, Several):
+        return [shape(part) for part in drafter.parts]
     if hasattr(drafter, "parts"):
         return tuple(shape(part.drafter) for part in drafter.parts)
     return {drafter.name: shape(drafter.inner)} if hasattr(drafter, "inner") else drafter.name

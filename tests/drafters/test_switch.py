@@ -225,6 +225,30 @@ def test_plain_steps_stay_a_fresh_yardstick() -> None:
     assert sum(choices[0] != PLAIN for choices in machine.choices[-100:]) < 10
 
 
+def test_a_row_that_is_left_alone_is_not_planned_for_by_what_eight_rows_cost() -> None:
+    """Nodes are free beside seven other rows here, and cost half a plain step each without them."""
+
+    def verify(nodes: int, rows: int) -> float:
+        return 4.0 if rows > 1 else 1 + 0.5 * (nodes - 1)
+
+    machine = Machine(verify, [Part(lambda row, step: 0.5, 2)], 0.0, 1)
+    pace = Pace([2])
+    for _ in range(8):
+        pace.admit()
+    costs = Table()
+    machine.run(400, 8, lambda _, wishes: pace.choose(costs, wishes), pace, costs)
+    for _ in range(7):
+        pace.release(0)
+    machine.seconds, machine.tokens = 0.0, 0
+    assert machine.run(400, 1, lambda _, wishes: pace.choose(costs, wishes), pace, costs) > 0.95
+
+
+def test_a_part_that_never_has_a_node_is_never_asked() -> None:
+    machine = Machine(MACHINES["nodes are nearly free"], [Part(lambda row, step: 0.9, 0), Part(lambda row, step: 0.9)])
+    assert controlled(machine, 300, 1) > 2
+    assert {choices[0].part for choices in machine.choices} == {-1, 1}
+
+
 def test_rows_that_come_begin_with_what_is_typical_and_rows_that_go_leave_no_trace() -> None:
     machine = Machine(MACHINES["nodes are nearly free"], [Part(lambda row, step: 0.9)], 0.0, 1)
     pace = Pace([8])
@@ -333,6 +357,39 @@ def test_it_drafts_where_that_pays_and_stops_where_it_does_not(monkeypatch: pyte
         assert output.token_ids == plain(target, [1, 2, 3], 400)
         asked = one.drafter.tallies()[0].asked / output.stats.steps
         assert least <= asked <= most, (share, asked)
+
+
+@pytest.mark.parametrize("outer", ["fallback", "cascade"])
+def test_inside_another_drafter_the_clock_has_no_say(
+    outer: str, networks: dict[str, TableNetwork], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a seed says the same again, whatever the engine has served and however slow it was."""
+    switch = {"drafter": "switch", "parts": ["lookup"]}
+    parts = {
+        "fallback": {"sources": [switch, "small:small"]},
+        "cascade": {"parts": [{**switch, "until": 2}, {"drafter": "small", "checkpoint": "small", "until": 4}]},
+    }
+    wish = SamplingParams(temperature=1.0, seed=5, max_new_tokens=80)
+    texts = []
+    for seconds, before in ((1e-6, 0), (1.0, 3)):
+        ticks = count()
+        monkeypatch.setattr("time.perf_counter", lambda: next(ticks) * seconds)  # noqa: B023
+        one = engine_of(networks["target"], {"drafter": outer, **parts[outer]}, networks)
+        for _ in range(before):
+            one.generate([[0, 1, 2]], SamplingParams(max_new_tokens=40))
+        texts.append(one.generate([[1, 0, 1, 0]], wish)[0].token_ids)
+        assert one.drafter.tallies()[0].asked or outer == "cascade"
+    assert texts[0] == texts[1]
+
+
+def test_a_part_that_was_not_asked_has_thought_of_nothing(networks: dict[str, TableNetwork]) -> None:
+    """Where a verified model asks of rows that nobody was asked for."""
+    inner = {"drafter": "switch", "parts": ["lookup", "lookup | maxgram"]}
+    description = {"drafter": "verified", "checkpoint": "other", "inner": inner, "length": 3}
+    (output,) = engine_of(networks["target"], description, networks).generate(
+        [[1, 2]], SamplingParams(max_new_tokens=40)
+    )
+    assert output.token_ids == plain(networks["target"], [1, 2], 40)
 
 
 @pytest.mark.parametrize("settings", [{}, {"parts": []}, {"parts": "lookup"}])

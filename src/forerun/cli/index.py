@@ -100,7 +100,7 @@ def _vocabulary(model: str) -> tuple[Encode, int, dict[str, int]]:
     if tokenizer is None:
         raise CheckpointError(f"{model} has no tokenizer: name a folder with a tokenizer.json")
     try:
-        size = AutoConfig.from_pretrained(model).get_text_config().vocab_size
+        size = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config().vocab_size
     except (OSError, ValueError, AttributeError):
         size = len(tokenizer)  # a tokenizer on its own
     backend = tokenizer.backend_tokenizer

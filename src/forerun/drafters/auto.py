@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -40,31 +41,31 @@ class Settings:
 def build(workshop: Workshop, settings: Settings) -> Drafter:
     """Something beside the target that turns out to be broken is left out, with a warning."""
     parts, certain = [workshop.build(STORES)], [is_certain(STORES)]
-    for found in beside(workshop.target.network.home):
-        description = {"drafter": "fallback", "sources": [STORES, found]}
-        try:
-            parts.append(workshop.build(description))
-        except ForerunError as error:
-            log.warning("%s is not used: %s", found["checkpoint"], error)
-            continue
-        certain.append(is_certain(description))
-        log.info("drafts with %s:%s", found["drafter"], found["checkpoint"])
-    made = Switch(parts, certain)
-    made.name = METHOD.name
-    return made
+    for candidates in beside(workshop.target.network.home):
+        for found in candidates:
+            description = {"drafter": "fallback", "sources": [STORES, found]}
+            try:
+                parts.append(workshop.build(description))
+            except ForerunError as error:
+                log.warning("%s is not used: %s", found["checkpoint"], error)
+                continue
+            certain.append(is_certain(description))
+            log.info("drafts with %s:%s", found["drafter"], found["checkpoint"])
+            break
+    return Switch(parts, certain, METHOD.name)
 
 
-def beside(home: Path | None) -> list[dict[str, Any]]:
-    """Descriptions of the best heads and of the smallest draft model for the target in this folder, if there are."""
+def beside(home: Path | None) -> list[list[dict[str, Any]]]:
+    """Descriptions of heads for the target in this folder, the best first, and of draft models, the smallest first."""
     if home is None:
         return []
     target, folders = Source.of(home), list(_folders(home))
     heads = [one for one in map(_heads, folders) if one is not None and _target_of(one) == target.fingerprint]
-    best = max(heads, key=_promise, default=None)
     models = [one for one in folders if _is_draft_model(one, target)]
-    smallest = min(models, key=_size, default=None)
-    found = [] if best is None else [{"drafter": best.drafter, "checkpoint": str(best.folder)}]
-    return found + ([] if smallest is None else [{"drafter": "small", "checkpoint": str(smallest)}])
+    return [
+        [{"drafter": one.drafter, "checkpoint": str(one.folder)} for one in sorted(heads, key=_promise, reverse=True)],
+        [{"drafter": "small", "checkpoint": str(one)} for one in sorted(models, key=_size)],
+    ]
 
 
 def _folders(home: Path) -> Iterator[Path]:
@@ -90,13 +91,15 @@ def _target_of(heads: Checkpoint) -> object:
 
 def _promise(heads: Checkpoint) -> float:
     figures = heads.training.get("figures")
-    return float(figures.get("tokens_per_step", 0)) if isinstance(figures, dict) else 0.0
+    promised = figures.get("tokens_per_step") if isinstance(figures, dict) else None
+    return promised if isinstance(promised, float) and isfinite(promised) else 0.0
 
 
 def _is_draft_model(folder: Path, target: Source) -> bool:
     try:
         one = Source.of(folder)
-        fits = SMALLER * _size(folder) <= _size(target.folder)
+        is_model = getattr(one.config, "vocab_size", None) is not None  # heads that came with a tokenizer are none
+        fits = is_model and SMALLER * _size(folder) <= _size(target.folder)
         return fits and bool(one.vocabulary_fingerprint) and one.vocabulary_fingerprint == target.vocabulary_fingerprint
     except ForerunError:
         return False

@@ -115,8 +115,9 @@ class Cascade(Drafter):
                 for row, so_far, left, wants in zip(context.rows, said, most, wanting, strict=True)
             ]
         ):
+            budgets = [part.drafter.max_nodes] * len(room)
             tree = part.drafter.propose(
-                replace(context, budgets=[part.drafter.max_nodes] * len(room), depths=room, path=(*context.path, call))
+                replace(context, budgets=budgets, depths=room, path=(*context.path, call), costs=None)
             )
             for index, row in enumerate(context.rows):
                 if room[index]:

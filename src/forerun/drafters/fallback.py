@@ -31,7 +31,7 @@ class Fallback(Several):
     name = "fallback"
 
     def __init__(self, sources: Sequence[Drafter], enough: int = 1):
-        super().__init__(sources)
+        super().__init__(sources, self.name)
         self.enough = enough
 
     def propose(self, context: Context) -> TokenTree:

@@ -37,10 +37,8 @@ from forerun.tree import TokenTree
 class Switch(Several):
     """certain: for every part, whether no luck is involved in what it proposes."""
 
-    name = "switch"
-
-    def __init__(self, parts: Sequence[Drafter], certain: Sequence[bool]):
-        super().__init__(parts)
+    def __init__(self, parts: Sequence[Drafter], certain: Sequence[bool], name: str = "switch"):
+        super().__init__(parts, name)
         self.pace = Pace([part.max_nodes for part in parts])
         self._all = frozenset(range(len(self.parts)))
         self._certain = frozenset(number for number, one in enumerate(certain) if one)

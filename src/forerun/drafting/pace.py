@@ -196,7 +196,7 @@ class Pace:
         levels = [levels_of(most) for most in self.most]
         self._parts = [_Part(each, Yield(each, ALL)) for each in levels]
         self._typical = PLAIN
-        self._speed = 0.0  # tokens per second, as planned
+        self._speed, self._planned_rows = 0.0, 0  # tokens per second of so many rows, as planned
         self._steps = self._until_plan = self._since_plain = self._same_rows = self._last_rows = 0
         self._lost = self._elapsed = 0.0
         self._probe: _Probe | None = None
@@ -208,6 +208,7 @@ class Pace:
 
     def release(self, slot: int) -> None:
         self.seats.release(slot)
+        self._until_plan = min(self._until_plan, EVERY // 4 if len(self.seats) > 1 else 0)
 
     # ---- before a step
 
@@ -264,7 +265,8 @@ class Pace:
         self._elapsed += seconds
         if self._probe is None:
             return
-        loss = max(0.0, seconds - step.tokens / self._speed) if self._speed else 0.0
+        planned = step.tokens / self._speed if step.rows == self._planned_rows else seconds
+        loss = max(0.0, seconds - planned)
         self._lost += loss
         is_dear = loss * self._speed > step.rows  # lost more than a plain step takes: that says enough
         if self._probe.left <= 0 or is_dear:
@@ -281,7 +283,7 @@ class Pace:
         if self._since_plain >= FRESH:
             return _Probe(PLAIN, [], 1)
         for number, part in enumerate(self._parts):
-            if self._steps < part.next:
+            if self._steps < part.next or not part.levels:
                 continue
             seats = [
                 seat
@@ -307,6 +309,7 @@ class Pace:
         rows = len(wishes)
         if not costs.knows_near(rows):
             return False
+        self._planned_rows = rows
         before = {seat.choice.part for seat in self.seats}
         choices, self._speed = self._of_one(costs, wishes[0]) if rows == 1 else self._of_many(costs, wishes)
         for seat, choice in zip(self.seats, choices, strict=True):

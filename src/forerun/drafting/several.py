@@ -29,8 +29,8 @@ class Several(Drafter):
     """Parts, of which every row has one that answers. To be overridden: `propose`, which asks parts
     with `_ask` and says with `_answer` which one it takes for every row."""
 
-    def __init__(self, parts: Sequence[Drafter]):
-        self.parts = list(parts)
+    def __init__(self, parts: Sequence[Drafter], name: str):
+        self.parts, self.name = list(parts), name
         self.reads = frozenset().union(*(part.reads for part in parts))
         self.max_nodes = max(part.max_nodes for part in parts)
         self._chosen: list[int] = []
@@ -60,10 +60,11 @@ class Several(Drafter):
         self._chosen, self._trees, self._proposal = [], {}, None
 
     def _ask(self, number: int, context: Context, budgets: Sequence[int], depths: Sequence[int]) -> TokenTree:
-        """This part's proposal, within these budgets and depths: row by row, 0 where it is not asked."""
+        """This part's proposal, within these budgets and depths: row by row, 0 where it is not asked. Which part
+        is asked is decided here or above: inside, the clock has no say in it."""
         begun, part = time.perf_counter(), self.parts[number]
         within = [min(budget, part.max_nodes) for budget in budgets]
-        tree = part.propose(replace(context, depths=depths, budgets=within))
+        tree = part.propose(replace(context, depths=depths, budgets=within, costs=None))
         self._trees[number] = tree
         tally = self._tallies[number]
         tally.seconds += time.perf_counter() - begun
@@ -87,6 +88,8 @@ class Several(Drafter):
 
     def origins(self, slot: int, path: Sequence[int]) -> list[str]:
         """As the part says that answered for this row."""
+        if self._chosen[slot : slot + 1] in ([], [NOBODY]):
+            return []
         return self.parts[self._chosen[slot]].origins(slot, path)
 
     # ---- what became of it

@@ -28,8 +28,8 @@ def tokenizer_of(path: str | Path) -> HuggingFaceTokenizer | None:
     if Path(path).is_dir() and not any(Path(path).glob("tokenizer*")) and not (Path(path) / "vocab.json").exists():
         return None
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(path))
-    except (OSError, ValueError) as error:
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    except Exception as error:  # whatever transformers makes of a damaged or a strange one
         raise CheckpointError(f"the tokenizer in {path} cannot be read: {' '.join(str(error).split())}") from None
     return fast(tokenizer, f"the tokenizer in {path}")
 
@@ -49,7 +49,9 @@ def end_tokens(path: str | Path) -> list[int]:
     try:
         ids = GenerationConfig.from_pretrained(str(path)).eos_token_id
     except (OSError, ValueError):
-        ids = getattr(AutoConfig.from_pretrained(str(path)).get_text_config(), "eos_token_id", None)
+        ids = getattr(
+            AutoConfig.from_pretrained(str(path), trust_remote_code=False).get_text_config(), "eos_token_id", None
+        )
     return _listed(ids)
 
 

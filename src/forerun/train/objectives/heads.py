@@ -6,6 +6,7 @@ of a whole batch never exist.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,6 +42,7 @@ class Said:
     target_logits_KPV: Tensor | None
     labels_KP: Tensor
     learn_KP: Tensor
+    is_known_KP: Tensor
 
 
 @dataclass
@@ -109,6 +111,7 @@ class HeadsObjective(Descent):
         each, likely = (part.view(learn.shape) for part in losses(*flat, said.labels_KP.flatten(), self.weights))
         if (beside := self._beside(said)) is not None:
             each = each + beside
+        likely = likely.masked_fill(~said.is_known_KP, -math.inf)  # a token that is not known is never right
         counts = paced(likely, learn) if self.weights.pace else learn
         return torch.stack(((each * counts).sum(1), learn.sum(1)))
 
@@ -116,14 +119,14 @@ class HeadsObjective(Descent):
         """Of a chunk of places. law: the target's is asked for, whether or not the loss does."""
         logits, labels, learn = logits_of(self.module, self.teacher, lesson), lesson.labels_KP, lesson.valid_KP
         theirs = self._target_logits(lesson) if law or self.weights.asks_target else None
+        labels, is_known = among(self.module.known, labels)
         if (known := self.module.known) is not None:
-            labels, is_known = among(known, labels)
             if theirs is not None:
                 learn = learn & among(known, theirs.argmax(-1))[1]
                 theirs = theirs[..., known]
             if theirs is None or self.weights.text:
                 learn = learn & is_known
-        return Said(lesson, logits, theirs, labels, learn)
+        return Said(lesson, logits, theirs, labels, learn, is_known)
 
     def _beside(self, said: Said) -> Tensor | None:
         """What the loss has beside the terms of the laws, [K, P]."""
