@@ -125,7 +125,7 @@ def test_changed_settings_prompts_and_strangers_are_refused(target, prompts, for
     assert forerun(*base, "-n", 6)[0] == 0
     whole = out.read_bytes()
     assert "max_new_tokens 6, and now it is 7" in refused(*base, "-n", 7)
-    assert 'drafter {"drafter": "none"}' in refused(*base, "-n", 6, "--drafter", "lookup")
+    assert 'drafter {"drafter": "auto"}' in refused(*base, "-n", 6, "--drafter", "lookup")
     assert "top_k null, and now it is 5" in refused(*base, "-n", 6, "--temperature", 1, "--top-k", 5).replace(
         "temperature null, and now it is 1.0", "top_k null, and now it is 5"
     )

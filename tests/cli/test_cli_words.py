@@ -104,7 +104,7 @@ def test_vllm_s_words_that_mean_nothing_here(refused, family):
 
 
 def test_quiet_and_verbose(family, forerun):
-    base = ("generate", family / "target", "x", "-n", 4)
+    base = ("generate", family / "target", "x", "-n", 4, "--drafter", "none")
     _, out, usual = forerun(*base)
     code, text, nothing = forerun(*base, "-q")
     assert (code, text, nothing) == (0, out, "") and "tokens per step" in usual
