@@ -402,7 +402,12 @@ def test_more_steps_of_the_discriminator_are_steps_of_their_own() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "says"),
-    [({"weight": -1.0}, "weight = -1"), ({"rounds": 0}, "rounds = 0"), ({"sees": "all"}, "cannot see 'all'")],
+    [
+        ({"weight": -1.0}, "weight = -1"),
+        ({"rounds": 0}, "rounds = 0"),
+        ({"sees": "all"}, "cannot see 'all'"),
+        ({"smoothing": 1.5}, "leaves no label"),
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(TrainingError, match=says):

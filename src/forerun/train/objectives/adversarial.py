@@ -289,6 +289,8 @@ def opposed(objective: HeadsObjective, adversary: Adversary, seed: int = 0) -> J
     module, teacher, schedule = objective.module, objective.teacher, objective.schedule
     demand_numbers({name: getattr(adversary, name) for name in ("weight", "warmup", "width", "rate", "smoothing")}, 0)
     demand_numbers({"rounds": adversary.rounds}, 1)
+    if adversary.smoothing > 1:
+        raise TrainingError(f"a smoothing of {adversary.smoothing} leaves no label: give a number from 0 to 1")
     if adversary.sees not in SEES:
         raise TrainingError(f"a discriminator cannot see {adversary.sees!r}: choose {', '.join(SEES)}")
     if adversary.sees == "state" and not module.foresees:
