@@ -5,9 +5,8 @@ choices mean. They depend on the past alone, so no law changes.
 
 A row that samples and names its seed says the same again whatever the clock said. So it is served
 by drafters without luck in them only: with those a seed's text is that of plain decoding, whoever
-is asked for how much. (So parts are not nested, as in a fallback: only one draws for a row, and
-none of whom the row would hear again.) Where no clock may have a say (a lossy rule, where proposals show in the text;
-inside another drafter), the first drafter answers always, and in full.
+is asked for how much. Where no clock may have a say (a lossy rule, where proposals show in the
+text; inside another drafter), the first drafter answers always, and in full.
 """
 
 from __future__ import annotations

@@ -11,11 +11,11 @@ and of the parts' proposals.
 
 What is not asked cannot be known, so now and then something else than the plan is tried: a plain
 step, so that the yardstick is fresh, or a part for a few steps and few rows. What such *probes* lose
-against the plan is kept as an account, and never exceeds a share of all time (`SHARE`). That bounds
-the loss against plain decoding wherever drafting does not pay.
+against the plan is kept as an account, and none begins while that is more than a share of all time
+(`SHARE`). The first step of a probe may be dear, and what a mistaken plan loses is not counted.
 
 Nothing here looks at a clock, at tokens or at proposals that are not settled: a choice depends on
-the past alone, so it changes no law (specs of acceptance hold step by step).
+the past alone, so it changes no law.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ SETTLED = 16
 
 
 LONG_AGO, LARGE, TINY = 1000, 1e100, 1e-9
+"""Steps after which all is forgotten, the unit at which sums are scaled down, and what stands in for no node at all."""
 
 
 class Choice(NamedTuple):
