@@ -656,8 +656,10 @@ def test_the_pieces_of_a_stream_are_the_output(name: str) -> None:
         mine = pieces[index]
         assert [token for piece in mine for token in piece.token_ids] == output.token_ids
         assert "".join(piece.text for piece in mine) == output.text
-        assert sum(sum(piece.drafted) for piece in mine) == output.stats.accepted_tokens
-        assert len(mine) == output.stats.steps
+        told = mine[-1].output
+        assert told is not None  # what may be drafted differently from run to run is compared within this one
+        assert sum(sum(piece.drafted) for piece in mine) == told.stats.accepted_tokens
+        assert len(mine) == told.stats.steps
         assert [piece.finish_reason for piece in mine] == [None] * (len(mine) - 1) + [output.finish_reason]
 
 

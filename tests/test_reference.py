@@ -39,6 +39,7 @@ DRAFTERS = {
 }
 REASON = library.why_not(torch.device("cpu"), torch.bfloat16)
 ROWS, TOKENS = 8, 128
+TWICE = [(name, rows) for name in DRAFTERS for rows in (1, ROWS) if rows > 1 or "published" not in name]
 GREEDY = forerun.SamplingParams(max_new_tokens=TOKENS, ignore_eos=True)
 
 
@@ -77,8 +78,7 @@ def written(prompts: list[list[int]]) -> Written:
     return cache(lambda name, rows: drafted(name, rows).generate(prompts, GREEDY))
 
 
-@pytest.mark.parametrize("rows", [1, ROWS])
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize(("name", "rows"), TWICE)
 def test_a_thousand_greedy_tokens_are_identical(
     name: str, rows: int, written: Written, request: pytest.FixtureRequest
 ) -> None:
@@ -109,9 +109,9 @@ def test_heads_in_any_format_change_nothing_in_bf16(
 
 def test_a_deterministic_drafter_samples_the_same_text_as_plain_decoding(prompts: list[list[int]]) -> None:
     params = forerun.SamplingParams(max_new_tokens=64, temperature=0.9, top_p=0.95, seed=3, ignore_eos=True)
-    plain = forerun.load(MODELS / "target", dtype="fp32").generate(prompts, params)
+    plain = forerun.load(MODELS / "target", dtype=dtype_of("lookup", 1)).generate(prompts, params)
     for name in ("lookup", "tree", "hydra++"):
-        outputs = drafted(name, ROWS).generate(prompts, params)
+        outputs = drafted(name, 1).generate(prompts, params)
         assert [output.token_ids for output in outputs] == [output.token_ids for output in plain]
 
 

@@ -651,7 +651,7 @@ def test_an_engine_that_is_interrupted_within_the_stages_goes_on(at: int, monkey
     assert [output.token_ids for output in again] == [greedy(lively(), prompt, 12) for prompt in PROMPTS[:3]]
 
 
-@pytest.mark.parametrize("wishes", [{"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.7}, {"temperature": 0.6}])
+@pytest.mark.parametrize("wishes", [{"temperature": 1.0, "top_p": 0.7}, {"temperature": 0.6}])
 def test_the_law_of_the_output_is_that_of_plain_sampling(wishes: dict[str, float]) -> None:
     """On a transformer of three words in fp64, where every outcome is enumerated; the heads' own law is another."""
     params, prompt = SamplingParams(max_new_tokens=4, **wishes), [1, 0, 1]  # type: ignore[arg-type]

@@ -86,9 +86,10 @@ def _target(
     model: object, given: HuggingFaceTokenizer | None, dtype: str, device: str, kernels: str, weights: str
 ) -> tuple[Network, HuggingFaceTokenizer | None, tuple[int, ...]]:
     """The network, the tokenizer (the one given, else the one beside the weights), and the tokens that end a text."""
-    if isinstance(model, transformers.PreTrainedModel):
-        return _in_memory(model, dtype, device, kernels, weights), given, tuple(end_tokens_of(model))
     if not isinstance(model, str | os.PathLike):
+        # Asked first, this question makes transformers import all that models are built of: seconds of every start.
+        if isinstance(model, transformers.PreTrainedModel):
+            return _in_memory(model, dtype, device, kernels, weights), given, tuple(end_tokens_of(model))
         raise CheckpointError(
             f"a model cannot be of type {type(model).__name__}: give a folder, a hub id, or a causal language model of "
             "transformers"
