@@ -373,6 +373,24 @@ class LastState:
         return [row.last for row in self._rows]
 
 
+class _Unread:
+    """States of one row that wait to be read, as they came. count: how many they are, for asking tensors takes time."""
+
+    def __init__(self) -> None:
+        self.parts: list[Tensor] = []
+        self.count = 0
+
+    def append(self, part_ND: Tensor) -> None:
+        self.parts.append(part_ND)
+        self.count += len(part_ND)
+
+    def keep(self, begin: int, end: int | None = None) -> None:
+        """These alone go on waiting."""
+        kept = torch.cat(self.parts)[begin:end] if self.parts else None
+        self.count = 0 if kept is None else len(kept)
+        self.parts = [kept] if kept is not None and self.count else []
+
+
 class PrefixState(LastState):
     """The context is what a layer of the heads' own makes of the states of all verified tokens (Hydra++).
 
@@ -386,7 +404,7 @@ class PrefixState(LastState):
         super().__init__()
         self._longest = max(longest, WAITING)
         self.model = Model(network, self._longest)
-        self._waiting: Slots[list[Tensor]] = Slots()
+        self._waiting: Slots[_Unread] = Slots()
 
     def admit(self, row: Row, states_1SD: Tensor | None) -> None:
         slot, read = self.model.admit(row.limit), None
@@ -398,7 +416,7 @@ class PrefixState(LastState):
             raise
         super().admit(row, read)
         self._rows[-1].count = 0 if states_1SD is None else states_1SD.shape[1]
-        self._waiting.admit([])
+        self._waiting.admit(_Unread())
 
     def release(self, slot: int) -> None:
         self._waiting.release(slot)
@@ -408,34 +426,31 @@ class PrefixState(LastState):
     def observe(self, states: Sequence[Tensor]) -> None:
         for waiting, part in zip(self._waiting, states, strict=True):
             waiting.append(part)
-        if any(len(waiting) >= WAITING for waiting in self._waiting):
+        if any(len(waiting.parts) >= WAITING for waiting in self._waiting):
             self._catch_up()
 
     def retract(self, slot: int, length: int) -> None:
-        waiting = torch.cat(self._waiting[slot]) if self._waiting[slot] else None
-        if waiting is not None:
-            kept = waiting[: max(0, length - self._rows[slot].count)]
-            self._waiting[slot] = [kept] if len(kept) else []
+        self._waiting[slot].keep(0, max(0, length - self._rows[slot].count))
         super().retract(slot, length)
         self.model.truncate(slot, length)
 
     def known(self, slot: int) -> int:
-        return super().known(slot) + sum(map(len, self._waiting[slot]))
+        return super().known(slot) + self._waiting[slot].count
 
     def contexts(self) -> list[Tensor | None]:
         self._catch_up()
         return super().contexts()
 
     def _catch_up(self) -> None:
-        while any(self._waiting):
+        while any(waiting.count for waiting in self._waiting):
             self._read_some()
 
     def _read_some(self) -> None:
         """Read what waits, at most `longest` tokens of every row."""
-        some = next(part for parts in self._waiting for part in parts)
-        joined = [torch.cat(parts) if parts else some[:0] for parts in self._waiting]
-        parts = [row[: self._longest] for row in joined]
-        self._waiting[:] = [[row[self._longest :]] if len(row) > self._longest else [] for row in joined]
+        some = next(waiting.parts[0] for waiting in self._waiting if waiting.count)
+        parts = [torch.cat(waiting.parts or [some[:0]])[: self._longest] for waiting in self._waiting]
+        for waiting in self._waiting:
+            waiting.keep(self._longest)
         read = self._read(parts, 0)
         for row, states, part in zip(self._rows, read, parts, strict=True):
             if len(part):
