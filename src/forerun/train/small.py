@@ -1,0 +1,243 @@
+"""Everything that `forerun train small` decides before the run begins, and what it leaves when the run has ended: a
+draft model that is a part of its target, taught on the target's answers.
+
+A run begins with the pruning, which is a start like any other (train/run.py): it is interrupted and gone on with, and
+what stays is kept in the run's folder.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from forerun.drafting.trained import Weights
+from forerun.errors import ForerunError, TrainingError
+from forerun.files import put, whole_folder
+from forerun.nn.dtype import dtype_of
+from forerun.nn.load import load_network
+from forerun.nn.save import save_beside
+from forerun.nn.transformer import Transformer, TransformerConfig
+from forerun.sources.fingerprint import digest
+from forerun.sources.folder import checkpoint_folder
+from forerun.sources.source import Source
+from forerun.train.answers import Answers
+from forerun.train.distill import Distilled, read
+from forerun.train.events import Events
+from forerun.train.objectives.imitation import Imitation
+from forerun.train.pruning.importance import Importance
+from forerun.train.pruning.shape import Shape
+from forerun.train.pruning.slicing import PICKS, Kept, kept, sliced
+from forerun.train.run import Record, Run
+from forerun.train.schedule import Schedule
+from forerun.train.teacher import Teacher
+
+PRUNING = "pruning.json"
+"""Beside a run's checkpoints and beside the model: which parts of the target stay."""
+LOSS = Weights(text=0.1, teacher=0.9)
+LEAST_SAMPLE = 2
+"""Tokens of a sample: one to read, and one to learn."""
+
+
+@dataclass(frozen=True)
+class SmallRecipe:
+    """A draft model out of `target`. weights: of the terms of the loss. calibration: tokens that say which parts stay.
+    pick: how layers are picked (`slicing.PICKS`). tied: the draft's embedding is its head, too, even if the target's is
+    not."""
+
+    target: str
+    shape: Shape
+    data: Path
+    schedule: Schedule
+    weights: Weights = LOSS
+    rows: int = 8
+    length: int = 512
+    seed: int = 0
+    calibration: int = 50_000
+    pick: str = PICKS[0]
+    tied: bool = False
+    dtype: str = "auto"
+    kernels: str = "auto"
+
+
+@dataclass(frozen=True)
+class SmallTraining:
+    """A training that is ready to begin: every input has been read and fits."""
+
+    recipe: SmallRecipe
+    objective: Imitation
+    answers: Answers
+    distilled: Distilled
+
+    def fit(self, run: Path, out: Path, events: Events | None = None) -> dict[str, float]:
+        """Prune and train to the schedule's end, resuming what was interrupted in `run`, and write the model."""
+        schedule = self.recipe.schedule
+        running = Run(self.objective, schedule, run, Record(self.record()), events)
+        figures = running.finish(out.name, Pruning(self.objective.module, self.recipe, self.answers, run))
+        self._write(run, out, figures)
+        return figures
+
+    def record(self) -> dict[str, Any]:
+        """What the run's weights depend on, but for its schedule."""
+        recipe = self.recipe
+        return {
+            "target": Source.of(recipe.target).fingerprint,
+            "data": digest([[sample.prompt, sample.answer] for sample in self.answers.samples]),
+            "shape": str(Shape.of(self.objective.module.config)),
+            "weights": asdict(recipe.weights),
+            **{name: getattr(recipe, name) for name in ("rows", "length", "seed", "calibration", "pick", "tied")},
+        }
+
+    def _write(self, run: Path, out: Path, figures: Mapping[str, float]) -> None:
+        """A folder that appears complete: the model as others read it, and what is to be known about it."""
+        try:
+            with whole_folder(out) as beside:
+                save_beside(self.objective.module, checkpoint_folder(self.recipe.target), beside)
+                parts = json.loads((run / PRUNING).read_text())
+                put(beside / PRUNING, f"{json.dumps(self._about(figures) | {'kept': parts})}\n".encode())
+        except OSError as error:
+            raise TrainingError(
+                f"{out} cannot be written ({error.strerror}): make room, or choose another folder"
+            ) from None
+        except ForerunError as error:
+            raise TrainingError(str(error).replace(str(beside), str(out))) from None
+
+    def _about(self, figures: Mapping[str, float]) -> dict[str, Any]:
+        own = self.record()
+        return {
+            "forerun": "pruned",
+            "target": {"name": Path(self.recipe.target).name, "fingerprint": own.pop("target")},
+            **own,
+            "data": self.distilled.header,
+            "answers": len(self.answers.samples),
+            "schedule": self.recipe.schedule.as_json(),
+            "figures": {name: round(value, 4) for name, value in figures.items()},
+        }
+
+
+class Pruning:
+    """The start of such a run (see `Start` in train/run.py): the target reads answers until enough tokens have said
+    what its parts do; then the draft model's weights are those of the parts that stay."""
+
+    def __init__(self, module: Transformer, recipe: SmallRecipe, answers: Answers, run: Path):
+        self.module, self.recipe, self.answers, self.run = module, recipe, answers, run
+        self._importance: Importance | None = None
+
+    @property
+    def steps(self) -> int:
+        """Batches; the last ones may find that enough has been read."""
+        mean = sum(min(sample.size, self.answers.length) for sample in self.answers.training)
+        each = mean / len(self.answers.training) * self.answers.rows
+        return max(1, round(self.recipe.calibration / each))
+
+    @property
+    def importance(self) -> Importance:
+        """Read when it is needed: a run that goes on needs none."""
+        if self._importance is None:
+            self._importance = Importance(source_of(self.recipe).to(self.module.device))
+        return self._importance
+
+    def update(self, step: int) -> None:
+        batch = self.answers.batch(step)
+        ends = torch.from_numpy(batch.ends)
+        valid_BN = torch.arange(batch.tokens_BN.shape[1]) < ends[:, None]
+        device = self.module.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=_in_bf16(self.recipe, device)):
+            self.importance.read(batch.tokens_BN.to(device), valid_BN.to(device))
+
+    def finish(self) -> None:
+        source = self.importance
+        parts = kept(source.sums, source.config, self.module.config, self.recipe.pick)
+        fill(self.module, sliced(source, parts))
+        put(self.run / PRUNING, f"{json.dumps(asdict(parts))}\n".encode())
+        self._importance = None
+
+    def state(self) -> dict[str, Tensor]:
+        return self.importance.state()
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self.importance.load_state(state)
+
+
+def _in_bf16(recipe: SmallRecipe, device: torch.device) -> bool:
+    return dtype_of(recipe.dtype, device) != torch.float32
+
+
+@torch.no_grad()
+def fill(module: Transformer, made: Transformer) -> None:
+    """The weights of one in the other. Where the module's embedding is to be its head, too, it is the head's."""
+    theirs: dict[str, Tensor] = dict(made.named_parameters())
+    if module.config.tied and not made.config.tied:
+        theirs["embedding.weight"] = made.head.weight
+    for name, parameter in module.named_parameters():
+        parameter.copy_(theirs[name])
+
+
+def kept_of(folder: Path) -> Kept:
+    """Which parts of its target a pruned model is. TrainingError if the folder does not say."""
+    try:
+        fields = json.loads((folder / PRUNING).read_text())
+        return Kept.of(fields.get("kept", fields))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(f"{folder / PRUNING} cannot be read ({error}): train the model again") from None
+
+
+def source_of(recipe: SmallRecipe) -> Transformer:
+    """The target in fp32, to take parts of."""
+    network = load_network(recipe.target, torch.float32, torch.device("cpu"))
+    if not isinstance(network, Transformer):
+        raise TrainingError(f"{recipe.target} is not a Llama, Mistral or Qwen: only those can be pruned")
+    return network
+
+
+def prepare(recipe: SmallRecipe, device: torch.device) -> SmallTraining:
+    """Read everything that a training needs. Raises TrainingError or CheckpointError for what does not fit, before
+    anything is written."""
+    distilled = read(recipe.data)
+    config = _config(recipe, source_of(recipe).config)
+    network = load_network(recipe.target, dtype_of(recipe.dtype, device), device)
+    samples = [sample for sample in distilled.samples if sample.size >= LEAST_SAMPLE]
+    answers = Answers(samples, recipe.rows, recipe.length, recipe.seed)
+    _demand_fit(answers, config, recipe)
+    _warn_of_another_target(distilled, recipe)
+    objective = Imitation(Transformer(config).to(device), Teacher(network), answers, recipe.weights, recipe.schedule)
+    return SmallTraining(recipe, objective, answers, distilled)
+
+
+def _config(recipe: SmallRecipe, target: TransformerConfig) -> TransformerConfig:
+    if recipe.pick not in PICKS:
+        raise TrainingError(f"layers cannot be picked by {recipe.pick!r}: choose one of {', '.join(PICKS)}")
+    config = recipe.shape.within(target)
+    windows = target.windows[: config.layers]
+    if len(set(target.windows)) > 1:
+        raise TrainingError(f"{recipe.target} has layers with and without a window, which cannot be pruned yet")
+    return replace(config, windows=windows, tied=target.tied or recipe.tied)
+
+
+def _demand_fit(answers: Answers, config: TransformerConfig, recipe: SmallRecipe) -> None:
+    largest = max(max((*s.prompt, *s.answer)) for s in answers.samples)
+    if largest >= config.vocab_size:
+        raise TrainingError(
+            f"{recipe.data} has token {largest} and {recipe.target} knows {config.vocab_size}: distil from this target"
+        )
+    if not LEAST_SAMPLE <= recipe.length <= config.max_length or recipe.rows < 1:
+        raise TrainingError(
+            f"batches of {recipe.rows} x {recipe.length} tokens do not fit a context of {config.max_length}:"
+            f" give --rows of 1 or more and a --length from {LEAST_SAMPLE} to {config.max_length}"
+        )
+
+
+def _warn_of_another_target(distilled: Distilled, recipe: SmallRecipe) -> None:
+    author = (distilled.header.get("target") or {}).get("fingerprint")
+    if author and author != Source.of(recipe.target).fingerprint:
+        print(
+            f"{recipe.data} holds the answers of another model than {recipe.target}: distil from this one unless you"
+            " mean it",
+            file=sys.stderr,
+        )
