@@ -37,6 +37,8 @@ OPTIONS = {
     "inspect": f"{MACHINE} --json --revision",
     "calibrate": f"{MACHINE} {PROMPTS} --drafter --out --data --answers --rows --batch-size --rounds --max-new-tokens"
     " --max-tokens --temperature --seed --revision",
+    "design": "--draft --data --survival --answers --trained-on --max-parameters --max-memory --max-step-ms --context"
+    " --rows --batch-size --tied --costs --out --top --json --dtype --device --kernels --revision --threads",
     "convert": f"{PROMPTS} --to --out --target",
     "distill": f"{SAMPLING} {MACHINE} {PROMPTS} {CHAT} --out --builtin --corpus --prompt-length --limit"
     " --max-looping --drafter --rows --batch-size --revision --num-speculative-tokens --speculative-config",
