@@ -36,6 +36,12 @@ Calibration = Annotated[int, typer.Option(min=1, help="Tokens that say which par
 Pick = Annotated[
     str, typer.Option(metavar="influence|even", help="Layers that stay: by what they do.", rich_help_panel=PRUNING)
 ]
+ShearSteps = Annotated[
+    int,
+    typer.Option(
+        min=0, help="Learn what stays, with masks, in so many steps (L0 pruning).", rich_help_panel=options.ADVANCED
+    ),
+]
 Tied = Annotated[
     bool, typer.Option("--tied", help="The embedding is the head, too: half the memory.", rich_help_panel=PRUNING)
 ]
@@ -57,6 +63,7 @@ def small(
     run: Run = None,
     calibration: Calibration = 50_000,
     pick: Pick = "influence",
+    shear_steps: ShearSteps = 0,
     tied: Tied = False,
     text_weight: TextWeight = 0.1,
     teacher_weight: TeacherWeight = 0.9,
@@ -103,8 +110,9 @@ def small(
         validate_every=validate_every,
         save_every=save_every,
     )
-    what = (from_, Shape.read(shape), data, schedule, weights, rows, length, seed, calibration, pick, tied)
-    ready = training.prepare(training.SmallRecipe(*what, dtype), device_of(device))
+    what = (from_, Shape.read(shape), data, schedule, weights, rows, length, seed, calibration, pick)
+    last = (shear_steps, tied, dtype)
+    ready = training.prepare(training.SmallRecipe(*what, *last), device_of(device))
     folder = run or run_of(out)
     with events_in(tensorboard) as events:
         figures = ready.fit(folder, out, events)

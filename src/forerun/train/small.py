@@ -11,10 +11,12 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from forerun.drafting.trained import Weights
@@ -32,7 +34,9 @@ from forerun.train.distill import Distilled, read
 from forerun.train.events import Events
 from forerun.train.objectives.imitation import Imitation
 from forerun.train.pruning.importance import Importance
+from forerun.train.pruning.masks import named
 from forerun.train.pruning.shape import Shape
+from forerun.train.pruning.shearing import Shear, shear, sheared
 from forerun.train.pruning.slicing import PICKS, Kept, kept, sliced
 from forerun.train.run import Record, Run
 from forerun.train.schedule import Schedule
@@ -40,6 +44,8 @@ from forerun.train.teacher import Teacher
 
 PRUNING = "pruning.json"
 """Beside a run's checkpoints and beside the model: which parts of the target stay."""
+MASKS = "masks.safetensors"
+"""Of a run whose parts were picked by masks."""
 LOSS = Weights(text=0.1, teacher=0.9)
 LEAST_SAMPLE = 2
 """Tokens of a sample: one to read, and one to learn."""
@@ -48,8 +54,8 @@ LEAST_SAMPLE = 2
 @dataclass(frozen=True)
 class SmallRecipe:
     """A draft model out of `target`. weights: of the terms of the loss. calibration: tokens that say which parts stay.
-    pick: how layers are picked (`slicing.PICKS`). tied: the draft's embedding is its head, too, even if the target's is
-    not."""
+    pick: how layers are picked (`slicing.PICKS`). shear_steps: instead of that, so many steps in which masks learn what
+    stays (`pruning/shearing.py`). tied: the draft's embedding is its head, too, even if the target's is not."""
 
     target: str
     shape: Shape
@@ -61,6 +67,7 @@ class SmallRecipe:
     seed: int = 0
     calibration: int = 50_000
     pick: str = PICKS[0]
+    shear_steps: int = 0
     tied: bool = False
     dtype: str = "auto"
     kernels: str = "auto"
@@ -79,7 +86,8 @@ class SmallTraining:
         """Prune and train to the schedule's end, resuming what was interrupted in `run`, and write the model."""
         schedule = self.recipe.schedule
         running = Run(self.objective, schedule, run, Record(self.record()), events)
-        figures = running.finish(out.name, Pruning(self.objective.module, self.recipe, self.answers, run))
+        start = Shearing(self, run) if self.recipe.shear_steps else Pruning(self, run)
+        figures = running.finish(out.name, start)
         self._write(run, out, figures)
         return figures
 
@@ -91,7 +99,10 @@ class SmallTraining:
             "data": digest([[sample.prompt, sample.answer] for sample in self.answers.samples]),
             "shape": str(Shape.of(self.objective.module.config)),
             "weights": asdict(recipe.weights),
-            **{name: getattr(recipe, name) for name in ("rows", "length", "seed", "calibration", "pick", "tied")},
+            **{
+                name: getattr(recipe, name)
+                for name in ("rows", "length", "seed", "calibration", "pick", "tied", "shear_steps")
+            },
         }
 
     def _write(self, run: Path, out: Path, figures: Mapping[str, float]) -> None:
@@ -125,9 +136,9 @@ class Pruning:
     """The start of such a run (see `Start` in train/run.py): the target reads answers until enough tokens have said
     what its parts do; then the draft model's weights are those of the parts that stay."""
 
-    def __init__(self, module: Transformer, recipe: SmallRecipe, answers: Answers, run: Path):
-        self.module, self.recipe, self.answers, self.run = module, recipe, answers, run
-        self._importance: Importance | None = None
+    def __init__(self, training: SmallTraining, run: Path):
+        self.module, self.recipe, self.answers = training.objective.module, training.recipe, training.answers
+        self.run = run
 
     @property
     def steps(self) -> int:
@@ -136,12 +147,10 @@ class Pruning:
         each = mean / len(self.answers.training) * self.answers.rows
         return max(1, round(self.recipe.calibration / each))
 
-    @property
+    @cached_property
     def importance(self) -> Importance:
         """Read when it is needed: a run that goes on needs none."""
-        if self._importance is None:
-            self._importance = Importance(source_of(self.recipe).to(self.module.device))
-        return self._importance
+        return Importance(source_of(self.recipe).to(self.module.device))
 
     def update(self, step: int) -> None:
         batch = self.answers.batch(step)
@@ -156,13 +165,47 @@ class Pruning:
         parts = kept(source.sums, source.config, self.module.config, self.recipe.pick)
         fill(self.module, sliced(source, parts))
         put(self.run / PRUNING, f"{json.dumps(asdict(parts))}\n".encode())
-        self._importance = None
+        del self.importance
 
     def state(self) -> dict[str, Tensor]:
         return self.importance.state()
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         self.importance.load_state(state)
+
+
+class Shearing:
+    """The other start: masks learn which parts stay, on answers, while the weights learn to do without the rest."""
+
+    def __init__(self, training: SmallTraining, run: Path):
+        self.training, self.run = training, run
+        self.steps = training.recipe.shear_steps
+
+    @cached_property
+    def _source(self) -> Transformer:
+        return source_of(self.training.recipe).to(self.training.objective.module.device)
+
+    @cached_property
+    def _shear(self) -> Shear:
+        return shear(self._source, self.training.objective, self.steps)
+
+    def update(self, step: int) -> None:
+        self._shear.update(step)
+
+    def finish(self) -> None:
+        """The masks stay beside the run's checkpoints."""
+        module = self.training.objective.module
+        found = sheared(self._source, self._shear.gates, module.config)
+        fill(module, found.module)
+        save_file({name: mask.contiguous().cpu() for name, mask in named(found.masks).items()}, self.run / MASKS)
+        put(self.run / PRUNING, f"{json.dumps(asdict(found.parts))}\n".encode())
+        del self._shear, self._source
+
+    def state(self) -> dict[str, Tensor]:
+        return self._shear.state()
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self._shear.load_state(state)
 
 
 def _in_bf16(recipe: SmallRecipe, device: torch.device) -> bool:

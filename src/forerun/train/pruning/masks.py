@@ -70,7 +70,7 @@ class Masked(Transformer):
         if kept == len(hidden_D):
             normed = ops.rms_norm(x, weight, self.config.norm_eps)
         else:
-            square = x.float().square().sum(-1, keepdim=True) / kept
+            square = x.float().square().sum(-1, keepdim=True) / max(1, kept)
             normed = (x * torch.rsqrt(square + self.config.norm_eps)).to(x.dtype) * weight
         normed = normed * hidden_D
         self.tell_normed(index, normed)

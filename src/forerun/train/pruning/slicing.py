@@ -42,10 +42,10 @@ class Kept:
         return Kept(tuple(fields["layers"]), tuple(fields["hidden"]), *by_layer)
 
 
-def kept(scores: Masks, target: TransformerConfig, shape: TransformerConfig, pick: str = "influence") -> Kept:
-    """The parts with the highest scores. Of layers always the first and the last; of heads as many in every group of
-    those that share a key head, and of the groups those with the highest sums."""
-    layers = _layers(scores.layers_L, shape.layers, pick)
+def kept(scores: Masks, target: TransformerConfig, shape: TransformerConfig, pick: str | None = "influence") -> Kept:
+    """The parts with the highest scores. Of layers always the first and the last, unless `pick` is None; of heads as
+    many in every group of those that share a key head, and of the groups those with the highest sums."""
+    layers = _layers(scores.layers_L, shape.layers, pick) if pick else best(scores.layers_L, shape.layers)
     group = target.heads // target.kv_heads
     kv_heads, heads = [], []
     for layer in layers:
