@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from forerun.engine.load import load
 from forerun.nn.load import load_network
+from forerun.nn.save import save_beside
 from forerun.plan.acceptance import replayed
 from forerun.sampling import SamplingParams
 from forerun.train import small
@@ -143,6 +144,23 @@ def test_what_cannot_be_made_is_refused_before_anything_is_written(options, reas
 def test_another_model_is_not_overwritten(refused, family, answers):
     where = ("--from", family / "target", "--data", answers, "--out", family / "small", "--shape", "1x16")
     assert "would be overwritten" in refused("train", "small", *where, *ON)
+
+
+def test_a_model_that_is_stored_too_wide_is_made_compact(forerun, refused, family, tmp_path):
+    wide = load_network(family / "target", torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        for part in (wide.embedding.weight.T, *(m.weight for b in wide.blocks for m in (b.out, b.down))):
+            part[:8] = 0
+    save_beside(wide, family / "target", tmp_path / "wide")
+    code, out, err = forerun("convert", tmp_path / "wide", "--to", "compact", "--out", tmp_path / "narrow")
+    assert code == 0 and "width 24 instead of 32" in out, err
+    tokens, device = torch.arange(3, 40)[None], torch.device("cpu")
+    ours, theirs = (load_network(tmp_path / name, torch.float32, device) for name in ("narrow", "wide"))
+    with torch.no_grad():
+        one, two = (net.features(tokens) @ net.head.weight.T for net in (ours, theirs))
+    torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
+    again = ("--to", "compact", "--out", tmp_path / "again")
+    assert "as compact as it can be" in refused("convert", tmp_path / "narrow", *again)
 
 
 # ---- replay

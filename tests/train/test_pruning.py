@@ -14,7 +14,7 @@ from forerun.nn.transformer import Layer, Transformer, TransformerConfig
 from forerun.train.pruning.importance import Importance
 from forerun.train.pruning.masks import Masked, Masks, folded
 from forerun.train.pruning.shape import Shape
-from forerun.train.pruning.slicing import Kept, kept, sliced
+from forerun.train.pruning.slicing import Kept, compacted, kept, sliced
 
 CONFIG = TransformerConfig(
     vocab_size=40, width=24, layers=4, heads=4, kv_heads=2, head_dim=6, mlp_width=20, max_length=32
@@ -25,6 +25,7 @@ FAMILIES = {
     "one key head per head": replace(CONFIG, kv_heads=4),
     "biases": replace(CONFIG, qkv_bias=True, out_bias=True, mlp_bias=True),
     "normed queries": replace(CONFIG, qk_norm=True),
+    "a large epsilon": replace(CONFIG, norm_eps=0.1),
 }
 TOKENS = torch.arange(20).view(2, 10) * 7 % 40
 
@@ -99,6 +100,25 @@ def test_a_part_is_the_whole_with_the_rest_masked(config: TransformerConfig) -> 
     pruned = sliced(module, parts)
     assert (pruned.config.heads, pruned.config.kv_heads) == (2, 2)
     torch.testing.assert_close(logits(pruned), logits(Masked(module, masks)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
+def test_columns_that_are_zero_everywhere_are_dropped(config: TransformerConfig) -> None:
+    """What reads them may be anything."""
+    module, unused = model(config), [2, 3, 11, 23]
+    with torch.no_grad():
+        module.embedding.weight[:, unused] = 0
+        for block in module.blocks:
+            assert isinstance(block, Layer)
+            for part in (block.out, block.down):
+                part.weight[unused] = 0
+                if part.bias is not None:
+                    part.bias[unused] = 0
+    compact = compacted(module)
+    assert compact.config.width == 20 and compact.config.head_dim == 6
+    torch.testing.assert_close(logits(compact), logits(module), atol=1e-4, rtol=1e-4)
+    with pytest.raises(TrainingError, match="as compact as it can be"):
+        compacted(compact)
 
 
 def test_the_parts_that_do_nothing_go() -> None:

@@ -134,3 +134,25 @@ class _Rows:
             cut = value[outputs[part]]
             return cut[:, inputs[part]] if value.dim() == 2 else cut
         return value[hidden] if part in ("attention_norm", "mlp_norm") else value
+
+
+@torch.no_grad()
+def compacted(module: Transformer) -> Transformer:
+    """The same model without the dimensions that nothing ever writes to, as published drafts have them that were pruned
+    and stored at their source's width. A norm no longer counts them in its mean, so its weights grow by as much as that
+    mean does, and its epsilon, too. TrainingError if there are none."""
+    written = module.embedding.weight.abs().sum(0)
+    for block in module.blocks:
+        assert isinstance(block, Layer)
+        for part in (block.out, block.down):
+            written = written + part.weight.abs().sum(1) + (0 if part.bias is None else part.bias.abs())
+    whole = Kept.all_of(module.config)
+    hidden = tuple(torch.nonzero(written)[:, 0].tolist())
+    if len(hidden) == module.config.width:
+        raise TrainingError("every dimension of this model is written to: it is as compact as it can be")
+    made, wider = sliced(module, replace(whole, hidden=hidden)), module.config.width / len(hidden)
+    made.config = replace(made.config, norm_eps=made.config.norm_eps * wider)
+    for name, parameter in made.named_parameters():
+        if name.rpartition(".")[2] in ("attention_norm", "mlp_norm", "final_norm"):
+            parameter.mul_(wider**0.5)
+    return made
