@@ -109,7 +109,9 @@ def train(
         folder = out / written
         if folder.is_dir():
             continue
-        recipe = SmallRecipe(target, Shape.read(written), data, schedule, rows=rows, length=length, calibration=20_000)
+        recipe = SmallRecipe(
+            target, Shape.read(written), [data], schedule, rows=rows, length=length, calibration=20_000
+        )
         training = prepare(recipe, torch.device("cpu"))
         teacher = Remembering(training.objective.teacher, out / STATES)
         training = replace(training, objective=replace(training.objective, teacher=teacher))

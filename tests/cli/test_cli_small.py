@@ -17,6 +17,7 @@ from forerun.plan.acceptance import replayed
 from forerun.sampling import SamplingParams
 from forerun.train import small
 from forerun.train.distill import Sample, read
+from forerun.train.objectives import imitation
 from forerun.train.objectives.descent import Descent
 from forerun.train.pruning.importance import Importance
 from forerun.train.pruning.slicing import sliced
@@ -117,6 +118,30 @@ def test_masks_may_learn_what_stays(trained, tmp_path):
     masks = load_file(tmp_path / "draft.run" / "masks.safetensors")
     assert about["shear_steps"] == 3 and about["kept"]["hidden"] == masks["hidden"].nonzero()[:, 0].tolist()
     assert (masks["units"] > 0).sum(1).tolist() == [24 * (masks["layers"][layer] > 0).item() for layer in (0, 1)]
+
+
+def test_kinds_of_answers_are_mixed_and_their_shares_are_gone_on_with(trained, answers, tmp_path, monkeypatch):
+    """A kind that repeats one token is soon learnt."""
+    easy = tmp_path / "easy.jsonl"
+    easy.write_text("".join(json.dumps({"prompt": [5, n + 6], "answer": [7] * 30}) + "\n" for n in range(40)))
+    monkeypatch.setattr(imitation, "REWEIGH_EVERY", 2)
+    whole, _ = trained("whole", "1x16", "--data", easy)
+    real, count = Descent.update, 0
+
+    def interrupted(self, step):
+        nonlocal count
+        count += 1
+        if count == 5:
+            raise KeyboardInterrupt
+        return real(self, step)
+
+    with monkeypatch.context() as patch, pytest.raises(AssertionError):
+        patch.setattr(Descent, "update", interrupted)
+        trained("parts", "1x16", "--data", easy)
+    parts, _ = trained("parts", "1x16", "--data", easy)
+    assert same(whole, parts)
+    first, second = load_file(tmp_path / "whole.run" / "state.safetensors")["shares"].tolist()
+    assert first + second == pytest.approx(1) and first != second
 
 
 def test_another_shape_does_not_go_on_in_a_run(trained, refused, family, answers, tmp_path):

@@ -232,7 +232,7 @@ def test_no_speculation_is_an_answer() -> None:
 positive = st.floats(1e-5, 1e-2)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(layer=positive, fixed=positive, faster=st.floats(0.1, 1), scale=st.floats(0.01, 100), budget=st.floats(2e5, 2e6))
 def test_what_holds_on_every_machine(layer: float, fixed: float, faster: float, scale: float, budget: float) -> None:
     """Faster drafts and more room never slow the best plan down; slower clocks change no rank."""
@@ -241,7 +241,7 @@ def test_what_holds_on_every_machine(layer: float, fixed: float, faster: float, 
         found = design(TARGET, latency, believed, Constraints(parameters=most), shapes)
         return max((plan.throughput for plan in found.plans), default=found.plain_throughput)
 
-    shapes = configs(TARGET)[::9]
+    shapes = configs(TARGET)[::17]
     here = costs(layer, fixed=fixed)
     quick = replace(here, layer_seconds=layer * faster, fixed_seconds=fixed * faster)
     assert best(quick) >= best(here) * (1 - 1e-12)

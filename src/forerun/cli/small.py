@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from forerun.cli import options
-from forerun.cli.heads import LOSS, SCHEDULE, Data, Every, Length, Parts, Rows, Run, compute_with, events_in, run_of
+from forerun.cli.heads import LOSS, SCHEDULE, Every, Length, Parts, Rows, Run, compute_with, events_in, run_of
 
 if TYPE_CHECKING:
     from forerun.train.small import SmallTraining
@@ -29,6 +29,12 @@ ShapeOption = Annotated[
         "--shape",
         metavar="LxW[xMLP[xHEADS]]",
         help="Layers, width, units of the perceptron, heads[/key heads]; what is left out is the target's.",
+    ),
+]
+Data = Annotated[
+    list[Path],
+    typer.Option(
+        metavar="FILE", help="Its answers, from forerun distill; of several files the hard ones come more often."
     ),
 ]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder for the model; an older one in it is replaced.")]

@@ -201,7 +201,7 @@ def break_even_rate(throughput: float, step: float, latency: Latency, longest: i
     if not reaches(CERTAIN):
         return None
     low, high = 0.0, CERTAIN
-    while high - low > 1e-6:
+    while high - low > 1e-5:
         middle = (low + high) / 2
         low, high = (low, middle) if reaches(middle) else (middle, high)
     return high

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,8 @@ from forerun.sources.fingerprint import digest
 from forerun.sources.folder import checkpoint_folder
 from forerun.sources.source import Source
 from forerun.train.answers import Answers
-from forerun.train.distill import Distilled, read
+from forerun.train.distill import Distilled, Sample, read
+from forerun.train.domains import Domains
 from forerun.train.events import Events
 from forerun.train.objectives.imitation import Imitation
 from forerun.train.pruning.importance import Importance
@@ -53,13 +54,16 @@ LEAST_SAMPLE = 2
 
 @dataclass(frozen=True)
 class SmallRecipe:
-    """A draft model out of `target`. weights: of the terms of the loss. calibration: tokens that say which parts stay.
+    """A draft model out of `target`.
+
+    data: files of its answers; of several each is a kind of its own, and the mixture follows the draft model's
+    weaknesses (`train/domains.py`). weights: of the terms of the loss. calibration: tokens that say which parts stay.
     pick: how layers are picked (`slicing.PICKS`). shear_steps: instead of that, so many steps in which masks learn what
     stays (`pruning/shearing.py`). tied: the draft's embedding is its head, too, even if the target's is not."""
 
     target: str
     shape: Shape
-    data: Path
+    data: Sequence[Path]
     schedule: Schedule
     weights: Weights = LOSS
     rows: int = 8
@@ -80,7 +84,7 @@ class SmallTraining:
     recipe: SmallRecipe
     objective: Imitation
     answers: Answers
-    distilled: Distilled
+    distilled: Sequence[Distilled]
 
     def fit(self, run: Path, out: Path, events: Events | None = None) -> dict[str, float]:
         """Prune and train to the schedule's end, resuming what was interrupted in `run`, and write the model."""
@@ -125,7 +129,7 @@ class SmallTraining:
             "forerun": "pruned",
             "target": {"name": Path(self.recipe.target).name, "fingerprint": own.pop("target")},
             **own,
-            "data": self.distilled.header,
+            "data": [one.header for one in self.distilled],
             "answers": len(self.answers.samples),
             "schedule": self.recipe.schedule.as_json(),
             "figures": {name: round(value, 4) for name, value in figures.items()},
@@ -242,15 +246,23 @@ def source_of(recipe: SmallRecipe) -> Transformer:
 def prepare(recipe: SmallRecipe, device: torch.device) -> SmallTraining:
     """Read everything that a training needs. Raises TrainingError or CheckpointError for what does not fit, before
     anything is written."""
-    distilled = read(recipe.data)
+    distilled = [read(path) for path in recipe.data]
     config = _config(recipe, source_of(recipe).config)
     network = load_network(recipe.target, dtype_of(recipe.dtype, device), device)
-    samples = [sample for sample in distilled.samples if sample.size >= LEAST_SAMPLE]
-    answers = Answers(samples, recipe.rows, recipe.length, recipe.seed)
-    _demand_fit(answers, config, recipe)
-    _warn_of_another_target(distilled, recipe)
+    kinds = [_answers(one.samples, recipe) for one in distilled]
+    answers = _answers([sample for kind in kinds for sample in kind.samples], recipe)
+    for path, kind, one in zip(recipe.data, kinds, distilled, strict=True):
+        _demand_fit(kind, config, path, recipe)
+        _warn_of_another_target(one, path, recipe)
     objective = Imitation(Transformer(config).to(device), Teacher(network), answers, recipe.weights, recipe.schedule)
+    if len(kinds) > 1:
+        objective.domains = Domains.of(kinds)
     return SmallTraining(recipe, objective, answers, distilled)
+
+
+def _answers(samples: Sequence[Sample], recipe: SmallRecipe) -> Answers:
+    fitting = [sample for sample in samples if sample.size >= LEAST_SAMPLE]
+    return Answers(fitting, recipe.rows, recipe.length, recipe.seed)
 
 
 def _config(recipe: SmallRecipe, target: TransformerConfig) -> TransformerConfig:
@@ -263,11 +275,11 @@ def _config(recipe: SmallRecipe, target: TransformerConfig) -> TransformerConfig
     return replace(config, windows=windows, tied=target.tied or recipe.tied)
 
 
-def _demand_fit(answers: Answers, config: TransformerConfig, recipe: SmallRecipe) -> None:
+def _demand_fit(answers: Answers, config: TransformerConfig, path: Path, recipe: SmallRecipe) -> None:
     largest = max(max((*s.prompt, *s.answer)) for s in answers.samples)
     if largest >= config.vocab_size:
         raise TrainingError(
-            f"{recipe.data} has token {largest} and {recipe.target} knows {config.vocab_size}: distil from this target"
+            f"{path} has token {largest} and {recipe.target} knows {config.vocab_size}: distil from this target"
         )
     if not LEAST_SAMPLE <= recipe.length <= config.max_length or recipe.rows < 1:
         raise TrainingError(
@@ -276,11 +288,10 @@ def _demand_fit(answers: Answers, config: TransformerConfig, recipe: SmallRecipe
         )
 
 
-def _warn_of_another_target(distilled: Distilled, recipe: SmallRecipe) -> None:
+def _warn_of_another_target(distilled: Distilled, path: Path, recipe: SmallRecipe) -> None:
     author = (distilled.header.get("target") or {}).get("fingerprint")
     if author and author != Source.of(recipe.target).fingerprint:
         print(
-            f"{recipe.data} holds the answers of another model than {recipe.target}: distil from this one unless you"
-            " mean it",
+            f"{path} holds the answers of another model than {recipe.target}: distil from this one unless you mean it",
             file=sys.stderr,
         )

@@ -8,7 +8,7 @@ The divergence counts as a cross-entropy, which has the same gradient. Logits ex
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from forerun.drafting.trained import Weights
 from forerun.nn.transformer import Transformer
 from forerun.train.answers import Answers, Batch
 from forerun.train.distill import Sample
+from forerun.train.domains import Domains
 from forerun.train.lesson import CHUNK_NUMBERS
 from forerun.train.objectives.descent import Descent, Group, by_kind
 from forerun.train.objectives.losses import losses
@@ -31,6 +32,9 @@ from forerun.train.teacher import Teacher
 
 LOOKAHEAD = 4
 """Tokens of the drafts that the figures are of."""
+REWEIGH_EVERY = 100
+SHARES = "shares"
+"""In a state: of the kinds of answers."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,9 @@ class Places:
 
 @dataclass
 class Imitation(Descent):
-    """The distillation of a draft model. weights: `text` and `teacher` of the loss, `distance` and `lk` if wanted."""
+    """The distillation of a draft model. weights: `text` and `teacher` of the loss, `distance` and `lk` if wanted.
+    domains: the answers by kind, if there are several: every `REWEIGH_EVERY` steps those on which the draft model is
+    furthest from its target get a larger share."""
 
     module: Transformer
     teacher: Teacher
@@ -56,6 +62,7 @@ class Imitation(Descent):
     weights: Weights
     schedule: Schedule
     most_validated: int = 64
+    domains: Domains | None = None
 
     def groups(self) -> list[Group]:
         """Muon for the matrices inside the blocks, AdamW for embeddings, heads and vectors; or AdamW for all."""
@@ -64,16 +71,46 @@ class Imitation(Descent):
     def loss(self, number: int) -> Tensor:
         """In nats, the mean over the answer tokens of a batch."""
         self.module.train()
-        batch = self.answers.batch(number)
+        batch = (self.domains or self.answers).batch(number)
         with self.teacher.precision():
             places = self._places(batch)
-            parts = list(places.chunks(max(1, CHUNK_NUMBERS // self.module.vocab_size)))
+            parts = list(places.chunks(self._at_a_time))
             if len(parts) == 1:  # nothing to save
                 sums = [self._sum(places)]
             else:
                 sums = [checkpoint(self._sum, part, use_reentrant=False) for part in parts]
         total: Tensor = torch.stack(sums).sum() / max(1, len(places.labels_P))
         return total
+
+    def update(self, step: int) -> float:
+        if self.domains is not None and step and step % REWEIGH_EVERY == 0:
+            self.domains.learn([self._divergence(kind) for kind in self.domains.kinds])
+        return super().update(step)
+
+    @torch.no_grad()
+    def _divergence(self, kind: Answers) -> float:
+        """From the target, on some held-out answers of a kind."""
+        self.module.eval()
+        samples = (kind.heldout or kind.training)[: kind.rows]
+        with self.teacher.precision():
+            parts = self._places(Batch.of(list(samples), kind.length)).chunks(self._at_a_time)
+            return float(torch.cat([self._figures(part)[1] for part in parts]).mean())
+
+    def state(self) -> dict[str, Tensor]:
+        shares = {} if self.domains is None else {SHARES: torch.from_numpy(self.domains.shares)}
+        return super().state() | shares
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        if self.domains is not None:
+            if SHARES not in state or len(state[SHARES]) != len(self.domains.kinds):
+                raise ValueError("the state is that of other kinds of answers")
+            self.domains.shares = state[SHARES].numpy()
+        super().load_state(state)
+
+    @property
+    def _at_a_time(self) -> int:
+        """Places whose logits exist at a time."""
+        return max(1, CHUNK_NUMBERS // self.module.vocab_size)
 
     def _places(self, batch: Batch) -> Places:
         tokens = batch.tokens_BN.to(self.teacher.device)
@@ -108,7 +145,7 @@ class Imitation(Descent):
         for number, batch in enumerate(batches):
             watch(number, len(batches))
             with self.teacher.precision():
-                parts = self._places(batch).chunks(max(1, CHUNK_NUMBERS // self.module.vocab_size))
+                parts = self._places(batch).chunks(self._at_a_time)
                 found_4P = torch.cat([self._figures(part) for part in parts], 1).cpu()
             sums_4 += found_4P.sum(1).double()
             own = samples[number * self.answers.rows : (number + 1) * self.answers.rows]
