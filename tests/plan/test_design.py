@@ -129,6 +129,7 @@ def test_replayed_answers_give_their_own_tokens_and_survival() -> None:
     assert replayed.survival(3) == (1, 1, 0)
     assert replayed.rate == pytest.approx(2 / 3)
     assert replayed.interval(3) == (3, 3)
+    assert Replayed((np.ones(40, np.bool_),)).rate == 1, "a draft that ends is no miss"
 
 
 def test_intervals_hold_the_mean_and_shrink_with_more_answers() -> None:
