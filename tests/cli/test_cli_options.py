@@ -47,9 +47,9 @@ OPTIONS = {
     " --first"
     " --warmup --decay --muon-rate --adam-rate --validate-every --save-every --seed --device --threads --compile"
     " --tensorboard",
-    "train small": "--from --target --shape --data --out --run --calibration --pick --shear-steps --tied --text-weight"
-    " --teacher-weight --distance-weight --steps --rows --batch-size --length --parts --rate --lr --validate-every"
-    " --save-every --seed --dtype --device --threads --tensorboard",
+    "train small": "--from --target --shape --data --out --run --calibration --pick --shear-steps --init-from --tied"
+    " --text-weight --teacher-weight --distance-weight --steps --rows --batch-size --length --parts --rate --lr"
+    " --validate-every --save-every --seed --dtype --device --threads --tensorboard",
     "train medusa": f"{HEADS} --heads --tied-layers --vocabulary --markov-rank",
     "train medusa-fused": f"{HEADS} --heads --tied-layers --vocabulary --markov-rank",
     "train block": f"{HEADS} --block --markov-rank --sources --mask-token --from-anchor",

@@ -90,6 +90,21 @@ def same_weights(module, folder: Path) -> bool:
     return all(torch.equal(ours, their) for ours, their in zip(module.parameters(), theirs.parameters(), strict=True))
 
 
+def test_a_draft_that_is_there_is_taught_further(forerun, refused, family, answers, tmp_path):
+    """The vocabulary must be the target's."""
+    where = ("--from", family / "target", "--data", answers, "--out", tmp_path / "taught")
+    code, _, err = forerun("train", "small", *where, "--init-from", family / "small", *FEW, *ON)
+    assert code == 0, err
+    about = json.loads((tmp_path / "taught" / "pruning.json").read_text())
+    assert about["kept"] is None and about["shape"] == "1x32x48x4/2"
+    ours, theirs = (weights_of(folder) for folder in (tmp_path / "taught", family / "small"))
+    assert ours.keys() == theirs.keys() and not torch.equal(*(w["model.norm.weight"] for w in (ours, theirs)))
+    where = (*where[:-1], tmp_path / "other")
+    assert "same vocabulary" in refused("train", "small", *where, "--init-from", family / "other", *ON)
+    assert "--shape, or --init-from" in refused("train", "small", *where, *ON)
+    assert "--shape, or --init-from" in refused("train", "small", *where, "--shape", 1, "--init-from", "x", *ON)
+
+
 def test_what_is_interrupted_goes_on_and_ends_as_if_nothing_had_happened(trained, forerun, monkeypatch, tmp_path):
     """In the pruning, and in the training."""
     whole, _ = trained("whole", "1x16")

@@ -24,7 +24,7 @@ From = Annotated[
     str, typer.Option("--from", "--target", metavar="MODEL", help="The target that it is made from; it stays as it is.")
 ]
 ShapeOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--shape",
         metavar="LxW[xMLP[xHEADS]]",
@@ -48,6 +48,10 @@ ShearSteps = Annotated[
         min=0, help="Learn what stays, with masks, in so many steps (L0 pruning).", rich_help_panel=options.ADVANCED
     ),
 ]
+InitFrom = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="Prune nothing: teach this draft model.", rich_help_panel=options.ADVANCED),
+]
 Tied = Annotated[
     bool, typer.Option("--tied", help="The embedding is the head, too: half the memory.", rich_help_panel=PRUNING)
 ]
@@ -63,13 +67,14 @@ Seed = Annotated[int, typer.Option(help="Of the order of answers.", rich_help_pa
 
 def small(
     from_: From,
-    shape: ShapeOption,
     data: Data,
     out: Out,
+    shape: ShapeOption = None,
     run: Run = None,
     calibration: Calibration = 50_000,
     pick: Pick = "influence",
     shear_steps: ShearSteps = 0,
+    init_from: InitFrom = None,
     tied: Tied = False,
     text_weight: TextWeight = 0.1,
     teacher_weight: TeacherWeight = 0.9,
@@ -105,6 +110,10 @@ def small(
     weights = Weights(text=text_weight, teacher=teacher_weight, distance=distance_weight)
     if not (weights.text or weights.asks_target):
         raise TrainingError("nothing would be learnt: give --text-weight or --teacher-weight a number above 0")
+    if (shape is None) == (init_from is None):
+        raise TrainingError(
+            "a draft model begins as a part of its target, or as another draft: give --shape, or --init-from"
+        )
     _demand_place(out)
     engines.quiet()
     schedule = Schedule(
@@ -116,8 +125,8 @@ def small(
         validate_every=validate_every,
         save_every=save_every,
     )
-    what = (from_, Shape.read(shape), data, schedule, weights, rows, length, seed, calibration, pick)
-    last = (shear_steps, tied, dtype)
+    what = (from_, Shape.read(shape) if shape else None, data, schedule, weights, rows, length, seed, calibration, pick)
+    last = (shear_steps, init_from, tied, dtype)
     ready = training.prepare(training.SmallRecipe(*what, *last), device_of(device))
     folder = run or run_of(out)
     with events_in(tensorboard) as events:

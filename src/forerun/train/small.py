@@ -39,7 +39,7 @@ from forerun.train.pruning.masks import named
 from forerun.train.pruning.shape import Shape
 from forerun.train.pruning.shearing import Shear, shear, sheared
 from forerun.train.pruning.slicing import PICKS, Kept, kept, sliced
-from forerun.train.run import Record, Run
+from forerun.train.run import Record, Run, Start
 from forerun.train.schedule import Schedule
 from forerun.train.teacher import Teacher
 
@@ -54,7 +54,8 @@ LEAST_SAMPLE = 2
 
 @dataclass(frozen=True)
 class SmallRecipe:
-    """A draft model out of `target`.
+    """A draft model out of `target`. shape: None: nothing is pruned, and `init_from`, a draft model of the same
+    vocabulary, is taught further.
 
     data: files of its answers; of several each is a kind of its own, and the mixture follows the draft model's
     weaknesses (`train/domains.py`). weights: of the terms of the loss. calibration: tokens that say which parts stay.
@@ -62,7 +63,7 @@ class SmallRecipe:
     stays (`pruning/shearing.py`). tied: the draft's embedding is its head, too, even if the target's is not."""
 
     target: str
-    shape: Shape
+    shape: Shape | None
     data: Sequence[Path]
     schedule: Schedule
     weights: Weights = LOSS
@@ -72,9 +73,9 @@ class SmallRecipe:
     calibration: int = 50_000
     pick: str = PICKS[0]
     shear_steps: int = 0
+    init_from: str | None = None
     tied: bool = False
     dtype: str = "auto"
-    kernels: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,14 @@ class SmallTraining:
         """Prune and train to the schedule's end, resuming what was interrupted in `run`, and write the model."""
         schedule = self.recipe.schedule
         running = Run(self.objective, schedule, run, Record(self.record()), events)
-        start = Shearing(self, run) if self.recipe.shear_steps else Pruning(self, run)
-        figures = running.finish(out.name, start)
+        figures = running.finish(out.name, self._start(run))
         self._write(run, out, figures)
         return figures
+
+    def _start(self, run: Path) -> Start | None:
+        if self.recipe.shape is None:
+            return None
+        return Shearing(self, run) if self.recipe.shear_steps else Pruning(self, run)
 
     def record(self) -> dict[str, Any]:
         """What the run's weights depend on, but for its schedule."""
@@ -105,7 +110,7 @@ class SmallTraining:
             "weights": asdict(recipe.weights),
             **{
                 name: getattr(recipe, name)
-                for name in ("rows", "length", "seed", "calibration", "pick", "tied", "shear_steps")
+                for name in ("rows", "length", "seed", "calibration", "pick", "tied", "shear_steps", "init_from")
             },
         }
 
@@ -114,7 +119,7 @@ class SmallTraining:
         try:
             with whole_folder(out) as beside:
                 save_beside(self.objective.module, checkpoint_folder(self.recipe.target), beside)
-                parts = json.loads((run / PRUNING).read_text())
+                parts = json.loads((run / PRUNING).read_text()) if self.recipe.shape else None
                 put(beside / PRUNING, f"{json.dumps(self._about(figures) | {'kept': parts})}\n".encode())
         except OSError as error:
             raise TrainingError(
@@ -237,9 +242,13 @@ def kept_of(folder: Path) -> Kept:
 
 def source_of(recipe: SmallRecipe) -> Transformer:
     """The target in fp32, to take parts of."""
-    network = load_network(recipe.target, torch.float32, torch.device("cpu"))
+    return _ours(recipe.target)
+
+
+def _ours(path: str) -> Transformer:
+    network = load_network(path, torch.float32, torch.device("cpu"))
     if not isinstance(network, Transformer):
-        raise TrainingError(f"{recipe.target} is not a Llama, Mistral or Qwen: only those can be pruned")
+        raise TrainingError(f"{path} is not a Llama, Mistral or Qwen: only those can be pruned and taught")
     return network
 
 
@@ -247,14 +256,14 @@ def prepare(recipe: SmallRecipe, device: torch.device) -> SmallTraining:
     """Read everything that a training needs. Raises TrainingError or CheckpointError for what does not fit, before
     anything is written."""
     distilled = [read(path) for path in recipe.data]
-    config = _config(recipe, source_of(recipe).config)
+    module = _module(recipe, source_of(recipe).config)
     network = load_network(recipe.target, dtype_of(recipe.dtype, device), device)
     kinds = [_answers(one.samples, recipe) for one in distilled]
     answers = _answers([sample for kind in kinds for sample in kind.samples], recipe)
     for path, kind, one in zip(recipe.data, kinds, distilled, strict=True):
-        _demand_fit(kind, config, path, recipe)
+        _demand_fit(kind, module.config, path, recipe)
         _warn_of_another_target(one, path, recipe)
-    objective = Imitation(Transformer(config).to(device), Teacher(network), answers, recipe.weights, recipe.schedule)
+    objective = Imitation(module.to(device), Teacher(network), answers, recipe.weights, recipe.schedule)
     if len(kinds) > 1:
         objective.domains = Domains.of(kinds)
     return SmallTraining(recipe, objective, answers, distilled)
@@ -265,10 +274,25 @@ def _answers(samples: Sequence[Sample], recipe: SmallRecipe) -> Answers:
     return Answers(fitting, recipe.rows, recipe.length, recipe.seed)
 
 
-def _config(recipe: SmallRecipe, target: TransformerConfig) -> TransformerConfig:
+def _module(recipe: SmallRecipe, target: TransformerConfig) -> Transformer:
+    """The draft model before its start: without weights, or the one to go on from."""
+    if recipe.shape is not None and recipe.init_from is None:
+        return Transformer(_config(recipe, recipe.shape, target))
+    if recipe.shape is not None or recipe.init_from is None:
+        raise TrainingError("a draft model begins as a part of its target or as another draft: give one of them")
+    made = _ours(recipe.init_from)
+    if made.vocab_size != target.vocab_size:
+        raise TrainingError(
+            f"{recipe.init_from} has {made.vocab_size} tokens and {recipe.target} {target.vocab_size}: start from a"
+            " draft model of the same vocabulary"
+        )
+    return made
+
+
+def _config(recipe: SmallRecipe, shape: Shape, target: TransformerConfig) -> TransformerConfig:
     if recipe.pick not in PICKS:
         raise TrainingError(f"layers cannot be picked by {recipe.pick!r}: choose one of {', '.join(PICKS)}")
-    config = recipe.shape.within(target)
+    config = shape.within(target)
     windows = target.windows[: config.layers]
     if len(set(target.windows)) > 1:
         raise TrainingError(f"{recipe.target} has layers with and without a window, which cannot be pruned yet")
