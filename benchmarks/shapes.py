@@ -141,7 +141,7 @@ class Known:
 def known(path: str, answers: Answers, teacher: Teacher, engine: Engine, judged: Sequence[Sample]) -> Known:
     module = load_network(path, torch.float32, torch.device("cpu"))
     assert isinstance(module, Transformer)
-    figures = Imitation(module, teacher, answers, LOSS, Schedule(0)).validate()
+    figures = Imitation(module, teacher, answers, LOSS, Schedule(0), most_validated=24).validate()
     network = load_network(path, engine.target.network.dtype, engine.target.device, "auto")
     params = forerun.SamplingParams(max_new_tokens=32, ignore_eos=True)
     (text,) = texts_of(engine, [judged[0].prompt], params)
@@ -260,7 +260,8 @@ def report(
     judged = [Sample(one.prompt, one.answer[:TOKENS]) for one in greedy[:prompts]]
     engine = forerun.load(target, drafter="none", max_rows=1)
     teacher = Teacher(load_network(target, torch.bfloat16, torch.device("cpu")))
-    made = sorted(path.name for path in out.iterdir() if (path / PRUNING).is_file() and (path / CONFIG).is_file())
+    whole = [path.name for path in out.iterdir() if (path / PRUNING).is_file() and (path / CONFIG).is_file()]
+    made = sorted(whole, key=lambda name: (-Shape.read(name).layers, name))
     paths = [str(out / name) for name in made]
     models = [known(path, answers, teacher, engine, judged) for path in [*paths, *(also or [])]]
     rows = [row for one in (target, *(at or [])) for row in compared(one, models, judged, rounds)]
