@@ -131,8 +131,10 @@ class Imitation(Descent):
 
     @property
     def judged(self) -> Sequence[Sample]:
-        """The answers that figures are of."""
-        return self.answers.heldout[: self.most_validated] or self.answers.training[: self.most_validated]
+        """The answers that figures are of: as many of every kind."""
+        kinds = self.domains.kinds if self.domains else [self.answers]
+        most = -(-self.most_validated // len(kinds))
+        return [sample for kind in kinds for sample in (kind.heldout or kind.training)[:most]]
 
     @torch.no_grad()
     def validate(self, watch: Watch = unwatched) -> dict[str, float]:
