@@ -84,8 +84,8 @@ def test_few_trained_drafts_predict_nothing_and_many_predict_others(said, foreru
     """The same model several times is as good as itself."""
     line = ("design", family / "target", "--data", answers, "--costs", costs, *ON)
     own = ("--draft", family / "target")
-    code, _, err = forerun(*line, *own, "--draft", family / "small")
-    assert code == 0 and "too few" in err
+    code, out, err = forerun(*line, *own, "--draft", family / "small")
+    assert code == 0 and "too few" in err and "target is what you have" in out
     found = said(*line, *own, *own, *("--draft", family / "small") * 2)
     one = found["drafts"][0]
     assert (one["rate"], one["tokens_per_step"]) == (1, pytest.approx(12, abs=5)) and one["trained_on"] is None

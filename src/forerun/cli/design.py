@@ -101,8 +101,8 @@ def design(
     limits = _limits(max_parameters, max_memory, max_step_ms, context, rows, tied)
     drafts = _drafts(draft, data, answers, engine)
     believed = _believed(drafts, survival, trained_on)
-    shapes = designing.configs(target, tied)
-    known = _costs(costs, engine, [*shapes, *(one.config for one in drafts)])
+    shapes = designing.distinct([*designing.configs(target, tied), *(one.config for one in drafts)])
+    known = _costs(costs, engine, shapes)
     incumbent = max((one.speed(known) for one in drafts), default=None)
     found = designing.design(target, known, believed, limits, shapes, incumbent)
     content = found.as_dict() | {"drafts": [one.as_dict(known) for one in drafts], "costs": known.as_dict()}
@@ -152,19 +152,19 @@ def _drafts(paths: list[str] | None, data: Path | None, count: int, engine: Engi
 
 def _believed(drafts: list[Draft], survival: str | None, trained_on: float | None) -> Believed:
     from forerun.errors import DrafterError, RequestError
-    from forerun.plan.drafts import predicted
+    from forerun.plan.drafts import believing, predicted
 
     given = _given(survival)
     if given is None and not drafts:
         raise RequestError("nobody knows what a draft model is worth: give trained ones with --draft, or --survival")
     try:
-        return predicted(drafts, trained_on)
+        return believing(drafts, predicted(drafts, trained_on))
     except DrafterError as refusal:
         if given is None:
             given = _mean(drafts)
-            log.warning(f"{refusal}; until then every shape is taken for as good as these: {given.rate:.2f}")
+            log.warning(f"{refusal}; until then others are taken for as good as these on the mean: {given.rate:.2f}")
         rate = given
-        return lambda config: rate
+        return believing(drafts, lambda config: rate)
 
 
 def _given(survival: str | None) -> Acceptance | None:
@@ -210,6 +210,7 @@ def _report(model: str, found: Design, drafts: list[Draft], known: Measured, top
     from rich.table import Table
 
     from forerun.cli.narration import on_stdout
+    from forerun.train.pruning.shape import Shape
 
     console = on_stdout()
     if drafts:
@@ -228,13 +229,20 @@ def _report(model: str, found: Design, drafts: list[Draft], known: Measured, top
         figures += [str(plan.length), f"{plan.speedup:.2f}x", f"{plan.worst_speedup:.2f}x", needed]
         table.add_row(plan.shape, *figures, "firm" if plan.is_stable else "open")
     console.print(table)
-    console.print(_sentence(model, found), highlight=False, soft_wrap=True)
+    names = {str(Shape.of(one.config)): one.name for one in drafts}
+    console.print(_sentence(model, found, names), highlight=False, soft_wrap=True)
 
 
-def _sentence(model: str, found: Design) -> str:
+def _sentence(model: str, found: Design, trained: dict[str, str]) -> str:
+    """trained: names of drafts by their shapes."""
     best = found.best
     if best is None:
         return "No draft model within these limits would be faster than plain decoding: do not speculate with one"
+    if best.shape in trained:
+        return (
+            f"{trained[best.shape]} is what you have: {best.speedup:.2f}x plain decoding with drafts of {best.length},"
+            " and no other shape is predicted to be faster"
+        )
     notes = "".join(f"; {note}" for note in best.notes)
     return (
         f"{best.shape}: {best.speedup:.2f}x plain decoding is predicted with drafts of {best.length}"

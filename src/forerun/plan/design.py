@@ -291,6 +291,14 @@ def configs(target: TransformerConfig, tied: bool = False) -> list[TransformerCo
     return list(found.values())
 
 
+def distinct(shapes: Iterable[TransformerConfig]) -> list[TransformerConfig]:
+    """Each shape once, as the first that has it."""
+    found = dict[str, TransformerConfig]()
+    for one in shapes:
+        found.setdefault(str(Shape.of(one)), one)
+    return list(found.values())
+
+
 def widths(target: TransformerConfig) -> list[int]:
     return sorted({_rounded(target.width * eighths / 8, target.width) for eighths in EIGHTHS})
 

@@ -14,7 +14,7 @@ from forerun.errors import DrafterError, ForerunError
 from forerun.nn.load import load_network
 from forerun.nn.network import Network
 from forerun.nn.transformer import TransformerConfig
-from forerun.plan.acceptance import Acceptance, Given, Replayed, Trained, fit, replayed
+from forerun.plan.acceptance import Given, Replayed, Trained, fit, replayed
 from forerun.plan.design import Believed, Latency, Pace, best_pace
 from forerun.plan.measure import Transcript, texts_of
 from forerun.sampling import SamplingParams
@@ -81,9 +81,15 @@ def trained_on(folder: Path) -> float | None:
         return None
 
 
+def believing(drafts: Sequence[Draft], others: Believed) -> Believed:
+    """What was replayed of shapes that were trained; of others what is believed of them."""
+    measured = {_bare(one.config): one.accepted for one in drafts}
+    return lambda config: measured.get(_bare(config)) or others(config)
+
+
 def predicted(drafts: Sequence[Draft], tokens: float | None = None) -> Believed:
-    """What a draft of any shape would bring: what was replayed where that shape was trained, else as a fit has it.
-    tokens: that it would be trained on; None: as the best-trained of these. DrafterError where that is guesswork."""
+    """What drafts of other shapes would bring, as a fit to these has it. tokens: that they would be trained on; None:
+    as the best-trained of these. DrafterError where that is guesswork."""
     known = all(one.trained_on for one in drafts)
     seen = [one.trained_on if known and one.trained_on else 1.0 for one in drafts]
     points = [
@@ -92,13 +98,7 @@ def predicted(drafts: Sequence[Draft], tokens: float | None = None) -> Believed:
     ]
     law = fit(points)
     wanted = (tokens if known and tokens else None) or max(seen)
-    measured = {_bare(one.config): one.accepted for one in drafts}
-
-    def believed(config: TransformerConfig) -> Acceptance:
-        found = measured.get(_bare(config))
-        return found or Given((law.rate(config.parameters_outside_vocabulary, config.layers, wanted),))
-
-    return believed
+    return lambda config: Given((law.rate(config.parameters_outside_vocabulary, config.layers, wanted),))
 
 
 def _bare(config: TransformerConfig) -> TransformerConfig:
