@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -116,15 +117,8 @@ def small(
         )
     _demand_place(out)
     engines.quiet()
-    schedule = Schedule(
-        steps,
-        parts,
-        warmup=min(50, steps // 2),
-        muon_rate=rate,
-        adam_rate=rate / 2,
-        validate_every=validate_every,
-        save_every=save_every,
-    )
+    schedule = Schedule(steps, parts, min(50, steps // 2), muon_rate=rate, adam_rate=rate / 2)
+    schedule = replace(schedule, validate_every=validate_every, save_every=save_every)
     what = (from_, Shape.read(shape) if shape else None, data, schedule, weights, rows, length, seed, calibration, pick)
     last = (shear_steps, init_from, tied, dtype)
     ready = training.prepare(training.SmallRecipe(*what, *last), device_of(device))
