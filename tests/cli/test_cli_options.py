@@ -37,6 +37,8 @@ OPTIONS = {
     "inspect": f"{MACHINE} --json --revision",
     "calibrate": f"{MACHINE} {PROMPTS} --drafter --out --data --answers --rows --batch-size --rounds --max-new-tokens"
     " --max-tokens --temperature --seed --revision",
+    "design": "--draft --data --survival --answers --trained-on --max-parameters --max-memory --max-step-ms --context"
+    " --rows --batch-size --tied --costs --out --top --json --dtype --device --kernels --revision --threads",
     "convert": f"{PROMPTS} --to --out --target",
     "distill": f"{SAMPLING} {MACHINE} {PROMPTS} {CHAT} --out --builtin --corpus --prompt-length --limit"
     " --max-looping --drafter --rows --batch-size --revision --num-speculative-tokens --speculative-config",
@@ -45,6 +47,9 @@ OPTIONS = {
     " --first"
     " --warmup --decay --muon-rate --adam-rate --validate-every --save-every --seed --device --threads --compile"
     " --tensorboard",
+    "train small": "--from --target --shape --data --out --run --calibration --pick --shear-steps --init-from --tied"
+    " --text-weight --teacher-weight --distance-weight --steps --rows --batch-size --length --parts --rate --lr"
+    " --validate-every --save-every --seed --dtype --device --threads --tensorboard",
     "train medusa": f"{HEADS} --heads --tied-layers --vocabulary --markov-rank",
     "train medusa-fused": f"{HEADS} --heads --tied-layers --vocabulary --markov-rank",
     "train block": f"{HEADS} --block --markov-rank --sources --mask-token --from-anchor",

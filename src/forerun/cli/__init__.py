@@ -31,6 +31,7 @@ COMMANDS = {
     "distill": "The model's own answers, to train draft heads on.",
     "train": "Draft heads for a model of yours, or a model.",
     "calibrate": "The tree of drafts that is fastest on this machine.",
+    "design": "The draft model to train for a model of yours, on this machine.",
     "convert": "Draft heads from and to the layouts of other engines.",
     "index": "Texts into a store that drafters copy from.",
 }

@@ -28,6 +28,8 @@ HARDLY = 1.1
 WRITTEN = [layout for layout in layouts() if layout.pack]
 """Foreign layouts that heads can be brought into."""
 
+COMPACT = "compact"
+
 Source = Annotated[
     str,
     typer.Argument(metavar="SOURCE", help="A folder of heads, in any of the layouts, or a hub id.", show_default=False),
@@ -36,8 +38,9 @@ To = Annotated[
     str,
     typer.Option(
         "--to",
-        metavar="|".join(["ours", *(layout.name for layout in WRITTEN)]),
-        help=f"The layout to write: our own, that of {', of '.join(layout.sense for layout in WRITTEN)}.",
+        metavar="|".join(["ours", *(layout.name for layout in WRITTEN), COMPACT]),
+        help=f"The layout to write: our own, that of {', of '.join(layout.sense for layout in WRITTEN)}; {COMPACT}: a"
+        " draft model without the columns that are zero everywhere.",
     ),
 ]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="A new folder for the result.")]
@@ -72,6 +75,9 @@ def convert(
     from forerun.errors import DrafterError, RequestError
     from forerun.layouts import exchange
 
+    if to == COMPACT:
+        _compact(source, out)
+        return
     exchange.demand_layout(to)
     exchange.demand_new(out)
     demand_place(out)
@@ -93,6 +99,35 @@ def convert(
         _compare(before, measure(exchange.read(out, base)))
     else:
         print(f"acceptance was not compared: {f'{target} has no tokenizer' if target else 'that needs --target MODEL'}")
+
+
+def _compact(source: str, out: Path) -> None:
+    """A model whose weights were stored wider than they are."""
+    import torch
+
+    from forerun.cli.engines import quiet
+    from forerun.cli.files import demand_place
+    from forerun.errors import CheckpointError
+    from forerun.layouts import exchange
+    from forerun.nn.load import load_network
+    from forerun.nn.save import save_beside
+    from forerun.nn.transformer import Transformer
+    from forerun.sources.folder import checkpoint_folder
+    from forerun.train.pruning.slicing import compacted
+
+    exchange.demand_new(out)
+    demand_place(out)
+    quiet()
+    network = load_network(source, torch.float32, torch.device("cpu"))
+    if not isinstance(network, Transformer):
+        raise CheckpointError(f"{source} is not a Llama, Mistral or Qwen: only those can be made compact")
+    made = compacted(network)
+    save_beside(made, checkpoint_folder(source), out)
+    before, after = network.config, made.config
+    print(
+        f"{out}: width {after.width:,} instead of {before.width:,}, {after.parameters:,} parameters instead of"
+        f" {before.parameters:,}"
+    )
 
 
 def described(heads: Heads, source: str) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from forerun.cli import heads, joint, options
+from forerun.cli import heads, joint, options, small
 from forerun.cli.command import NAMES, Commands, add
 from forerun.cli.heads import compute_with, events_in
 from forerun.drafting import registry
@@ -186,6 +186,7 @@ forerun train {name} --target MODEL --data answers.jsonl --out result
 """
 
 add(app, "lm", lm, LM)
+add(app, "small", small.small, small.EXAMPLES)
 for preset in PRESETS:
     add(app, preset, heads.command(preset), HEADS.format(name=preset))
 for method in registry.trained().values():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,11 @@ from forerun.errors import CheckpointError
 from forerun.files import whole_folder
 from forerun.nn.transformer import Transformer, TransformerConfig
 from forerun.nn.translate import ARCHITECTURES, places, published_config, translate
-from forerun.sources.folder import CONFIG, WEIGHTS, brief
+from forerun.sources.folder import CONFIG, DOWNLOADED, INDEX, WEIGHTS, brief, stored, weight_files
+
+FORMATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+OWN = ("tree.json", "plan.json", "pruning.json")
+"""What forerun has left beside a model is true of that one alone."""
 
 
 def save_pretrained(
@@ -60,3 +66,25 @@ def _demand_faithful(fields: Mapping[str, Any], config: TransformerConfig, folde
         raise CheckpointError(
             f"{folder} was not written, for none of {', '.join(ARCHITECTURES)} has the shape of this model: {config}"
         )
+
+
+def save_beside(network: Transformer, original: Path, folder: Path) -> None:
+    """A model made from an original, with everything that lies beside the original's weights: tokenizer, end tokens,
+    templates.
+
+    In the original's number format, unless it was trained in less. Raises OSError and CheckpointError.
+    """
+    formats = {tensor.dtype for tensor in stored(weight_files(original)).values()}
+    format_ = FORMATS.get(formats.pop(), torch.float32) if len(formats) == 1 else torch.float32
+    dtype = format_ if network.dtype == torch.float32 else network.dtype
+    theirs: dict[str, Any] = json.loads((original / CONFIG).read_text())
+    known = {*published_config(network.config, dtype), "dtype"}
+    save_pretrained(network, folder, {name: value for name, value in theirs.items() if name not in known}, dtype)
+    for path in sorted(original.iterdir()):
+        if path.is_file() and _travels(path.name):
+            shutil.copyfile(path, folder / path.name)
+
+
+def _travels(name: str) -> bool:
+    wanted = any(fnmatch.fnmatch(name, pattern) for pattern in DOWNLOADED)
+    return wanted and name not in (CONFIG, INDEX, *OWN) and not name.endswith(".safetensors")

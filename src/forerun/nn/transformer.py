@@ -62,6 +62,24 @@ class TransformerConfig:
         return 1.0 / (self.rope_theta**exponents)
 
     @property
+    def parameters(self) -> int:
+        """How many numbers such a model has learnt."""
+        return self.parameters_outside_vocabulary + self.vocab_size * self.width * (1 if self.tied else 2)
+
+    @property
+    def parameters_outside_vocabulary(self) -> int:
+        return self.layers * self.layer_parameters + self.width
+
+    @property
+    def layer_parameters(self) -> int:
+        """Of one layer."""
+        width, queries, keys = self.width, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        biases = self.qkv_bias * (queries + 2 * keys) + self.out_bias * width
+        biases += self.mlp_bias * (2 * self.mlp_width + width)
+        norms = 2 * width + 2 * self.qk_norm * self.head_dim
+        return 2 * width * (queries + keys) + 3 * width * self.mlp_width + biases + norms
+
+    @property
     def cache_shape(self) -> CacheShape:
         return CacheShape(self.layers, self.kv_heads, self.head_dim)
 

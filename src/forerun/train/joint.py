@@ -3,9 +3,6 @@ the run has ended: a model, and heads for it."""
 
 from __future__ import annotations
 
-import fnmatch
-import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,10 +16,10 @@ from forerun.drafting.checkpoint import Checkpoint
 from forerun.drafting.trained import Joint, JointMethod
 from forerun.errors import ForerunError, TrainingError
 from forerun.files import whole_folder
-from forerun.nn.save import save_pretrained
+from forerun.nn.save import save_beside
 from forerun.nn.transformer import Transformer
-from forerun.nn.translate import published_config, translate
-from forerun.sources.folder import CONFIG, DOWNLOADED, INDEX, checkpoint_folder, read_config, stored, weight_files
+from forerun.nn.translate import translate
+from forerun.sources.folder import checkpoint_folder, read_config
 from forerun.train import drafters
 from forerun.train.events import Events
 from forerun.train.lora import Adapters
@@ -33,7 +30,6 @@ from forerun.train.teacher import Pupil
 
 MODEL, HEADS = "model", "heads"
 """What the result's folder holds."""
-FORMATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -101,7 +97,7 @@ class JointTraining:
         """Both folders appear complete; older ones are replaced."""
         try:
             with whole_folder(out) as beside:
-                _write_model(self.objective.network, checkpoint_folder(self.recipe.heads.target), beside / MODEL)
+                save_beside(self.objective.network, checkpoint_folder(self.recipe.heads.target), beside / MODEL)
                 about = Checkpoint(
                     beside / HEADS, method_of(self.recipe)[0], {}, f"{out.name}/{MODEL}", self._about(figures)
                 )
@@ -168,24 +164,3 @@ def _architecture(recipe: drafters.HeadsRecipe) -> dict[str, object]:
         return dict(recipe.architecture)
     drafter, trained, _ = registry.preset(recipe.preset)
     return asdict(checkpoints.load(recipe.init_from, drafter).config(trained.config)) | dict(recipe.architecture)
-
-
-def _write_model(network: Transformer, original: Path, folder: Path) -> None:
-    """The merged model, with everything that lies beside the original's weights: tokenizer, end tokens, templates.
-
-    In the original's number format, unless it was trained in less.
-    """
-    formats = {tensor.dtype for tensor in stored(weight_files(original)).values()}
-    format_ = FORMATS.get(formats.pop(), torch.float32) if len(formats) == 1 else torch.float32
-    dtype = format_ if network.dtype == torch.float32 else network.dtype
-    theirs: dict[str, Any] = json.loads((original / CONFIG).read_text())
-    known = {*published_config(network.config, dtype), "dtype"}
-    save_pretrained(network, folder, {name: value for name, value in theirs.items() if name not in known}, dtype)
-    for path in sorted(original.iterdir()):
-        if path.is_file() and _travels(path.name):
-            shutil.copyfile(path, folder / path.name)
-
-
-def _travels(name: str) -> bool:
-    wanted = any(fnmatch.fnmatch(name, pattern) for pattern in DOWNLOADED)
-    return wanted and name not in (CONFIG, INDEX) and not name.endswith(".safetensors")
