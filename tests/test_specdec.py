@@ -20,7 +20,8 @@ from forerun.chance import Ints
 from forerun.cost import Lately, Step, Table
 from forerun.drafters.small import DraftModel, Settings
 from forerun.drafting import checkpoint as checkpoints
-from forerun.drafting.acceptance import AcceptanceConfig, AcceptanceHead, corrected
+from forerun.drafting.acceptance import AcceptanceConfig
+from forerun.drafting.acceptance.head import AcceptanceHead, corrected
 from forerun.drafting.checkpoint import Checkpoint
 from forerun.drafting.drafter import Context
 from forerun.drafting.growth import Chain, Expander, Grown

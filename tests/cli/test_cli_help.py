@@ -13,7 +13,19 @@ from typer.main import get_command
 from forerun.cli import COMMANDS, app
 
 LINES, COLUMNS = 44, 100
-TRAIN = ["lm", "medusa", "medusa-fused", "hydra", "hydra++", "amphista", "block", "eagle", "eagle3", "medusa2"]
+TRAIN = [
+    "lm",
+    "medusa",
+    "medusa-fused",
+    "hydra",
+    "hydra++",
+    "amphista",
+    "block",
+    "eagle",
+    "eagle3",
+    "acceptance",
+    "medusa2",
+]
 PAGES = [[name] for name in COMMANDS if name != "train"] + [["train"], *(["train", name] for name in TRAIN)]
 
 

@@ -213,6 +213,13 @@ def _demand_sense(out: Path, weights: Weights) -> None:
         raise TrainingError("nothing would be learnt: give --head-decay a number above 0")
     if not (weights.text or weights.asks_target or weights.state):
         raise TrainingError("nothing would be learnt: give --text-weight or --teacher-weight a number above 0")
+    demand_place(out)
+
+
+def demand_place(out: Path) -> None:
+    """Refuse folders that heads cannot be written to."""
+    from forerun.errors import TrainingError
+
     if out.name in ("", ".."):
         raise TrainingError(f"--out {out} has no name of its own: name a folder, new or with older heads")
     above = next(place for place in (out, *out.parents) if place.exists())

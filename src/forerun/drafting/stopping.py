@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from forerun.cost import Lately, Table
-from forerun.drafting.acceptance import AcceptanceHead, corrected, head_on
+from forerun.drafting.acceptance.head import AcceptanceHead, corrected, head_on
 from forerun.errors import DrafterError
 from forerun.row import Row
 
