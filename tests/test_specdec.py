@@ -424,7 +424,7 @@ def test_a_pessimistic_head_wants_a_higher_threshold(weight: float, speeds: dict
 
 @pytest.mark.parametrize("draft", [0.005, 0.02, 0.05])
 def test_the_automatic_threshold_is_nearly_the_best(draft: float) -> None:
-    """And no fixed one is that for all prices of a draft."""
+    """Whatever a draft costs."""
     world = World(300, 60, draft=draft)
     fixed = [world.learnt(Acceptance(Told(), one, least=1)) for one in (0.1, 0.4, 0.7)]
     assert world.learnt(Acceptance(Told(), None, least=1)) > 0.96 * max(fixed)
