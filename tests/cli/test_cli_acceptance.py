@@ -52,7 +52,7 @@ def test_from_answers_to_a_draft_that_ends_itself(forerun, said, family, answers
 
 
 def test_what_cannot_be_trained(refused, family, answers, tmp_path):
-    assert "give --drafter small:PATH" in refused(*trained(family, answers, tmp_path / "x", "--drafter", "lookup"))
+    assert "draws no chains" in refused(*trained(family, answers, tmp_path / "x", "--drafter", "lookup"))
     other = f"small:{family / 'other'}"
     assert "shares the target's tokenizer" in refused(*trained(family, answers, tmp_path / "x", "--drafter", other))
     assert "holds another model" in refused(*trained(family, answers, family / "small"))

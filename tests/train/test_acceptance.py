@@ -14,15 +14,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from drafters.heading import WIDTH, cyclic, greedy, lively, relative
+from drafters.heading import PREFIX, VOCAB, WIDTH, cyclic, filled, greedy, lively, relative
+from forerun.drafters.eagle import EagleConfig
+from forerun.drafters.eagle.drafter import EagleDrafter, Pairs
+from forerun.drafters.eagle.network import EagleModule
 from forerun.drafters.small import DraftModel
 from forerun.drafting import checkpoint as checkpoints
 from forerun.drafting.acceptance import AcceptanceConfig
 from forerun.drafting.acceptance.head import AcceptanceHead, opened
-from forerun.drafting.growth import Chain
-from forerun.drafting.stopping import LAST, Acceptance, Drafted, rule_of
+from forerun.drafting.checkpoint import Checkpoint
+from forerun.drafting.drafter import Context
+from forerun.drafting.growth import Chain, Form
+from forerun.drafting.stopping import LAST, Acceptance, Drafted, Fixed, rule_of
+from forerun.drafting.trained import LayerConfig
+from forerun.drafting.workshop import Workshop, build
 from forerun.engine.engine import Engine
 from forerun.errors import TrainingError
+from forerun.model import Model
 from forerun.nn.save import save_pretrained
 from forerun.nn.transformer import Transformer
 from forerun.row import Row
@@ -32,6 +40,7 @@ from forerun.train.answers import Answers, Batch
 from forerun.train.distill import Sample
 from forerun.train.objectives.acceptance import (
     AcceptanceObjective,
+    Drafts,
     Pair,
     divergence,
     drawn_of,
@@ -39,7 +48,7 @@ from forerun.train.objectives.acceptance import (
     loss_of,
     reliability,
 )
-from forerun.train.replay import MOST, Chains, Replay, chains_of
+from forerun.train.replay import MOST, Chains, Replay, chains_of, cut
 from forerun.train.run import Run
 from forerun.train.teacher import Teacher
 from train.test_heads import shaky, some_samples, written
@@ -195,8 +204,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe(folders: Path, steps: int = 4, **changes: Any) -> AcceptanceRecipe:
     fields = {"architecture": {"depth": 1, "weight": 3.0}, "rows": 16, "length": 64, "dtype": "fp32"}
     schedule = schedule_for(steps, 1e-2, validate_every=1000)
-    what = (str(folders / "target"), f"small:{folders / 'small'}", folders / "answers.jsonl")
-    return AcceptanceRecipe(*what, schedule=schedule, **{**fields, **changes})
+    named = {"target": str(folders / "target"), "drafter": f"small:{folders / 'small'}"}
+    return AcceptanceRecipe(**{**named, "data": folders / "answers.jsonl", "schedule": schedule, **fields, **changes})
 
 
 def test_a_training_leaves_a_head_that_knows_more_than_the_mean_and_ends_drafts_by_it(
@@ -218,9 +227,27 @@ def test_a_training_leaves_a_head_that_knows_more_than_the_mean_and_ends_drafts_
         prepare(recipe(folders, 60, temperature=0.5), torch.device("cpu")).fit(tmp_path / "run", tmp_path / "head")
 
 
+def test_a_head_for_a_drafter_that_reads_the_target(folders: Path, tmp_path: Path) -> None:
+    config = EagleConfig(16, 16, layer=LayerConfig(1, 1, 4, 4, 256))
+    module = filled(EagleModule(config))
+    checkpoints.write(module, config, Checkpoint(tmp_path / "eagle", "eagle", {}, "target", {}), torch.float32)
+    training = prepare(recipe(folders, 2, drafter=f"eagle:{tmp_path / 'eagle'}"), torch.device("cpu"))
+    figures = training.fit(tmp_path / "run", tmp_path / "head")
+    assert 0 < figures["acceptance"] < 1 and 0 < training.objective.lessons.draft_share < 2
+    stored = checkpoints.read(tmp_path / "head").training
+    assert (stored["drafter"], stored["draft_model"]) == ("eagle", "eagle")
+    made = build({**training.recipe.drafted_with, "stopping": f"acceptance:{tmp_path / 'head'}"}, workshop())
+    (output,) = Engine(picky(), made).generate([[4]], SamplingParams(max_new_tokens=40))
+    assert output.token_ids == greedy(picky(), [4], 40)
+
+
+def workshop() -> Workshop:
+    return Workshop(Model(picky(), 1), {}.__getitem__)
+
+
 def test_what_cannot_be_taught_is_refused(folders: Path, tmp_path: Path) -> None:
     for changes, says in (
-        ({"drafter": "lookup"}, "give --drafter small:PATH"),
+        ({"drafter": "lookup"}, "draws no chains that a rule could end"),
         ({"mix": 1.0}, "with --mix 1 nothing would be learnt"),
         ({"length": 4096}, "do not fit a context"),
     ):
@@ -270,9 +297,37 @@ def test_rates_say_what_a_token_takes() -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_chains_are_those_of_the_draft_model(temperature: float) -> None:
-    found = chains_of(lively(), relative(), some_samples(4), temperature, 3)
-    assert isinstance(found, Chains) and found.accepted_RJ.shape == (3, MOST)
-    assert found.states_RJD.shape == (3, MOST - 2, WIDTH)
-    same = chains_of(lively(), lively(), some_samples(4), temperature, 3)
+    found = pair_of(temperature=temperature).chains(some_samples(4), 18)
+    assert isinstance(found, Chains) and found.accepted_RJ.shape == (18, MOST)
+    assert found.states_RJD.shape == (18, MOST - 2, WIDTH)
+    same = Pair(Teacher(lively()), Teacher(lively()), temperature).chains(some_samples(4), 3)
     assert same.accepted_RJ.min() > 1 - 1e-4 and found.accepted_RJ.min() < 0.5
     assert (temperature == 0) == (set(found.accepted_RJ.flatten().tolist()) <= {0.0, 1.0})
+
+
+def eagle(form: Form) -> EagleDrafter:
+    config = EagleConfig(WIDTH, VOCAB, layer=PREFIX)
+    module = filled(EagleModule(config), 1.5, seed=4).eval().requires_grad_(False)
+    stack = module.stack.lend(lively().input_embedding, module.of_known(lively().head_matrix()))
+    return EagleDrafter(Pairs(stack, form.scratch), form, module.reads(2))
+
+
+def test_a_drafter_that_reads_the_target_is_taught_on_its_own_drafts() -> None:
+    """States and labels are those of the chains that it would draw in an engine, and every batch has others."""
+    drafts = Drafts(lively(), eagle(Chain(Fixed(MOST))), 1.0, length=4)
+    batch = Batch.of(some_samples(6), 64)
+    lesson = drafts.lesson(batch, 0)
+    assert lesson.states_PD.shape == (6 * 2, WIDTH) and 0 < lesson.label_P.min() < lesson.label_P.max() <= 1
+    assert torch.equal(lesson.label_P, drafts.lesson(batch, 0).label_P)
+    assert not torch.equal(lesson.label_P, drafts.lesson(batch, 1).label_P)
+    (text,) = cut([some_samples(6)[3]], 256, 1.0, np.random.default_rng(2))
+    chains = chains_of(lively(), eagle(Chain(Fixed(MOST))), [text], 4)
+    drafter, target = eagle(Chain(Fixed(4))), Model(lively(), 5)
+    drafter.admit(text, target.prefill_all(text, target.admit(99), drafter.reads))
+    tree = drafter.propose(Context([text], [4], [4], lively().device))
+    assert tree.laws_BNV is not None
+    for depth, token in enumerate(tree.tokens[0][1:]):
+        said = torch.tensor([[*text.tokens, *tree.tokens[0][1 : depth + 1]]])
+        law = (lively().features(said)[0, -1] @ lively().head.weight.T).softmax(-1)
+        right = min(1.0, float(law[token] / tree.laws_BNV[0, depth, token]))
+        assert chains.accepted_RJ[0, depth].item() == pytest.approx(right, abs=1e-4)

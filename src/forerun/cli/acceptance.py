@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,9 +21,7 @@ forerun train acceptance --target MODEL --drafter small:SMALL --data answers.jso
 """
 
 Target = Annotated[str, typer.Option(metavar="MODEL", help="The model that verifies; it stays as it is.")]
-Drafter = Annotated[
-    str, typer.Option(metavar="SPEC", help="The draft model that the head is for, small:PATH; it stays as it is.")
-]
+Drafter = Annotated[str, typer.Option(metavar="SPEC", help="What drafts, small:PATH or eagle:PATH; it stays as it is.")]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder for the head; an older one in it is replaced.")]
 Temperature = Annotated[
     float, typer.Option(min=0.0, help="That drafts will be verified at; 0 is greedy.", rich_help_panel=heads.LOSS)
@@ -107,15 +106,14 @@ def report(training: AcceptanceTraining, figures: dict[str, float], out: Path) -
     from forerun.train.objectives.acceptance import BINS
     from forerun.train.replay import THRESHOLDS
 
-    console, pair = on_stdout(), training.objective.pair
+    console, objective = on_stdout(), training.objective
     bins = Table("it means", "of drafts", "accepted", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for number in range(1, BINS + 1):
         share, said, true = (figures[f"bin{number}_{name}"] for name in ("share", "said", "true"))
         if share:
             bins.add_row(f"{said:.0%}", f"{share:.0%}", f"{true:.0%}")
     console.print(bins)
-    draft = pair.draft.network.footprint.weight_bytes / pair.target.network.footprint.weight_bytes
-    replayed = training.objective.chains.heard(training.objective.module)
+    draft, replayed = objective.lessons.draft_share, objective.chains.heard(objective.module)
     best = replayed.best_fixed(draft, 1.0)
     ways = {f"always {best}": replayed.fixed(best)} | {f"{one:g}": replayed.at(one) for one in THRESHOLDS}
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -129,7 +127,7 @@ def report(training: AcceptanceTraining, figures: dict[str, float], out: Path) -
         f"Passes of the target's, where a draft takes {draft:.3f} of one, as by the memory of its weights.\n"
         f"{out}: {figures['kl_corrected']:.4f} nats from the labels, and the best constant"
         f" {figures['kl_constant']:.4f};"
-        f' draft with {{"drafter": "small", "checkpoint": PATH, "stopping": "acceptance:{out}"}}',
+        f" draft with {json.dumps({**training.recipe.drafted_with, 'stopping': f'acceptance:{out}'})}",
         highlight=False,
         soft_wrap=True,
     )

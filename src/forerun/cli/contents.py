@@ -83,7 +83,7 @@ def _acceptance_head(folder: Path) -> Facts:
         "blocks": head.config.depth,
         "tied": head.config.tie_blocks,
         "parameters": sum(one.numel() for one in head.parameters()),
-        "use": f'{{"drafter": "small", "checkpoint": PATH, "stopping": "acceptance:{folder}"}}',
+        "use": json.dumps({"drafter": stored.training.get("drafter", "small"), "stopping": f"acceptance:{folder}"}),
     }
 
 

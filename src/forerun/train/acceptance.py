@@ -14,22 +14,29 @@ from forerun.drafting import checkpoint as checkpoints
 from forerun.drafting.acceptance import KIND, AcceptanceConfig
 from forerun.drafting.acceptance.head import AcceptanceHead
 from forerun.drafting.checkpoint import Checkpoint
+from forerun.drafting.registry import method
 from forerun.drafting.spec import describe
+from forerun.drafting.workshop import Workshop
 from forerun.errors import TrainingError
+from forerun.model import Model
 from forerun.nn.dtype import dtype_of
 from forerun.nn.load import load_network
 from forerun.nn.network import Network
-from forerun.sources.fingerprint import digest
+from forerun.sources.fingerprint import digest, fingerprint
+from forerun.sources.folder import WEIGHTS
 from forerun.sources.source import Source
 from forerun.train.answers import Answers
 from forerun.train.distill import Distilled, read
 from forerun.train.drafters import demand_a_law, demand_data, demand_sizes, warn_of_another_target
 from forerun.train.events import Events
-from forerun.train.objectives.acceptance import AcceptanceObjective, Pair
+from forerun.train.objectives.acceptance import AcceptanceObjective, Drafts, Lessons, Pair
+from forerun.train.replay import MOST
 from forerun.train.run import Record, Run
 from forerun.train.schedule import Schedule
 from forerun.train.teacher import Teacher
 
+MODEL = "small"
+"""What a draft model is called in SPECs."""
 WARMUP = 0.03
 """Of the steps, the paper's."""
 
@@ -53,14 +60,16 @@ class AcceptanceRecipe:
     kernels: str = "auto"
 
     @property
-    def draft_model(self) -> str:
-        """TrainingError for anything but a draft model."""
+    def drafted_with(self) -> dict[str, Any]:
+        """The drafter's description. TrainingError for one that has no states of its own."""
         description = describe(self.drafter)
-        if description.get("drafter") != "small" or not isinstance(description.get("checkpoint"), str):
+        kinds = method(description.get("drafter")).kinds
+        if "rule" not in kinds.values() or not isinstance(description.get("checkpoint"), str):
             raise TrainingError(
-                f"{self.drafter} has no states of its own that an acceptance head could read: give --drafter small:PATH"
+                f"{self.drafter} draws no chains that a rule could end: give --drafter small:PATH, or another that"
+                " takes a stopping rule"
             )
-        return str(description["checkpoint"])
+        return description
 
 
 def schedule_for(steps: int, rate: float = 1e-3, **rest: Any) -> Schedule:
@@ -101,11 +110,17 @@ class AcceptanceTraining:
         recipe = self.recipe
         return {
             "target": Source.of(recipe.target).fingerprint,
-            "draft_model": Source.of(recipe.draft_model).fingerprint,
+            "drafter": recipe.drafted_with["drafter"],
+            "draft_model": self._draft_model(),
             "data": digest([[sample.prompt, sample.answer] for sample in self.answers.samples]),
             "architecture": asdict(self.objective.module.config),
             **self._settings(),
         }
+
+    def _draft_model(self) -> str:
+        """Its fingerprint."""
+        drafter, checkpoint = (self.recipe.drafted_with[name] for name in ("drafter", "checkpoint"))
+        return Source.of(checkpoint).fingerprint if drafter == MODEL else fingerprint([Path(checkpoint) / WEIGHTS])
 
     def _settings(self) -> dict[str, Any]:
         names = ("mix", "temperature", "rows", "length", "seed")
@@ -115,7 +130,8 @@ class AcceptanceTraining:
         """A head belongs to a draft model and its target, in this order."""
         recipe = self.recipe
         training = {
-            "draft_model": Path(recipe.draft_model).name,
+            "draft_model": Path(recipe.drafted_with["checkpoint"]).name,
+            "drafter": recipe.drafted_with["drafter"],
             "data": self.distilled.header,
             "answers": len(self.answers.samples),
             **self._settings(),
@@ -128,26 +144,32 @@ class AcceptanceTraining:
 def prepare(recipe: AcceptanceRecipe, device: torch.device) -> AcceptanceTraining:
     """Read everything that a training needs. Raises TrainingError, CheckpointError or DrafterError for what does not
     fit, before anything is written."""
-    distilled, names = read(recipe.data), (recipe.target, recipe.draft_model)
-    target, draft = (load_network(name, dtype_of(recipe.dtype, device), device, recipe.kernels) for name in names)
-    answers = Answers(distilled.samples, recipe.rows, recipe.length, recipe.seed)
-    for name, network in zip(names, (target, draft), strict=True):
-        demand_sizes(network, recipe)
-        demand_a_law(network, name, "choose another model")
-    demand_data(answers, target, recipe)
-    warn_of_another_target(distilled, recipe)
-    _demand_pair(target, draft, recipe)
-    torch.manual_seed(recipe.seed)
-    head = AcceptanceHead(AcceptanceConfig(draft.output_shape[1], **recipe.architecture))
-    pair = Pair(Teacher(target), Teacher(draft), recipe.temperature, recipe.mix, recipe.seed)
-    return AcceptanceTraining(recipe, AcceptanceObjective(head.to(device), pair, answers, recipe.schedule), distilled)
-
-
-def _demand_pair(target: Network, draft: Network, recipe: AcceptanceRecipe) -> None:
-    if target.vocab_size != draft.vocab_size:
-        raise TrainingError(
-            f"{recipe.draft_model} has a vocabulary of {draft.vocab_size} tokens and the target one of"
-            f" {target.vocab_size}: use a draft model that shares the target's tokenizer"
-        )
     if not 0 <= recipe.mix < 1:
         raise TrainingError(f"with --mix {recipe.mix:g} nothing would be learnt: give a share from 0 to less than 1")
+    description, distilled = recipe.drafted_with, read(recipe.data)
+
+    def load(name: str) -> Network:
+        network = load_network(name, dtype_of(recipe.dtype, device), device, recipe.kernels)
+        demand_sizes(network, recipe)
+        demand_a_law(network, name, "choose another model")
+        return network
+
+    target = load(recipe.target)
+    answers = Answers(distilled.samples, recipe.rows, recipe.length, recipe.seed)
+    demand_data(answers, target, recipe)
+    warn_of_another_target(distilled, recipe)
+    lessons, width = _lessons(recipe, description, Workshop(Model(target, 1), load))
+    torch.manual_seed(recipe.seed)
+    head = AcceptanceHead(AcceptanceConfig(width, **recipe.architecture)).to(device)
+    return AcceptanceTraining(recipe, AcceptanceObjective(head, lessons, answers, recipe.schedule), distilled)
+
+
+def _lessons(recipe: AcceptanceRecipe, description: Mapping[str, Any], workshop: Workshop) -> tuple[Lessons, int]:
+    """And how wide the drafter's states are."""
+    target = workshop.target.network
+    if description["drafter"] == MODEL:
+        draft = workshop.network(description["checkpoint"], MODEL)
+        pair = Pair(Teacher(target), Teacher(draft), recipe.temperature, recipe.mix, recipe.seed)
+        return pair, draft.output_shape[1]
+    drafter: Any = workshop.build({**description, "stopping": {"rule": "fixed", "most": MOST}})
+    return Drafts(target, drafter, recipe.temperature, recipe.seed), target.output_shape[1]

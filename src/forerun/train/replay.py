@@ -7,27 +7,30 @@ Rounds begin at places drawn evenly from the answers. Those of an engine begin a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from forerun.drafters.small import DraftModel
 from forerun.drafting.acceptance.head import AcceptanceHead
 from forerun.drafting.drafter import Context
-from forerun.drafting.growth import Chain
+from forerun.drafting.growth import Chain, Form
 from forerun.drafting.stopping import LAST, Drafted
 from forerun.model import Model
 from forerun.nn.network import Network
 from forerun.row import Row
 from forerun.sampling import SamplingParams, laws
 from forerun.train.distill import Sample
+from forerun.tree import TokenTree
 
 THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Those of the paper."""
 LEAST, MOST = 2, 20
+AT_ONCE = 16
+"""Chains: a target's memory of more texts is large."""
 
 
 @dataclass(frozen=True)
@@ -114,30 +117,55 @@ class _Noting:
         return torch.ones(len(drafted.rows), dtype=torch.bool)
 
 
+class Growing(Protocol):
+    """A drafter that grows what its form says, with a model of its own."""
+
+    form: Form
+
+    @property
+    def model(self) -> Model: ...
+
+    @property
+    def reads(self) -> frozenset[int]: ...
+
+    def admit(self, row: Row, hidden: Mapping[int, Tensor]) -> None: ...
+
+    def release(self, slot: int) -> None: ...
+
+    def propose(self, context: Context) -> TokenTree: ...
+
+
 @torch.no_grad()
-def chains_of(target: Network, draft: Network, samples: Sequence[Sample], temperature: float, count: int) -> Chains:
-    """So many, the same whenever these samples are given."""
-    rows = _rows(samples, min(target.max_length, draft.max_length), temperature, count)
-    rule = _Noting()
-    drafter, judge = DraftModel.on(draft, Chain(rule)), Model(target, MOST + 1)
+def chains_of(target: Network, drafter: Growing, rows: Sequence[Row], most: int = MOST) -> Chains:
+    """A chain of so many tokens behind each of these texts. The drafter grows such chains from now on."""
+    groups = [_chains(target, drafter, rows[at : at + AT_ONCE], most) for at in range(0, len(rows), AT_ONCE)]
+    return Chains(*(torch.cat([getattr(one, name) for one in groups]) for name in ("accepted_RJ", "states_RJD")))
+
+
+def _chains(target: Network, drafter: Growing, rows: Sequence[Row], most: int) -> Chains:
+    rule, judge = _Noting(most), Model(target, most + 1)
+    drafter.form = Chain(rule)
     for row in rows:
-        drafter.admit(row, {})
-        judge.admit(row.limit)
-    tree = drafter.propose(Context(rows, [MOST] * len(rows), [MOST] * len(rows), target.device))
+        drafter.admit(row, judge.prefill_all(row, judge.admit(row.limit), drafter.reads))
+    try:
+        tree = drafter.propose(Context(rows, [most] * len(rows), [most] * len(rows), target.device))
+    finally:
+        for slot in reversed(range(len(rows))):
+            drafter.release(slot)
     law_RJV = laws(judge.score(tree, rows).logits_BNV.float(), [row.params for row in rows])
     tokens_RJ = tree.tokens_BN[:, 1:, None]
     theirs_RJ = law_RJV[:, :-1].gather(-1, tokens_RJ)[..., 0]
     ours_RJ = 1.0 if tree.laws_BNV is None else tree.laws_BNV[:, :-1].gather(-1, tokens_RJ)[..., 0]
     states = rule.seen[1:]  # the first are of the text
-    return Chains((theirs_RJ / ours_RJ).clamp(max=1), torch.stack(states, 1))
+    return Chains((theirs_RJ / ours_RJ).clamp(max=1).float(), torch.stack(states, 1))
 
 
-def _rows(samples: Sequence[Sample], longest: int, temperature: float, count: int) -> list[Row]:
-    """Answers that are cut somewhere, one after the other and then again."""
+def cut(samples: Sequence[Sample], longest: int, temperature: float, luck: np.random.Generator) -> list[Row]:
+    """Rows of answers that end at some token of theirs, with room for a chain in a context of so many tokens."""
     rows = []
-    for number in range(count):
-        sample, luck = samples[number % len(samples)], np.random.default_rng(number)
+    for number, sample in enumerate(samples):
         text = [*sample.prompt, *sample.answer[: luck.integers(1, len(sample.answer) + 1)]][-(longest - MOST - 2) :]
+        key = int(luck.integers(1 << 60))
         params = SamplingParams(temperature=temperature)
-        rows.append(Row(text, len(text), params, key=number, limit=len(text) + MOST + 2))
+        rows.append(Row(text, len(text), params, key=key + number, limit=len(text) + MOST + 2))
     return rows

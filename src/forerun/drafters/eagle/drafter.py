@@ -194,6 +194,10 @@ class EagleDrafter(StatesDrafter):
     def reader(self) -> Pairs:
         return self.pairs
 
+    @property
+    def model(self) -> Model:
+        return self.pairs.model
+
     def observe(self, context: Context, tree: TokenTree, verdict: Verdict, scores: Scores) -> None:
         super().observe(context, tree, verdict, scores)
         self.pairs.catch_up(context.rows)

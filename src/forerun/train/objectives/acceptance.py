@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 from zlib import crc32
 
 import numpy as np
@@ -27,12 +28,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from forerun.drafters.small import DraftModel
 from forerun.drafting.acceptance.head import ACCEPTED, REJECTED, AcceptanceHead, corrected
+from forerun.drafting.growth import Chain
+from forerun.drafting.stopping import Fixed
+from forerun.nn.network import Network
 from forerun.train.answers import Answers, Batch
 from forerun.train.distill import Sample
 from forerun.train.lesson import CHUNK_NUMBERS
 from forerun.train.objectives.descent import Descent
-from forerun.train.replay import THRESHOLDS, Chains, chains_of
+from forerun.train.replay import MOST, THRESHOLDS, Chains, Growing, chains_of, cut
 from forerun.train.run import Watch, unwatched
 from forerun.train.schedule import Schedule
 from forerun.train.teacher import Teacher
@@ -43,6 +48,20 @@ CHAINS = 128
 """That thresholds are tried on."""
 CHUNK = CHUNK_NUMBERS // 8
 """Probabilities of each model that exist at a time."""
+
+
+class Lessons(Protocol):
+    """Where a head's states and labels come from."""
+
+    @property
+    def draft_share(self) -> float:
+        """What a drafted token takes, as a share of a pass of the target: that of the memory of their weights."""
+
+    def lesson(self, batch: Batch, number: int) -> Lesson:
+        """What the head learns on batch `number`."""
+
+    def chains(self, samples: Sequence[Sample], count: int) -> Chains:
+        """So many, behind answers that are cut somewhere: the same whenever these samples are given."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +76,16 @@ class Pair:
     seed: int = 0
     _known: dict[tuple[int, bytes], Drafted] = field(default_factory=dict, repr=False, compare=False)
 
+    @property
+    def draft_share(self) -> float:
+        return share_of(self.draft.network, self.target.network)
+
+    def chains(self, samples: Sequence[Sample], count: int) -> Chains:
+        drafter = DraftModel.on(self.draft.network, Chain(Fixed(MOST)))
+        return chains_behind(samples, self.target.network, drafter, self.temperature, count)
+
     @torch.no_grad()
-    def lesson(self, batch: Batch) -> Lesson:
-        """What the head learns on a batch."""
+    def lesson(self, batch: Batch, number: int = 0) -> Lesson:
         device = self.draft.device
         texts = [tokens[:end] for tokens, end in zip(batch.tokens_BN, batch.ends, strict=True)]
         drafted = [self._drafted(text, max(1, begin)) for text, begin in zip(texts, batch.begins.tolist(), strict=True)]
@@ -121,6 +147,47 @@ def label_of(target_PV: Tensor, draft_PV: Tensor, tokens_P: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Drafts:
+    """Of a drafter that reads the target's states (EAGLE): its own drafts behind answers that are cut somewhere, anew
+    for every batch. Every label is that of a token behind those that it was drafted behind."""
+
+    target: Network
+    drafter: Growing
+    temperature: float = 1.0
+    seed: int = 0
+    length: int = 8
+
+    @property
+    def draft_share(self) -> float:
+        return share_of(self.drafter.model.network, self.target)
+
+    def chains(self, samples: Sequence[Sample], count: int) -> Chains:
+        return chains_behind(samples, self.target, self.drafter, self.temperature, count)
+
+    def lesson(self, batch: Batch, number: int = 0) -> Lesson:
+        texts, luck = batch.tokens_BN.tolist(), np.random.default_rng((self.seed, number % (1 << 32)))
+        spans = zip(texts, batch.begins.tolist(), batch.ends.tolist(), strict=True)
+        samples = [Sample(tuple(text[:begin]), tuple(text[begin:end])) for text, begin, end in spans]
+        rows = cut([one for one in samples if one.answer], self.target.max_length, self.temperature, luck)
+        chains = chains_of(self.target, self.drafter, rows, self.length)
+        labels_RJ = chains.accepted_RJ[:, : chains.states_RJD.shape[1]]
+        return Lesson(chains.states_RJD.flatten(0, 1), labels_RJ.flatten())
+
+
+def chains_behind(
+    samples: Sequence[Sample], target: Network, drafter: Growing, temperature: float, count: int
+) -> Chains:
+    """So many, the same whenever these samples are given."""
+    several = [samples[number % len(samples)] for number in range(count)]
+    longest = min(target.max_length, drafter.model.max_length)
+    return chains_of(target, drafter, cut(several, longest, temperature, np.random.default_rng(0)))
+
+
+def share_of(draft: Network, target: Network) -> float:
+    return draft.footprint.weight_bytes / target.footprint.weight_bytes
+
+
+@dataclass(frozen=True)
 class Drafted:
     """Of a text, what the draft model would have drafted at every place of the answer, how probably it is accepted, and
     whether the draft model reads it, [N] each."""
@@ -158,13 +225,13 @@ class AcceptanceObjective(Descent):
     """The loss of an acceptance head, and its figures on held-out answers."""
 
     module: AcceptanceHead
-    pair: Pair
+    lessons: Lessons
     answers: Answers
     schedule: Schedule
     most_validated: int = 64
 
     def loss(self, number: int) -> Tensor:
-        lesson = self.pair.lesson(self.answers.batch(number))
+        lesson = self.lessons.lesson(self.answers.batch(number), number)
         return loss_of(self.module(lesson.states_PD), lesson.label_P, self.module.config.weight)
 
     @property
@@ -182,7 +249,7 @@ class AcceptanceObjective(Descent):
         said, labels = list[Tensor](), list[Tensor]()
         for number, batch in enumerate(batches):
             watch(number, len(batches))
-            lesson = self.pair.lesson(batch)
+            lesson = self.lessons.lesson(batch, -1 - number)
             said.append(self.module(lesson.states_PD))
             labels.append(lesson.label_P)
         logits_P2, label_P = torch.cat(said), torch.cat(labels)
@@ -201,8 +268,7 @@ class AcceptanceObjective(Descent):
     @cached_property
     def chains(self) -> Chains:
         """What is drafted behind held-out answers that are cut somewhere."""
-        pair = self.pair
-        return chains_of(pair.target.network, pair.draft.network, self.judged, pair.temperature, CHAINS)
+        return self.lessons.chains(self.judged, CHAINS)
 
 
 def reliability(label_P: Tensor, said_P: Tensor) -> dict[str, float]:
