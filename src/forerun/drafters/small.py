@@ -53,6 +53,11 @@ class DraftModel(Drafter):
         """With a memory that holds such a tree."""
         return DraftModel(Model(network, form.scratch), form)
 
+    @property
+    def bytes_per_token(self) -> float:
+        """Weights that are read for one drafted token."""
+        return float(self.model.network.footprint.weight_bytes)
+
     def admit(self, row: Row, hidden: Mapping[int, Tensor]) -> None:
         self.model.admit(row.limit)
 

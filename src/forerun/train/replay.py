@@ -19,6 +19,7 @@ from forerun.drafting.acceptance.head import AcceptanceHead
 from forerun.drafting.drafter import Context
 from forerun.drafting.growth import Chain, Form
 from forerun.drafting.stopping import LAST, Drafted
+from forerun.errors import TrainingError
 from forerun.model import Model
 from forerun.nn.network import Network
 from forerun.row import Row
@@ -118,12 +119,12 @@ class _Noting:
 
 
 class Growing(Protocol):
-    """A drafter that grows what its form says, with a model of its own."""
+    """A drafter that grows what its form says."""
 
     form: Form
 
     @property
-    def model(self) -> Model: ...
+    def bytes_per_token(self) -> float: ...
 
     @property
     def reads(self) -> frozenset[int]: ...
@@ -157,6 +158,8 @@ def _chains(target: Network, drafter: Growing, rows: Sequence[Row], most: int) -
     theirs_RJ = law_RJV[:, :-1].gather(-1, tokens_RJ)[..., 0]
     ours_RJ = 1.0 if tree.laws_BNV is None else tree.laws_BNV[:, :-1].gather(-1, tokens_RJ)[..., 0]
     states = rule.seen[1:]  # the first are of the text
+    if not states:
+        raise TrainingError("drafts of fewer than three tokens end themselves: nothing is left to decide for a head")
     return Chains((theirs_RJ / ours_RJ).clamp(max=1).float(), torch.stack(states, 1))
 
 

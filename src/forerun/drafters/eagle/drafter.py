@@ -195,8 +195,9 @@ class EagleDrafter(StatesDrafter):
         return self.pairs
 
     @property
-    def model(self) -> Model:
-        return self.pairs.model
+    def bytes_per_token(self) -> float:
+        """Weights that are read for one drafted token."""
+        return float(self.pairs.stack.footprint.weight_bytes)
 
     def observe(self, context: Context, tree: TokenTree, verdict: Verdict, scores: Scores) -> None:
         super().observe(context, tree, verdict, scores)

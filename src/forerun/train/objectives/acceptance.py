@@ -33,6 +33,7 @@ from forerun.drafting.acceptance.head import ACCEPTED, REJECTED, AcceptanceHead,
 from forerun.drafting.growth import Chain
 from forerun.drafting.stopping import Fixed
 from forerun.nn.network import Network
+from forerun.row import Row
 from forerun.train.answers import Answers, Batch
 from forerun.train.distill import Sample
 from forerun.train.lesson import CHUNK_NUMBERS
@@ -78,11 +79,16 @@ class Pair:
 
     @property
     def draft_share(self) -> float:
-        return share_of(self.draft.network, self.target.network)
+        return self._drafts.draft_share
 
     def chains(self, samples: Sequence[Sample], count: int) -> Chains:
+        return self._drafts.chains(samples, count)
+
+    @property
+    def _drafts(self) -> Drafts:
         drafter = DraftModel.on(self.draft.network, Chain(Fixed(MOST)))
-        return chains_behind(samples, self.target.network, drafter, self.temperature, count)
+        longest = min(self.target.network.max_length, self.draft.network.max_length)
+        return Drafts(self.target.network, drafter, self.temperature, self.seed, longest=longest)
 
     @torch.no_grad()
     def lesson(self, batch: Batch, number: int = 0) -> Lesson:
@@ -148,43 +154,36 @@ def label_of(target_PV: Tensor, draft_PV: Tensor, tokens_P: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Drafts:
-    """Of a drafter that reads the target's states (EAGLE): its own drafts behind answers that are cut somewhere, anew
-    for every batch. Every label is that of a token behind those that it was drafted behind."""
+    """Of a drafter that reads the target's states (EAGLE, Hydra): its own drafts behind answers that are cut somewhere,
+    anew for every batch. Every label is that of a token behind those that it was drafted behind. longest: tokens of a
+    text; 0: what the target has room for."""
 
     target: Network
     drafter: Growing
     temperature: float = 1.0
     seed: int = 0
     length: int = 8
+    longest: int = 0
 
     @property
     def draft_share(self) -> float:
-        return share_of(self.drafter.model.network, self.target)
+        return self.drafter.bytes_per_token / self.target.footprint.weight_bytes
 
     def chains(self, samples: Sequence[Sample], count: int) -> Chains:
-        return chains_behind(samples, self.target, self.drafter, self.temperature, count)
+        several = [samples[number % len(samples)] for number in range(count)]
+        return chains_of(self.target, self.drafter, self._cut(several, np.random.default_rng(0)))
+
+    def _cut(self, samples: Sequence[Sample], luck: np.random.Generator) -> list[Row]:
+        return cut(samples, self.longest or self.target.max_length, self.temperature, luck)
 
     def lesson(self, batch: Batch, number: int = 0) -> Lesson:
         texts, luck = batch.tokens_BN.tolist(), np.random.default_rng((self.seed, number % (1 << 32)))
         spans = zip(texts, batch.begins.tolist(), batch.ends.tolist(), strict=True)
         samples = [Sample(tuple(text[:begin]), tuple(text[begin:end])) for text, begin, end in spans]
-        rows = cut([one for one in samples if one.answer], self.target.max_length, self.temperature, luck)
+        rows = self._cut([one for one in samples if one.answer], luck)
         chains = chains_of(self.target, self.drafter, rows, self.length)
         labels_RJ = chains.accepted_RJ[:, : chains.states_RJD.shape[1]]
         return Lesson(chains.states_RJD.flatten(0, 1), labels_RJ.flatten())
-
-
-def chains_behind(
-    samples: Sequence[Sample], target: Network, drafter: Growing, temperature: float, count: int
-) -> Chains:
-    """So many, the same whenever these samples are given."""
-    several = [samples[number % len(samples)] for number in range(count)]
-    longest = min(target.max_length, drafter.model.max_length)
-    return chains_of(target, drafter, cut(several, longest, temperature, np.random.default_rng(0)))
-
-
-def share_of(draft: Network, target: Network) -> float:
-    return draft.footprint.weight_bytes / target.footprint.weight_bytes
 
 
 @dataclass(frozen=True)
