@@ -21,7 +21,10 @@ forerun train acceptance --target MODEL --drafter small:SMALL --data answers.jso
 """
 
 Target = Annotated[str, typer.Option(metavar="MODEL", help="The model that verifies; it stays as it is.")]
-Drafter = Annotated[str, typer.Option(metavar="SPEC", help="What drafts, small:PATH or eagle:PATH; it stays as it is.")]
+Drafter = Annotated[
+    str,
+    typer.Option(metavar="SPEC", help="What drafts: small:PATH, or another with stopping rules; it stays as it is."),
+]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder for the head; an older one in it is replaced.")]
 Temperature = Annotated[
     float, typer.Option(min=0.0, help="That drafts will be verified at; 0 is greedy.", rich_help_panel=heads.LOSS)
