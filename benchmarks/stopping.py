@@ -116,7 +116,6 @@ def ways(head: Path, lengths: Sequence[int], thresholds: Sequence[float]) -> dic
         HEURISTIC: None,
         **{f"acceptance {one:g}": {**learnt, "threshold": one} for one in thresholds},
         "acceptance auto": {**learnt, "threshold": "auto"},
-        "acceptance auto, 1 at least": {**learnt, "threshold": "auto", "least": 1},
     }
 
 

@@ -42,7 +42,7 @@ def test_from_answers_to_a_draft_that_ends_itself(forerun, said, family, answers
     head = tmp_path / "head"
     code, out, err = forerun(*trained(family, answers, head, "--depth", 1, "--tie-blocks", "--rejection-weight", 3))
     assert code == 0, err
-    assert "verification rate" in out and f"acceptance:{head}" in out
+    assert "verification rate" in out and f"acceptance:{head}" in out and "The head has" in err
     assert opened(str(head)).config.weight == 3
     drafter = json.dumps({"drafter": "small", "checkpoint": str(family / "small"), "stopping": f"acceptance:{head}"})
     wishes = ("generate", family / "target", "import os", "--max-new-tokens", 24, "--dtype", "fp32")

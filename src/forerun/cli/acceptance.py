@@ -95,6 +95,7 @@ def _fit(recipe: Any, run: Path, out: Path, device: str, events: Events | None) 
 
     engines.quiet()
     training = acceptance.prepare(recipe, device_of(device))
+    heads.introduce(training, "The head has")
     report(training, training.fit(run, out, events), out)
     facts = f"{recipe.schedule.steps:,} steps on {len(training.answers.training):,} answers"
     picture(run, f"acceptance head for {Path(recipe.target).name}", facts, device_of(device))

@@ -352,6 +352,6 @@ def warn_of_another_target(distilled: Distilled, recipe: Reading) -> None:
         )
 
 
-def example(training: HeadsTraining) -> Sample:
+def example(answers: Answers) -> Sample:
     """The first sample that is trained on, as it will be read."""
-    return training.answers.training[0]
+    return answers.training[0]
