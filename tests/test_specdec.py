@@ -220,6 +220,17 @@ def test_the_law_is_the_targets(folder: str, nested: bool) -> None:
     assert law_off(description, THREE) < EXACT
 
 
+def test_at_the_bottom_of_a_cascade(folder: str) -> None:
+    target = TableNetwork(2, 3)
+    networks = {"small": Near(target, 0.5), "middle": Near(target, 0.3, 2)}
+    for last in (described(folder, most=4), described(folder, most=4, threshold="auto")):
+        description = {"drafter": "cascade", "models": ["middle"], "k": [[3, 3], [0, 3]], "last": last}
+        one = engine_of(target, description, networks, max_rows=2)
+        outputs = one.generate([[1], [0, 1, 1]], SamplingParams(max_new_tokens=40))
+        assert [output.token_ids for output in outputs] == [plain(target, [1], 40), plain(target, [0, 1, 1], 40)]
+        assert outputs[0].stats.accepted > 0.5
+
+
 class Past(Acceptance):
     """A threshold that depends on what was accepted before, as an automatic one does."""
 
