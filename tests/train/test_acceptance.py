@@ -48,9 +48,9 @@ from forerun.train.objectives.acceptance import (
     loss_of,
     reliability,
 )
-from forerun.train.replay import MOST, Chains, Replay, chains_of, cut
 from forerun.train.run import Run
 from forerun.train.teacher import Teacher
+from forerun.train.thresholds import MOST, Chains, Replay, chains_of, cut
 from train.test_heads import shaky, some_samples, written
 
 P, Q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.5, 0.3])

@@ -108,7 +108,7 @@ def report(training: AcceptanceTraining, figures: dict[str, float], out: Path) -
 
     from forerun.cli.narration import on_stdout
     from forerun.train.objectives.acceptance import BINS
-    from forerun.train.replay import THRESHOLDS
+    from forerun.train.thresholds import THRESHOLDS
 
     console, objective = on_stdout(), training.objective
     bins = Table("it means", "of drafts", "accepted", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))

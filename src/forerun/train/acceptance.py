@@ -30,10 +30,10 @@ from forerun.train.distill import Distilled, read
 from forerun.train.drafters import demand_a_law, demand_data, demand_sizes, warn_of_another_target
 from forerun.train.events import Events
 from forerun.train.objectives.acceptance import AcceptanceObjective, Drafts, Lessons, Pair
-from forerun.train.replay import MOST
 from forerun.train.run import Record, Run
 from forerun.train.schedule import Schedule
 from forerun.train.teacher import Teacher
+from forerun.train.thresholds import MOST
 
 MODEL = "small"
 """What a draft model is called in SPECs."""

@@ -38,10 +38,10 @@ from forerun.train.answers import Answers, Batch
 from forerun.train.distill import Sample
 from forerun.train.lesson import CHUNK_NUMBERS
 from forerun.train.objectives.descent import Descent
-from forerun.train.replay import MOST, THRESHOLDS, Chains, Growing, chains_of, cut
 from forerun.train.run import Watch, unwatched
 from forerun.train.schedule import Schedule
 from forerun.train.teacher import Teacher
+from forerun.train.thresholds import MOST, THRESHOLDS, Chains, Growing, chains_of, cut
 
 BINS = 10
 """Of the reliability table."""
