@@ -45,6 +45,11 @@ class TableNetwork:
         self._seed, self._order, self._sharpness = seed, order, sharpness
         self.forwards = 0
 
+    @property
+    def output_shape(self) -> tuple[int, int]:
+        """Its states are its logits."""
+        return self.vocab_size, self.vocab_size
+
     def logits(self, prefix: Sequence[int]) -> Tensor:
         return self._logits(tuple(prefix[-self._order :]))
 

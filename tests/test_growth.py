@@ -17,7 +17,7 @@ from fakes import Near, TableNetwork, engine_of, plain
 from forerun.drafters.small import DraftModel
 from forerun.drafting.drafter import Context
 from forerun.drafting.growth import Chain, Expander, Form, Frontier, SampledTree, StaticTree, TopTree
-from forerun.drafting.stopping import Confidence, Drafted
+from forerun.drafting.stopping import LAST, Confidence, Drafted
 from forerun.errors import DrafterError
 from forerun.model import Model, Scores
 from forerun.ranktree import RankTree
@@ -199,7 +199,7 @@ def test_entries_of_kept_paths_are_not_read_again() -> None:
 
 
 class Linear(nn.Module):
-    """Goes on while a linear function of the newest token's state is positive: a toy of what is trained."""
+    """Goes on while a linear function of the state before the newest token is positive: a toy of what is trained."""
 
     looks = False
 
@@ -225,12 +225,12 @@ class Both(Linear):
 
 
 @pytest.mark.parametrize("make", [Linear, Both])
-@pytest.mark.parametrize("seed", range(4))
-def test_a_rule_sees_the_states_of_the_newest_tokens_and_ends_the_chain_behind_them(
-    make: type[Linear], seed: int
+@pytest.mark.parametrize(("seed", "layer"), [(0, 1), (1, LAST), (2, 1), (3, LAST)])
+def test_a_rule_sees_the_states_that_the_newest_tokens_were_drawn_behind(
+    make: type[Linear], seed: int, layer: int
 ) -> None:
-    """A table's state is its logits, so the chain's length is known beforehand."""
-    network, rule, rows = table(seed), make(VOCAB, 5, seed), rows_of([3, 1, 6])
+    """A table's state is its logits, so the chain's length is known beforehand. No forward is made for the rule."""
+    network, rule, rows = table(seed), make(VOCAB, 5, seed, layer), rows_of([3, 1, 6])
     drafter = DraftModel.on(network, Chain(rule))
     for row in rows:
         drafter.admit(row, {})
@@ -241,15 +241,29 @@ def test_a_rule_sees_the_states_of_the_newest_tokens_and_ends_the_chain_behind_t
         while len(said) < most:
             law = network.logits([*row.tokens, *said])
             said.append(int(law.argmax()))
-            state, sure = network.logits([*row.tokens, *said]), float(law.float().softmax(-1).max()) > 0.2
-            if not state @ rule.weight > 0 or (rule.looks and not sure):
+            sure = float(law.float().softmax(-1).max()) > 0.2
+            if not law @ rule.weight > 0 or (rule.looks and not sure):
                 break
         assert list(tree.tokens[index][1:]) == said
+    assert drafter.model.passes == max(map(len, tree.tokens)) - 1
     for drafted in rule.told:
         assert drafted.rows is rows and (drafted.probs_BJ is not None) == rule.looks
-        for row, tokens, state in zip(rows, tree.tokens, drafted.states[1], strict=True):
-            if len(tokens) > drafted.depth:
-                assert (state == network.logits([*row.tokens, *tokens[1 : drafted.depth + 1]])).all()
+        for row, tokens, state in zip(rows, tree.tokens, drafted.states[layer], strict=True):
+            if len(tokens) >= drafted.depth:
+                assert (state == network.logits([*row.tokens, *tokens[1 : drafted.depth]])).all()
+
+
+def test_a_rule_has_notes_of_one_draft() -> None:
+    class Counting(Linear):
+        def goes_on(self, drafted: Drafted) -> Tensor:
+            seen = drafted.notes["seen"] = drafted.notes.get("seen", torch.zeros(len(drafted.rows))) + 1
+            assert seen.tolist() == [drafted.depth] * len(drafted.rows)
+            return seen < 3
+
+    drafter, rows = DraftModel.on(table(), Chain(Counting(VOCAB, 9))), rows_of([3, 1])
+    for row in rows:
+        drafter.admit(row, {})
+    assert [drafter.propose(context_of(rows, [5, 5])).sizes for _ in range(2)] == [(4, 4)] * 2
 
 
 def law_off(form: Form) -> float:
@@ -270,7 +284,7 @@ def test_the_law_is_the_targets(form: Form) -> None:
 
 
 def test_rules_that_do_not_read_cost_no_forward_more() -> None:
-    """Asked before the token is read, a chain that ends after its first token has read none."""
+    """A chain that ends after its first token has read none."""
     network, rows = table(), rows_of([4])
     drafter = DraftModel.on(network, Chain(Confidence(1.0, 5)))
     drafter.admit(rows[0], {})

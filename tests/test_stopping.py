@@ -12,6 +12,8 @@ from forerun.errors import DrafterError
 from forerun.row import Row
 from forerun.sampling import SamplingParams
 
+BARE = sorted({*RULES} - {"acceptance"})
+"""Those that have learnt nothing; the others are in tests/test_specdec.py."""
 ROW = Row([0], 1, SamplingParams(), key=0, limit=99)
 probabilities = st.lists(st.floats(0, 1), min_size=1, max_size=8)
 
@@ -45,7 +47,7 @@ def test_cumulative_confidence_looks_at_the_whole_chain() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(probabilities, st.sampled_from(sorted(RULES)), st.integers(1, 6))
+@given(probabilities, st.sampled_from(BARE), st.integers(1, 6))
 def test_no_chain_is_longer_than_the_most(probs: list[float], name: str, most: int) -> None:
     rule = stopping(name, most=most)
     assert 1 <= length(rule, probs) <= max(1, most)
@@ -54,7 +56,7 @@ def test_no_chain_is_longer_than_the_most(probs: list[float], name: str, most: i
 
 
 @settings(max_examples=60, deadline=None)
-@given(probabilities, st.sampled_from(sorted(RULES)), st.floats(0, 1))
+@given(probabilities, st.sampled_from(BARE), st.floats(0, 1))
 def test_the_last_token_stays_whatever_it_is(probs: list[float], name: str, threshold: float) -> None:
     """The decision about a length depends on the tokens up to it: changing the last one cannot shorten the chain."""
     settings_ = {} if name == "fixed" else {"threshold": threshold}
@@ -65,7 +67,7 @@ def test_the_last_token_stays_whatever_it_is(probs: list[float], name: str, thre
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(probabilities, min_size=2, max_size=4), st.sampled_from(sorted(RULES)))
+@given(st.lists(probabilities, min_size=2, max_size=4), st.sampled_from(BARE))
 def test_rows_are_asked_each_for_itself(rows: list[list[float]], name: str) -> None:
     rule, shortest = stopping(name, most=5), min(map(len, rows))
     rows = [row[:shortest] for row in rows]
@@ -90,6 +92,10 @@ def test_rules_are_made_by_name() -> None:
         ("confidence", {"threshold": "0.5"}, "threshold='0.5'"),
         ("confidence", {"threshold": 1.5}, "threshold=1.5"),
         ("cumulative", {"threshold": -0.1}, "threshold=-0.1"),
+        ("acceptance", {}, "acceptance:PATH"),
+        ("acceptance", {"checkpoint": 3}, "acceptance:PATH"),
+        ("acceptance", {"checkpoint": "head", "threshold": "automatic"}, "threshold='automatic'"),
+        ("acceptance", {"checkpoint": "head", "least": 4, "most": 3}, "at least 4 tokens and at most 3"),
     ],
 )
 def test_a_rule_that_cannot_be_is_refused_with_a_sentence(rule: str, settings_: dict, says: str) -> None:

@@ -33,7 +33,8 @@ class Step(NamedTuple):
 
     rows: that made it together. nodes: of all their trees, node 0 of each included. context:
     committed tokens of all rows before it. tokens: that it settled. Seconds: of drafting and
-    learning, of the target's forward, and of judging and keeping.
+    learning, of the target's forward, and of judging and keeping. rejected: rows of which a drafted
+    token was rejected.
     """
 
     rows: int
@@ -43,6 +44,7 @@ class Step(NamedTuple):
     draft_seconds: float
     verify_seconds: float
     other_seconds: float
+    rejected: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,12 @@ class Table:
     would make long drafts look free. Before the first, the first. points: (tokens, seconds) of so
     many rows, tokens ascending, such as medians of timings. Without them the table is empty, and
     `learn` fills it: numbers of tokens that lie close together share a point then, and old
-    measurements fade. last: the step learned last.
+    measurements fade. last: the step learned last; lately: it and those before it.
     """
 
     def __init__(self, points: Sequence[tuple[int, float]] | None = None, rows: int = 1):
         self.last: Step | None = None
+        self.lately = Lately()
         self._rows: dict[int, dict[int, _Mean]] = {}
         self._lines: dict[int, Line] = {}  # the points of so many rows, until more is learned
         self._added = 0
@@ -97,6 +100,7 @@ class Table:
     def learn(self, step: Step) -> None:
         """A step was made: what it took, drafting apart."""
         self.last = step
+        self.lately.learn(step)
         self.add(step.nodes, step.verify_seconds + step.other_seconds, step.rows)
 
     def add(self, tokens: int, seconds: float, rows: int = 1) -> None:
@@ -155,6 +159,36 @@ class Table:
         spread = sum(mean.count * (mean.tokens - middle) ** 2 for mean in means.values())
         rise = sum(mean.count * (mean.tokens - middle) * mean.seconds for mean in means.values())
         return max(0.0, rise / spread / plain.seconds)
+
+
+@dataclass
+class Lately:
+    """Sums over the steps so far, in which those before the last `MEMORY` hardly count. drafted: tokens, of which so
+    many were accepted and so many rejected (what stands behind a rejected one was not asked about). seconds: of whole
+    steps."""
+
+    drafted: float = 0.0
+    accepted: float = 0.0
+    rejected: float = 0.0
+    tokens: float = 0.0
+    draft_seconds: float = 0.0
+    seconds: float = 0.0
+
+    def learn(self, step: Step) -> None:
+        keep = 1 - 1 / MEMORY
+        self.drafted = keep * self.drafted + step.nodes - step.rows
+        self.accepted = keep * self.accepted + step.tokens - step.rows
+        self.rejected = keep * self.rejected + step.rejected
+        self.tokens = keep * self.tokens + step.tokens
+        self.draft_seconds = keep * self.draft_seconds + step.draft_seconds
+        whole = step.draft_seconds + step.verify_seconds + step.other_seconds
+        self.seconds = keep * self.seconds + whole
+
+    @property
+    def acceptance(self) -> float:
+        """Of the drafted tokens that were asked about, the share that was accepted; 1 where there were none."""
+        asked = self.accepted + self.rejected
+        return self.accepted / asked if asked else 1.0
 
 
 Line = tuple[tuple[float, float], ...]

@@ -137,6 +137,14 @@ class Model:
             return None
         return self._commit([part], slot, layers).hidden
 
+    def prefill_all(self, row: Row, slot: int, layers: Collection[int]) -> dict[int, Tensor]:
+        """Read all of a row's tokens but the newest; the hidden states asked for, [1, S - 1, D], {} for one token."""
+        parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+        while (states := self.prefill(row, slot, layers)) is not None:
+            for layer, part in states.items():
+                parts[layer].append(part)
+        return {layer: torch.cat(found, 1) for layer, found in parts.items() if found}
+
     def append(self, inputs: Inputs, start: int = 0, layers: Collection[int] = ()) -> Read:
         """Read what comes next in the rows `start ..`, committed, and score the last of each:
         logits [B, 1, V], and the hidden states asked for of all that was read, [B, N, D]. A row may

@@ -13,7 +13,20 @@ from typer.main import get_command
 from forerun.cli import COMMANDS, app
 
 LINES, COLUMNS = 44, 100
-TRAIN = ["lm", "small", "medusa", "medusa-fused", "hydra", "hydra++", "amphista", "block", "eagle", "eagle3", "medusa2"]
+TRAIN = [
+    "lm",
+    "small",
+    "medusa",
+    "medusa-fused",
+    "hydra",
+    "hydra++",
+    "amphista",
+    "block",
+    "eagle",
+    "eagle3",
+    "acceptance",
+    "medusa2",
+]
 PAGES = [[name] for name in COMMANDS if name != "train"] + [["train"], *(["train", name] for name in TRAIN)]
 
 

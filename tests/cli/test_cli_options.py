@@ -57,6 +57,9 @@ OPTIONS = {
     "train hydra++": f"{HEADS} --heads --tied-layers --vocabulary --dropout",
     "train eagle": f"{HEADS} --vocabulary --ahead --unrolled --noise",
     "train eagle3": f"{HEADS} --vocabulary --ahead --unrolled --noise",
+    "train acceptance": "--target --drafter --data --out --run --depth --tie-blocks --rejection-weight --temperature"
+    " --mix --steps --rows --batch-size --length --parts --rate --lr --validate-every --save-every --seed --dtype"
+    " --device --kernels --threads --tensorboard",
     "train amphista": f"{HEADS} --heads --vocabulary --stages --sampled-token --auto-embedding",
     "train medusa2": "--target --data --out --run --init-from --heads --layers --tied-layers --vocabulary --keep"
     " --known --markov-rank --head-weight --ramp --head-decay --rank --alpha --steps --rows --batch-size --length"

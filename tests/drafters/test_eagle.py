@@ -32,6 +32,7 @@ from drafters.heading import (
 from drafters.test_fallback import Bursts, in_turns
 from drafters.test_medusa import demand_law
 from drafters.test_medusa import every_wish as every_sampled
+from enumeration import distance, one_law, plain_law
 from fakes import TableNetwork
 from forerun.drafters.cascade import Cascade, Part
 from forerun.drafters.eagle import METHOD, EagleConfig
@@ -40,12 +41,16 @@ from forerun.drafters.eagle.network import EagleModule, EagleStack, sources_of
 from forerun.drafters.fallback import Fallback
 from forerun.drafters.maxgram import MaxGram, Successors
 from forerun.drafters.none import Nothing
+from forerun.drafters.switch import is_certain
 from forerun.drafters.verified import Verified
 from forerun.drafting import checkpoint as checkpoints
+from forerun.drafting.acceptance import AcceptanceConfig
+from forerun.drafting.acceptance.head import AcceptanceHead
 from forerun.drafting.checkpoint import Checkpoint
 from forerun.drafting.drafter import Context, Drafter
-from forerun.drafting.growth import Form, Frontier, StaticTree, TopTree
+from forerun.drafting.growth import Chain, Form, Frontier, StaticTree, TopTree
 from forerun.drafting.heads import REMEMBERED, WAITING, Places
+from forerun.drafting.stopping import Acceptance
 from forerun.drafting.trained import LayerConfig, Weights
 from forerun.drafting.workshop import Workshop, build
 from forerun.engine.engine import Engine
@@ -62,6 +67,7 @@ from forerun.train.objectives.heads import HeadsObjective
 from forerun.train.schedule import Schedule
 from forerun.train.teacher import Teacher
 from forerun.tree import TokenTree
+from test_engine import engine_law
 
 STEPS = 5
 ONE = EagleConfig(WIDTH, VOCAB, STEPS, taught=STEPS, noise="none", layer=PREFIX)
@@ -677,6 +683,38 @@ def test_the_law_of_the_output_is_that_of_plain_sampling(fused: bool, layers: in
     demand_law(made, target, [1, 0, 1], replace(wishes, max_new_tokens=4))
 
 
+def ending(width: int, threshold: float = 0.5, most: int = 5) -> Chain:
+    """Chains that an acceptance head ends, which reads the states that EAGLE goes on with."""
+    torch.manual_seed(1)
+    return Chain(Acceptance(AcceptanceHead(AcceptanceConfig(width, 1)), threshold, 1, most))
+
+
+@both
+def test_chains_that_end_themselves(config: EagleConfig) -> None:
+    """Their memory is that of the text; of a chain all but the last token are read."""
+    drafter = watching(config, lively(), ending(WIDTH))
+    outputs = Engine(lively(), drafter, max_rows=3).generate(PROMPTS, SamplingParams(max_new_tokens=30))
+    assert [output.token_ids for output in outputs] == [greedy(lively(), prompt, 30) for prompt in PROMPTS]
+    assert drafter.compared > 40
+    steps, drafted = sum(one.stats.steps for one in outputs), sum(one.stats.drafted_tokens for one in outputs)
+    assert 2 * steps < drafted < 5 * steps
+
+
+def test_the_law_of_chains_that_end_themselves() -> None:
+    target = TableNetwork(2, seed=3, order=2, sharpness=1.0)
+    config = EagleConfig(2, 2, layer=LayerConfig(1, 1, 2, 4, 64))
+    embedding, head = torch.randn(2, 2, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+    def made() -> Drafter:
+        module = filled(EagleModule(config), 1.5, seed=4).double().eval().requires_grad_(False)
+        form = ending(2, most=2)
+        return EagleDrafter(Pairs(module.stack.lend(embedding, head), form.scratch), form, module.reads(1))
+
+    wishes = SamplingParams(temperature=1.0, max_new_tokens=3)
+    law = engine_law(made, {"target": target}, [1, 0, 1], wishes)
+    assert distance(law, plain_law(lambda said: one_law(target.logits([1, 0, 1, *said]), wishes), 3)) < 1e-6
+
+
 def knowing(right: bool) -> EagleDrafter:
     """On the cyclic target, whose next state is a function of the next token: always right, or never."""
     config = EagleConfig(16, 16, layer=LayerConfig(1, 1, 4, 4, 256))
@@ -775,6 +813,16 @@ def test_the_tree_is_the_papers_unless_one_is_wished_for(
     assert isinstance(made, EagleDrafter) and made.max_nodes == nodes
     form = made.form
     assert (form.depth if isinstance(form, TopTree) else form.ranks.depth) == levels  # type: ignore[attr-defined]
+
+
+def test_a_rule_makes_it_a_chain(tmp_path: Path) -> None:
+    heads = {"drafter": "eagle", "checkpoint": stored(ONE, tmp_path / "it")}
+    made = build({**heads, "stopping": {"rule": "confidence", "most": 7}}, workshop())
+    assert isinstance(made, EagleDrafter) and isinstance(made.form, Chain) and made.max_nodes == 7
+    assert is_certain(heads) and not is_certain({**heads, "stopping": "confidence"})
+    for wrong, says in (({"tree": "static", "stopping": "fixed"}, "not both"), ({"stopping": 3}, "a rule's name")):
+        with pytest.raises(DrafterError, match=says):
+            build({**heads, **wrong}, workshop())
 
 
 def workshop(target: Transformer | None = None) -> Workshop:

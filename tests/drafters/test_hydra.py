@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -48,6 +49,8 @@ from drafters.heading import (
     slow_head,
     some_heads,
 )
+from enumeration import distance, one_law, plain_law
+from fakes import TableNetwork
 from forerun.accept.exact import Verdict
 from forerun.drafters.cascade import Cascade, Part
 from forerun.drafters.hydra import HydraConfig
@@ -56,10 +59,18 @@ from forerun.drafters.maxgram import MaxGram, Successors
 from forerun.drafters.medusa import MedusaConfig
 from forerun.drafters.medusa.network import MedusaHeads
 from forerun.drafters.verified import Verified
+from forerun.drafting import checkpoint as checkpoints
+from forerun.drafting.acceptance import AcceptanceConfig
+from forerun.drafting.acceptance.head import AcceptanceHead
+from forerun.drafting.checkpoint import Checkpoint
 from forerun.drafting.drafter import Context, Drafter
-from forerun.drafting.heads import HeadParts, HeadsModule, PrefixState, drafting
+from forerun.drafting.growth import Chain
+from forerun.drafting.heads import HeadChain, HeadParts, HeadsModule, LastState, PrefixState, TorchHeads, drafting
+from forerun.drafting.stopping import Acceptance
 from forerun.drafting.trained import LayerConfig
+from forerun.drafting.workshop import Workshop, build
 from forerun.engine.engine import Engine
+from forerun.errors import DrafterError, TrainingError
 from forerun.model import Model, Scores
 from forerun.nn.cache import Cache
 from forerun.nn.feed import Feed
@@ -67,6 +78,10 @@ from forerun.nn.network import Network
 from forerun.ranktree import RankTree
 from forerun.row import Row
 from forerun.sampling import SamplingParams
+from forerun.train.answers import Batch
+from forerun.train.distill import Sample
+from forerun.train.objectives.acceptance import Drafts
+from test_engine import engine_law
 
 every_hydra = pytest.mark.parametrize("kind", HYDRA)
 
@@ -546,3 +561,63 @@ def test_rows_that_leave_take_their_states_along(kind: str, slots: tuple[int, in
     live.append(rows[3])
     go_on()
     assert inner.spoken > 20
+
+
+# ---- chains that end themselves
+
+
+def chain_of(kind: str, network: Network, form: Chain) -> HeadChain:
+    module = some_heads(kind)
+    heads = TorchHeads(module, network.input_embedding, network.head_matrix())
+    return HeadChain("hydra", heads, reader(module, network), form, network.cache_shape.layers)
+
+
+def ending(width: int, most: int) -> Chain:
+    torch.manual_seed(1)
+    return Chain(Acceptance(AcceptanceHead(AcceptanceConfig(width, 1)), 0.5, 1, most))
+
+
+@every_hydra
+def test_chains_end_where_a_rule_says(kind: str) -> None:
+    """The rule sees what a head's projection sees; no chain is longer than there are heads."""
+    rule, states = ending(WIDTH, 9), list[Tensor]()
+    seen = rule.stopping.head.register_forward_pre_hook(lambda _, given: states.append(given[0]))  # type: ignore[attr-defined]
+    drafter = chain_of(kind, lively(), rule)
+    assert drafter.max_nodes == HEADS
+    outputs = Engine(lively(), drafter, max_rows=3).generate(PROMPTS, SamplingParams(max_new_tokens=40))
+    assert [output.token_ids for output in outputs] == [greedy(lively(), prompt, 40) for prompt in PROMPTS]
+    steps, drafted = sum(one.stats.steps for one in outputs), sum(one.stats.drafted_tokens for one in outputs)
+    assert steps < drafted < HEADS * steps and {one.shape[-1] for one in states} == {WIDTH}
+    seen.remove()
+
+
+def test_the_law_of_chains_that_end_themselves() -> None:
+    target = TableNetwork(2, 3, 2, 1.0)
+    embedding, head = torch.randn(2, 2, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+    def made() -> Drafter:
+        module = filled(HydraHeads(HydraConfig(2, 2, 3)), 1.5, seed=4).double().eval().requires_grad_(False)
+        return HeadChain("hydra", TorchHeads(module, embedding, head), LastState(), ending(2, 2), 1)
+
+    wishes = SamplingParams(temperature=1.0, max_new_tokens=3)
+    law = engine_law(made, {"target": target}, [1, 0, 1], wishes)
+    assert distance(law, plain_law(lambda said: one_law(target.logits([1, 0, 1, *said]), wishes), 3)) < 1e-6
+
+
+def test_a_rule_makes_it_a_chain(tmp_path: Path) -> None:
+    module = some_heads("hydra++")
+    checkpoints.write(module, CONFIGS["hydra++"], Checkpoint(tmp_path / "it", "hydra", {}, "lively", {}), torch.float32)
+    heads, shop = {"drafter": "hydra", "checkpoint": str(tmp_path / "it")}, Workshop(Model(lively(), 1), {}.__getitem__)
+    made = build({**heads, "stopping": {"rule": "confidence", "most": 3}}, shop)
+    assert isinstance(made, HeadChain) and made.max_nodes == 3 and made.name == "hydra++"
+    (output,) = Engine(lively(), made).generate(PROMPTS[:1], SamplingParams(max_new_tokens=30))
+    assert output.token_ids == greedy(lively(), PROMPTS[0], 30)
+    made = build({**heads, "stopping": {"rule": "fixed", "most": 20}}, shop)
+    assert isinstance(made, HeadChain)
+    lesson = Drafts(lively(), made, 1.0).lesson(Batch.of([Sample((1, 2), (3, 4, 5, 6))], 64))
+    assert lesson.states_PD.shape == (HEADS - 2, WIDTH) and 0 < Drafts(lively(), made).draft_share < 3
+    made.max_nodes = 2
+    with pytest.raises(TrainingError, match="nothing is left to decide"):
+        Drafts(lively(), made).chains([Sample((1, 2), (3, 4, 5, 6))], 1)
+    with pytest.raises(DrafterError, match="without a tree"):
+        build({**heads, "tree": [[0]], "stopping": "fixed"}, shop)

@@ -992,7 +992,7 @@ def test_a_preset_is_that_of_its_paper(preset: str, data: Path, target_folder: P
         assert prefix is not None
         for name in ("heads", "kv_heads", "head_dim", "mlp_width", "max_length", "norm_eps", "rope_theta"):
             assert getattr(prefix, name) == getattr(outside, name), name
-    assert example(training) == training.answers.training[0]
+    assert example(training.answers) == training.answers.training[0]
 
 
 def test_a_training_may_begin_with_trained_heads_of_the_same_shape(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from forerun.drafting.acceptance import KIND
 from forerun.errors import CheckpointError, ForerunError
 from forerun.sources.folder import CONFIG
 
@@ -39,6 +40,8 @@ def heads_in(folder: Path) -> Facts | None:
     config = _parsed(_text(folder / CONFIG)) if (folder / CONFIG).is_file() else {}
     if not _are_heads(folder, config):
         return None
+    if config.get("drafter") == KIND:
+        return _acceptance_head(folder)
     from forerun.layouts import exchange
 
     heads = exchange.read(folder)
@@ -64,6 +67,24 @@ def heads_in(folder: Path) -> Facts | None:
     }
     tree = _tree(folder / TREE) if (folder / TREE).is_file() else {"tree": "not calibrated: see forerun calibrate"}
     return {name: value for name, value in found.items() if value != ""} | tree
+
+
+def _acceptance_head(folder: Path) -> Facts:
+    from forerun.drafting import checkpoint as checkpoints
+    from forerun.drafting.acceptance.head import opened
+
+    stored, head = checkpoints.read(folder), opened(str(folder))
+    return {
+        "path": str(folder),
+        "kind": "acceptance head",
+        "for_the_target": stored.target,
+        "draft_model": stored.training.get("draft_model", ""),
+        "width": head.config.width,
+        "blocks": head.config.depth,
+        "tied": head.config.tie_blocks,
+        "parameters": sum(one.numel() for one in head.parameters()),
+        "use": json.dumps({"drafter": stored.training.get("drafter", "small"), "stopping": f"acceptance:{folder}"}),
+    }
 
 
 def _are_heads(folder: Path, config: Mapping[str, Any]) -> bool:

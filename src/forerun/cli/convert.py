@@ -73,7 +73,8 @@ def convert(
     from forerun.cli.engines import quiet
     from forerun.cli.files import demand_place
     from forerun.errors import DrafterError, RequestError
-    from forerun.layouts import exchange
+    from forerun.layouts import acceptance, exchange
+    from forerun.layouts.files import config_of, folder_of
 
     if to == COMPACT:
         _compact(source, out)
@@ -84,6 +85,8 @@ def convert(
     if prompts and not target:
         raise RequestError("--prompts needs --target: the model that answers them")
     quiet()
+    if acceptance.knows(config_of(folder_of(source))):
+        return _convert_head(source, to, out, target)
     base = exchange.Base.of(target) if target else None
     heads = exchange.read(source, base)
     if heads.layout == to == "ours":
@@ -128,6 +131,22 @@ def _compact(source: str, out: Path) -> None:
         f"{out}: width {after.width:,} instead of {before.width:,}, {after.parameters:,} parameters instead of"
         f" {before.parameters:,}"
     )
+
+
+def _convert_head(source: str, to: str, out: Path, target: str | None) -> None:
+    """An acceptance head, which drafts nothing itself."""
+    from forerun.errors import DrafterError
+    from forerun.layouts import acceptance
+    from forerun.layouts.files import folder_of
+
+    if to != "ours":
+        raise DrafterError(f"{source} holds an acceptance head, which is only read: give --to ours")
+    head = acceptance.read(folder_of(source))
+    count, config = acceptance.write(head, Path(target or "").name, out), head.config
+    blocks = f"{config.depth} blocks{' (tied)' if config.tie_blocks else ''} of width {config.width}"
+    print(f"{source}: an acceptance head (SpecDec++), {blocks}")
+    log.info("note: its file does not say what a rejection counted in training; it is taken to be %g", config.weight)
+    print(f"{out}: ours; all {count} tensors are the same bit by bit when read back")
 
 
 def described(heads: Heads, source: str) -> str:

@@ -15,6 +15,7 @@ from forerun.drafting import registry
 from forerun.drafting.trained import Adversary, Weights
 
 if TYPE_CHECKING:
+    from forerun.train.acceptance import AcceptanceTraining
     from forerun.train.drafters import HeadsRecipe, HeadsTraining
     from forerun.train.events import Events
 
@@ -213,6 +214,13 @@ def _demand_sense(out: Path, weights: Weights) -> None:
         raise TrainingError("nothing would be learnt: give --head-decay a number above 0")
     if not (weights.text or weights.asks_target or weights.state):
         raise TrainingError("nothing would be learnt: give --text-weight or --teacher-weight a number above 0")
+    demand_place(out)
+
+
+def demand_place(out: Path) -> None:
+    """Refuse folders that heads cannot be written to."""
+    from forerun.errors import TrainingError
+
     if out.name in ("", ".."):
         raise TrainingError(f"--out {out} has no name of its own: name a folder, new or with older heads")
     above = next(place for place in (out, *out.parents) if place.exists())
@@ -232,14 +240,14 @@ def _is_ours(config: Path) -> bool:
         return False
 
 
-def introduce(training: HeadsTraining) -> None:
-    """One sample with what is trained on marked, and the size of everything."""
+def introduce(training: HeadsTraining | AcceptanceTraining, whose: str = "The heads have") -> None:
+    """One sample with what is trained on marked, and the size of everything. whose: the parameters."""
     from forerun.cli.narration import on_stderr
     from forerun.cli.samples import marked
     from forerun.sources.source import Source
     from forerun.train.drafters import example
 
-    console, sample = on_stderr(), example(training)
+    console, sample = on_stderr(), example(training.answers)
     tokenizer = Source.of(training.recipe.target).tokenizer
     prompt, answer = sample.prompt[-SHOWN_TOKENS:], sample.answer[:SHOWN_TOKENS]
     text = marked(tokenizer, prompt, answer, console.is_terminal, SHOWN_TOKENS)
@@ -249,7 +257,7 @@ def introduce(training: HeadsTraining) -> None:
     numbers = sum(p.numel() for p in training.objective.module.parameters())
     console.print(
         f"\nMarked tokens are trained on: {answers.trained_share:.0%} of what is read, {tokens:,} tokens in"
-        f" {len(answers.training):,} answers; {len(answers.heldout):,} answers are held out. The heads have {numbers:,}"
+        f" {len(answers.training):,} answers; {len(answers.heldout):,} answers are held out. {whose} {numbers:,}"
         " parameters.",
         highlight=False,
         soft_wrap=True,

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from forerun.cli import heads, joint, options, small
+from forerun.cli import acceptance, heads, joint, options, small
 from forerun.cli.command import NAMES, Commands, add
 from forerun.cli.heads import compute_with, events_in
 from forerun.drafting import registry
@@ -189,6 +189,7 @@ add(app, "lm", lm, LM)
 add(app, "small", small.small, small.EXAMPLES)
 for preset in PRESETS:
     add(app, preset, heads.command(preset), HEADS.format(name=preset))
+add(app, "acceptance", acceptance.command, acceptance.EXAMPLES)
 for method in registry.trained().values():
     if method.joint:
         add(app, method.joint.name, joint.command(method), JOINT.format(name=method.joint.name))

@@ -20,8 +20,7 @@ from forerun.drafting.drafter import Context, Drafter
 from forerun.drafting.growth import Chain, Form, ModelExpander, SampledTree, TopTree
 from forerun.drafting.method import Method
 from forerun.drafting.settings import MOST, setting
-from forerun.drafting.stopping import Fixed, Stopping
-from forerun.drafting.stopping import stopping as stopping_rule
+from forerun.drafting.stopping import LAST, Fixed, Rule, prepared, rule_of
 from forerun.drafting.workshop import Workshop
 from forerun.errors import DrafterError
 from forerun.model import Model, Scores
@@ -40,7 +39,7 @@ class DraftModel(Drafter):
 
     def __init__(self, model: Model, form: Form):
         layers = model.network.cache_shape.layers
-        outside = [layer for layer in form.reads if not 0 <= layer <= layers]
+        outside = [layer for layer in form.reads if layer != LAST and not 0 <= layer <= layers]
         if outside:
             raise DrafterError(f"the stopping rule reads layer {outside[0]}, and the draft model has {layers}")
         self.model, self.form = model, form
@@ -53,6 +52,11 @@ class DraftModel(Drafter):
     def on(network: Network, form: Form) -> DraftModel:
         """With a memory that holds such a tree."""
         return DraftModel(Model(network, form.scratch), form)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Weights that are read for one drafted token."""
+        return float(self.model.network.footprint.weight_bytes)
 
     def admit(self, row: Row, hidden: Mapping[int, Tensor]) -> None:
         self.model.admit(row.limit)
@@ -88,20 +92,21 @@ class Settings:
 
     "length": N                                          a chain of N tokens (the default, 3)
     "stopping": {"rule": "confidence", "threshold": 0.4} a chain that ends itself
+    "stopping": "acceptance:PATH"                        the same by a head that was trained to tell (SpecDec++)
     "tree": {"width": 4, "depth": 5, "nodes": 16}        the best continuations as a tree
     "widths": [3, 2, 1]                                  a sampled tree
     """
 
     checkpoint: str | None = setting(None, "The draft model, of the target's vocabulary.", "model")
     length: int | None = setting(None, "A chain of so many tokens (without anything else, 3).")
-    stopping: Mapping[str, Any] | None = setting(None, "A chain that ends itself, by this rule.")
+    stopping: str | Mapping[str, Any] | None = setting(None, "A chain that ends itself, by this rule.", "rule")
     tree: Mapping[str, int] | None = setting(None, "The best continuations as a tree: its width, depth and nodes.")
     widths: Sequence[int] | None = setting(None, "A sampled tree: the children of a node, by depth.")
 
     def __post_init__(self) -> None:
         if sum(one is not None for one in (self.length, self.stopping, self.tree, self.widths)) > 1:
             raise DrafterError("small: give only one of length, stopping, tree, widths")
-        for name, kind in (("tree", Mapping), ("stopping", Mapping), ("widths", list)):
+        for name, kind in (("tree", Mapping), ("stopping", str | Mapping), ("widths", list)):
             value = getattr(self, name)
             if value is not None and not isinstance(value, kind):
                 raise DrafterError(f"small: {name} is a {'list' if kind is list else 'mapping'}, not {value!r}")
@@ -119,8 +124,8 @@ class Settings:
         return {"width": 4, "depth": 5, "nodes": 16, **(self.tree or {})}
 
     @property
-    def rule(self) -> Stopping:
-        return stopping_rule(**self.stopping) if self.stopping else Fixed(self.length or 3)
+    def rule(self) -> Rule:
+        return rule_of(self.stopping) if self.stopping else Fixed(self.length or 3)
 
 
 def build(workshop: Workshop, settings: Settings) -> Drafter:
@@ -129,7 +134,7 @@ def build(workshop: Workshop, settings: Settings) -> Drafter:
         return DraftModel.on(network, TopTree(**settings.shape))
     if settings.widths is not None:
         return DraftModel.on(network, SampledTree(settings.widths))
-    return DraftModel.on(network, Chain(settings.rule))
+    return DraftModel.on(network, Chain(prepared(settings.rule, network.output_shape[1], network.device)))
 
 
 def _are_counts(values: Iterable[object]) -> bool:

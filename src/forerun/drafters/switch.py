@@ -111,8 +111,9 @@ def is_certain(spec: str | Mapping[str, Any]) -> bool:
     """No luck is involved in what is proposed: not in the method, or in none of the drafters that it is made of."""
     description = describe(spec)
     one = method(description["drafter"])
+    is_chain = any(kind == "rule" and description.get(name) for name, kind in one.kinds.items())
     if one.grows != "drawn":
-        return True
+        return not is_chain  # which is drawn, whatever the method grows else
     named = {name: kind for name, kind in one.kinds.items() if kind is not None}
     inner = [part for name in named for part in description.get(name, ())]
     return {*named.values()} == {"specs"} and bool(inner) and all(is_certain(part) for part in inner)

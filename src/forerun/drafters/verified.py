@@ -67,11 +67,7 @@ class Verified(Drafter):
     def _read(self, row: Row, slot: int) -> dict[int, Tensor]:
         """The prompt at once if the inner drafter wants to know the model's states; else when the
         row is first asked for."""
-        parts: dict[int, list[Tensor]] = {layer: [] for layer in self.inner.reads}
-        while parts and (states := self.model.prefill(row, slot, self.inner.reads)) is not None:
-            for layer, part in states.items():
-                parts[layer].append(part)
-        return {layer: torch.cat(found, 1) for layer, found in parts.items() if found}
+        return self.model.prefill_all(row, slot, self.inner.reads) if self.inner.reads else {}
 
     def release(self, slot: int) -> None:
         self.model.release(slot)

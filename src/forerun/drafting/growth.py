@@ -19,7 +19,7 @@ temperature 0 take the best.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from math import inf, log
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from forerun.chance import Dice
 from forerun.drafting.drafter import Context
-from forerun.drafting.stopping import Drafted, Stopping
+from forerun.drafting.stopping import LAST, Drafted, Stopping
 from forerun.model import Model, Scores
 from forerun.ranktree import Level, RankTree
 from forerun.row import Row
@@ -162,13 +162,22 @@ class ModelExpander(Expander):
     """A draft model: the frontier goes into its scratch. layers: the hidden states that the form wants to know."""
 
     def __init__(self, model: Model, rows: Sequence[Row], layers: Collection[int] = ()):
-        self._model, self._rows, self._layers = model, rows, layers
+        self._model, self._rows = model, rows
+        top = model.network.cache_shape.layers
+        self._numbers = {layer: top if layer == LAST else layer for layer in layers}
+        self._layers = tuple(self._numbers.values())
 
     def begin(self) -> Scores:
-        return self._model.next_scores(self._rows, self._layers)
+        return self._called(self._model.next_scores(self._rows, self._layers))
 
     def expand(self, frontier: Frontier) -> Scores:
-        return self._model.grow(frontier.tokens_BW, frontier.depths_BW, frontier.paths_BWJ, self._layers)
+        return self._called(self._model.grow(frontier.tokens_BW, frontier.depths_BW, frontier.paths_BWJ, self._layers))
+
+    def _called(self, scores: Scores) -> Scores:
+        """With the states under the names that the form has for their layers."""
+        if not self._numbers:
+            return scores
+        return replace(scores, hidden={layer: scores.hidden[number] for layer, number in self._numbers.items()})
 
     def best(self, logits_BWV: Tensor, count: int) -> Tensor:
         return self.top(logits_BWV, count)[1]
@@ -239,22 +248,17 @@ class Chain:
     def grow(self, expander: Expander, context: Context, depths: Sequence[int]) -> Grown:
         rows, pen, expander = context.rows, _Pen(context), expander.whole()
         longest = min(self.max_nodes, max(depths))
-        watch = _Watch(self.stopping, rows, [1 + min(depth, longest) for depth in depths])
+        watch = _Watch(self.stopping, context, [1 + min(depth, longest) for depth in depths])
         chains: list[list[int]] = [[row.tokens[-1]] for row in rows]
         parents, scores = np.zeros((len(rows), 1), np.int64), expander.begin()
         for depth in range(1, longest + 1):
             token_B1 = pen.draw(scores, chains, depth)
             for chain, drawn in zip(chains, token_B1.tolist(), strict=True):
                 chain += drawn
-            if self.stopping.looks:
-                watch.drawn(depth, scores, token_B1)
+            watch.drawn(depth, scores, token_B1)
             if depth >= watch.longest:
                 break
             scores = expander.expand(Frontier(token_B1, np.full((len(rows), 1), depth), parents))
-            if self.stopping.reads:
-                watch.read(depth, scores)
-                if depth >= watch.longest:
-                    break
         tokens = [chain[:size] for chain, size in zip(chains, watch.sizes, strict=True)]
         entries = [[-1, *range(size - 1)] for size in watch.sizes]
         return Grown(pen.tree(tokens), entries)
@@ -292,25 +296,23 @@ class _Watch:
     """Asks a stopping rule after every token and keeps count of how long each row's chain is
     (`sizes`, node 0 included)."""
 
-    def __init__(self, rule: Stopping, rows: Sequence[Row], sizes: list[int]):
+    def __init__(self, rule: Stopping, context: Context, sizes: list[int]):
         self.sizes, self.longest = sizes, max(sizes) - 1
-        self._rule, self._rows = rule, rows
+        self._rule, self._rows, self._costs = rule, context.rows, context.costs
         self._probs: list[Tensor] = []
+        self._notes: dict[str, Tensor] = {}
 
     def drawn(self, depth: int, scores: Scores, token_B1: Tensor) -> None:
-        """These tokens were drawn of these scores. A rule that reads states is asked when there are some."""
-        bare = laws(scores.logits_BNV, [BARE] * len(self._rows))
-        self._probs.append(bare.gather(-1, token_B1[..., None])[..., 0])
-        if not self._rule.reads:
-            self._ask(depth, {})
-
-    def read(self, depth: int, scores: Scores) -> None:
-        """The newest tokens were read, with these scores of what may follow."""
-        self._ask(depth, {layer: states[:, 0] for layer, states in scores.hidden.items()})
-
-    def _ask(self, depth: int, states: Mapping[int, Tensor]) -> None:
+        """These tokens were drawn of these scores."""
+        rule = self._rule
+        if depth >= self.longest or not (rule.looks or rule.reads):
+            return
+        if rule.looks:
+            bare = laws(scores.logits_BNV, [BARE] * len(self._rows))
+            self._probs.append(bare.gather(-1, token_B1[..., None])[..., 0])
         probs_BJ = torch.cat(self._probs, -1) if self._probs else None
-        goes_on = self._rule.goes_on(Drafted(depth, self._rows, probs_BJ, states)).tolist()
+        states = {layer: scores.hidden[layer][:, 0] for layer in rule.reads}
+        goes_on = rule.goes_on(Drafted(depth, self._rows, probs_BJ, states, self._notes, self._costs)).tolist()
         self.sizes = [size if on else min(size, 1 + depth) for size, on in zip(self.sizes, goes_on, strict=True)]
         self.longest = max(self.sizes) - 1
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from forerun.accept.exact import Verdict
 from forerun.drafting.drafter import Context, Drafter
-from forerun.drafting.growth import Expander, Frontier, Known, cut, parts_of, tempered, tokens_of
+from forerun.drafting.growth import Expander, Form, Frontier, Known, cut, parts_of, tempered, tokens_of
 from forerun.drafting.markov import MarkovExpander, MarkovTerm
+from forerun.drafting.stopping import LAST
 from forerun.drafting.trained import HeadsConfig, LayerConfig
 from forerun.errors import DrafterError
 from forerun.model import CHUNK, Inputs, Model, Scores
@@ -143,6 +144,14 @@ class HeadsModule(nn.Module):
 
     def head_logits(self, index: int, z: Tensor, head_VD: Tensor) -> Tensor:
         """Of one head: z [..., M] is the context and, where heads see tokens, the embeddings that follow it."""
+        return self.projected(index, self.head_state(index, z), head_VD)
+
+    def head_state(self, index: int, z: Tensor) -> Tensor:
+        """What the head's projection sees, [..., D]."""
+        raise NotImplementedError
+
+    def projected(self, index: int, state: Tensor, head_VD: Tensor) -> Tensor:
+        """What the head says in this state, [..., V]."""
         raise NotImplementedError
 
     def weights(self, head_VD: Tensor | Packed) -> list[HeadWeights]:
@@ -231,7 +240,9 @@ class _Chained(Expander):
         return self._scores(frontier.depth)
 
     def _scores(self, head: int) -> Scores:
-        return Scores(self._heads.module.head_logits(head, self._z_BWM, self._heads.head))
+        module = self._heads.module
+        state = module.head_state(head, self._z_BWM)
+        return Scores(module.projected(head, state, self._heads.head), {LAST: state})
 
 
 def format_of(network: Network, weights: str) -> torch.dtype:
@@ -538,13 +549,48 @@ class HeadDrafter(StatesDrafter):
         return self.head.reader
 
     def propose(self, context: Context) -> TokenTree:
-        roots, depths = [row.tokens[-1] for row in context.rows], self.depths(context)
-        states = self.reader.contexts() if any(depths) else [None] * len(depths)
-        depths = [0 if state is None else depth for state, depth in zip(states, depths, strict=True)]
+        roots, (context_BD, depths) = (
+            [row.tokens[-1] for row in context.rows],
+            contexts(self.reader, self.depths(context)),
+        )
         tree = self.head.tree.within(max(depths), max(context.budgets))
-        if tree is None:
+        if tree is None or context_BD is None:
             return TokenTree.root(roots, context.device)
-        some = next(state for state in states if state is not None)
-        context_BD = torch.stack([torch.zeros_like(some) if state is None else state for state in states])
         tokens = self.head.drafting.draft(context_BD, roots, tree)
         return cut(tokens, tree, parts_of(tree, depths, context.budgets), context.device)
+
+
+def contexts(reader: ContextMaker, depths: Sequence[int]) -> tuple[Tensor | None, list[int]]:
+    """Of all rows, zeros where nothing is known, [B, D], and the depths, 0 there. None: nothing is known of any."""
+    states = reader.contexts() if any(depths) else [None] * len(depths)
+    some = next((state for state in states if state is not None), None)
+    if some is None:
+        return None, [0] * len(depths)
+    stacked = torch.stack([torch.zeros_like(some) if state is None else state for state in states])
+    return stacked, [0 if state is None else depth for state, depth in zip(states, depths, strict=True)]
+
+
+class HeadChain(StatesDrafter):
+    """Heads that see the tokens drafted before theirs draw a chain, which a rule ends."""
+
+    def __init__(self, name: str, heads: TorchHeads, reader: ContextMaker, form: Form, layer: int):
+        super().__init__(name, (layer,))
+        self.heads, self._reader, self.form = heads, reader, form
+        self.max_nodes = min(form.max_nodes, heads.module.count)
+
+    @property
+    def reader(self) -> ContextMaker:
+        return self._reader
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Weights that are read for one drafted token."""
+        return sum(one.nbytes for one in self.heads.module.parameters()) / self.heads.module.count
+
+    def propose(self, context: Context) -> TokenTree:
+        roots = [row.tokens[-1] for row in context.rows]
+        context_BD, depths = contexts(self.reader, self.depths(context))
+        depths = [min(depth, most, self.max_nodes) for depth, most in zip(depths, context.budgets, strict=True)]
+        if context_BD is None or not any(depths):
+            return TokenTree.root(roots, context.device)
+        return self.form.grow(self.heads.expander(context_BD, roots), context, depths).tree

@@ -116,6 +116,10 @@ def _anchored(value: Any, folder: Path, kind: Kind | None = "spec") -> Any:
         kinds = method(name).kinds if is_known(name) else {}
         kinds |= {"drafter": "spec"}
         return {key: _anchored(inside, folder, kinds.get(key)) for key, inside in value.items()}
+    if isinstance(value, Mapping) and kind == "rule":
+        return {
+            key: _anchored(inside, folder, "heads" if key == "checkpoint" else None) for key, inside in value.items()
+        }
     if isinstance(value, list):
         return [_anchored(inside, folder, kind) for inside in value]
     if isinstance(value, str) and kind in _SPECS and not value.lstrip().startswith("{"):
@@ -137,5 +141,5 @@ def _beside(found: re.Match[str], folder: Path) -> str:
 _NAMED = re.compile(r"(?P<colon>:?)(?P<before>\s*)(?P<name>[^:()|\s]([^:()|]*[^:()|\s])?)")
 _SPECS: set[Kind | None] = {"spec", "specs", "parts"}
 """Kinds of settings that hold SPECs, in which any checkpoint or file may be named."""
-_PLACES: set[Kind | None] = {"model", "models", "heads", "store", "stores", "tree"}
-"""Kinds of settings that may name files, alone or behind the name of a kind of store."""
+_PLACES: set[Kind | None] = {"model", "models", "heads", "store", "stores", "tree", "rule"}
+"""Kinds of settings that may name files, alone or behind the name of a kind of store or rule."""

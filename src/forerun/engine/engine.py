@@ -347,6 +347,7 @@ class Engine:
             draft_seconds=drafted - begun + time.perf_counter() - judged,
             verify_seconds=scored - drafted,
             other_seconds=judged - scored,
+            rejected=judgement.verdict.bonus.count(False),
         )
         self.costs.learn(step)
         self._price.learn(step)

@@ -56,6 +56,16 @@ class Stats:
         return self.accepted_tokens / self.steps if self.steps else 0.0
 
     @property
+    def discard_rate(self) -> float:
+        """Drafted tokens that were not kept, per new token."""
+        return (self.drafted_tokens - self.accepted_tokens) / self.new_tokens if self.new_tokens else 0.0
+
+    @property
+    def verification_rate(self) -> float:
+        """Steps per new token."""
+        return self.steps / self.new_tokens if self.new_tokens else 0.0
+
+    @property
     def other_seconds(self) -> float:
         return max(0.0, self.seconds - self.prefill_seconds - self.draft_seconds - self.verify_seconds)
 

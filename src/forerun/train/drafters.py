@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -52,6 +52,22 @@ NO_TEXT = {"text": None, "text_share": None}
 """What a run's record says where answers alone are read."""
 NO_ADVERSARY = {"adversary": None}
 """And where heads have nobody to convince."""
+
+
+class Reading(Protocol):
+    """What a recipe says of the answers that it reads."""
+
+    @property
+    def target(self) -> str: ...
+
+    @property
+    def data(self) -> Path: ...
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def length(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -203,10 +219,10 @@ def prepare(recipe: HeadsRecipe, device: torch.device) -> HeadsTraining:
     _, _, preset = registry.preset(recipe.preset)
     distilled = read(recipe.data)
     network = load_network(recipe.target, dtype_of(recipe.dtype, device), device, recipe.kernels)
-    _demand_sizes(network, recipe)
+    demand_sizes(network, recipe)
     answers = _answers([sample for sample in distilled.samples if sample.size >= LEAST_SAMPLE], recipe)
-    _demand_data(answers, network, recipe)
-    _warn_of_another_target(distilled, recipe)
+    demand_data(answers, network, recipe)
+    warn_of_another_target(distilled, recipe)
     teacher = Teacher(network)
     module, config = _heads(recipe, network, answers)
     module.initialise(teacher.head_VD.float().cpu(), recipe.seed)
@@ -216,7 +232,7 @@ def prepare(recipe: HeadsRecipe, device: torch.device) -> HeadsTraining:
         _go_on(checkpoints.read(recipe.init_from), module, config)
     weights = recipe.weights or preset.weights
     if weights.asks_target or recipe.adversary:
-        _demand_a_law(network, recipe)
+        demand_a_law(network, recipe.target, "train on the text alone (--text-weight 1 --teacher-weight 0)")
     _demand_text(network, weights, recipe)
     checkpoints.demand_layers(f"the {recipe.preset} drafter", module.reads(teacher.top), network)
     if weights.state and not module.foresees:
@@ -269,7 +285,7 @@ def _borrow(module: HeadsModule, recipe: HeadsRecipe) -> None:
             module.borrow(list(network.blocks)[-module.borrows :])
 
 
-def _demand_sizes(network: Network, recipe: HeadsRecipe) -> None:
+def demand_sizes(network: Network, recipe: Reading) -> None:
     if recipe.length > network.max_length or recipe.length < SHORTEST or recipe.rows < 1:
         raise TrainingError(
             f"batches of {recipe.rows} x {recipe.length} tokens do not fit a context of {network.max_length}:"
@@ -294,7 +310,7 @@ def _demand_text(network: Network, weights: Weights, recipe: HeadsRecipe) -> Non
         )
 
 
-def _demand_data(answers: Answers, network: Network, recipe: HeadsRecipe) -> None:
+def demand_data(answers: Answers, network: Network, recipe: Reading) -> None:
     """Refuse data that cannot teach this target."""
     largest = max(max((*s.prompt, *s.answer)) for s in answers.samples)
     if largest >= network.vocab_size:
@@ -310,9 +326,9 @@ def _demand_data(answers: Answers, network: Network, recipe: HeadsRecipe) -> Non
         )
 
 
-def _demand_a_law(network: Network, recipe: HeadsRecipe) -> None:
-    """The target's law is taken from its states and its output matrix; some models do more than
-    that to their logits."""
+def demand_a_law(network: Network, name: str, mend: str) -> None:
+    """A teacher's law is taken from its states and its output matrix; some models do more than
+    that to their logits. name: the model's. mend: what to do instead."""
     if not isinstance(network, Foreign):
         return
     outside = network.model.config.get_text_config(decoder=True)
@@ -322,13 +338,10 @@ def _demand_a_law(network: Network, recipe: HeadsRecipe) -> None:
     if getattr(network.model.get_output_embeddings(), "bias", None) is not None:
         more.append("a bias of the output projection")
     if more:
-        raise TrainingError(
-            f"{recipe.target} has {more[0]}, which the teacher's law would miss: train on the text alone"
-            " (--text-weight 1 --teacher-weight 0)"
-        )
+        raise TrainingError(f"{name} has {more[0]}, which the teacher's law would miss: {mend}")
 
 
-def _warn_of_another_target(distilled: Distilled, recipe: HeadsRecipe) -> None:
+def warn_of_another_target(distilled: Distilled, recipe: Reading) -> None:
     """Heads learn what the answers' author would say."""
     author = (distilled.header.get("target") or {}).get("fingerprint")
     if author and author != Source.of(recipe.target).fingerprint:
@@ -339,6 +352,6 @@ def _warn_of_another_target(distilled: Distilled, recipe: HeadsRecipe) -> None:
         )
 
 
-def example(training: HeadsTraining) -> Sample:
+def example(answers: Answers) -> Sample:
     """The first sample that is trained on, as it will be read."""
-    return training.answers.training[0]
+    return answers.training[0]

@@ -106,7 +106,7 @@ class EagleConfig(HeadsConfig):
 
 @dataclass(frozen=True)
 class EagleSettings:
-    """{"drafter": "eagle", "checkpoint": PATH, "width": 10, "depth": D, "nodes": 59, "tree": TREE}"""
+    """{"drafter": "eagle", "checkpoint": PATH, "width": 10, "depth": D, "nodes": 59, "tree": TREE, "stopping": RULE}"""
 
     checkpoint: str | None = setting(None, "The folder of the drafter.", "heads")
     width: int = setting(10, "The nodes of a level that are extended, and the children that each gets.")
@@ -116,7 +116,15 @@ class EagleSettings:
         None, "The same tree of ranks at every step instead: static is EAGLE-1's own, or as for heads.", "tree"
     )
 
+    stopping: str | Mapping[str, Any] | None = setting(
+        None, "A chain instead, drawn from its law, that ends itself by this rule.", "rule"
+    )
+
     def __post_init__(self) -> None:
+        if self.stopping is not None and self.tree is not None:
+            raise DrafterError("eagle: give a tree or a stopping rule, which ends a chain, and not both")
+        if not isinstance(self.stopping, str | Mapping | None):
+            raise DrafterError(f"eagle: stopping is a mapping, or a rule's name, not {self.stopping!r}")
         for name in ("width", "nodes", *(("depth",) if self.depth is not None else ())):
             demand_count("eagle", name, getattr(self, name))
 

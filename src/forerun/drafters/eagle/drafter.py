@@ -14,9 +14,10 @@ from forerun.drafters.eagle import EagleConfig, EagleSettings
 from forerun.drafters.eagle.network import EagleModule, EagleStack
 from forerun.drafting.checkpoint import demand_fit, demand_layers, load, tree_for
 from forerun.drafting.drafter import Context, Drafter
-from forerun.drafting.growth import Expander, Form, Frontier, Known, StaticTree, TopTree, tempered
+from forerun.drafting.growth import Chain, Expander, Form, Frontier, Known, StaticTree, TopTree, tempered
 from forerun.drafting.heads import REMEMBERED, WAITING, StatesDrafter
 from forerun.drafting.settings import MOST
+from forerun.drafting.stopping import LAST, prepared, rule_of
 from forerun.drafting.workshop import Workshop
 from forerun.model import CHUNK, SHORT, Inputs, Model, Scores
 from forerun.nn.feed import Read
@@ -134,12 +135,12 @@ class Pairs:
         read = self._read(Inputs(inputs.tokens_BN, inputs.counts_B, Inputs.of_states(states).states_BND), 0)
         last = [max(0, count - 1) for count in map(len, tokens)]
         said = read.hidden[self._layers[0]]
-        return Scores(read.logits_BNV, {0: said[torch.arange(len(rows)), last].unsqueeze(1)})
+        return Scores(read.logits_BNV, {LAST: said[torch.arange(len(rows)), last].unsqueeze(1)})
 
     def grow(self, frontier: Frontier, states_BWD: Tensor) -> Scores:
-        """What may follow these nodes, and with which states (under 0). states_BWD: what was said at their parents."""
+        """What may follow these nodes, and with which states (LAST). states_BWD: what was said at their parents."""
         scores = self.model.grow(frontier.tokens_BW, frontier.depths_BW, frontier.paths_BWJ, self._layers, states_BWD)
-        return Scores(scores.logits_BNV, {0: scores.hidden[self._layers[0]]})
+        return Scores(scores.logits_BNV, {LAST: scores.hidden[self._layers[0]]})
 
     def _end(self, slot: int, tokens: Sequence[int], end: int) -> int:
         """How many pairs of a row can be read, at most so many: their states are here, and none before is missing."""
@@ -177,12 +178,12 @@ class PairsExpander(Expander):
         return self._heard(self._pairs.grow(frontier, self._said_BWD[rows, frontier.parents_BW]))
 
     def _heard(self, scores: Scores) -> Scores:
-        self._said_BWD = scores.hidden[0]
+        self._said_BWD = scores.hidden[LAST]
         return scores
 
 
 class EagleDrafter(StatesDrafter):
-    """Grows a deterministic tree of any form: the dynamic one of EAGLE-2, or a static one."""
+    """Grows a deterministic tree, the dynamic one of EAGLE-2 or a static one, or draws a chain."""
 
     def __init__(self, pairs: Pairs, form: Form, layers: Sequence[int]):
         super().__init__("eagle3" if pairs.stack.form.fused else "eagle", layers)
@@ -192,6 +193,11 @@ class EagleDrafter(StatesDrafter):
     @property
     def reader(self) -> Pairs:
         return self.pairs
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Weights that are read for one drafted token."""
+        return float(self.pairs.stack.footprint.weight_bytes)
 
     def observe(self, context: Context, tree: TokenTree, verdict: Verdict, scores: Scores) -> None:
         super().observe(context, tree, verdict, scores)
@@ -218,5 +224,7 @@ def build(workshop: Workshop, settings: EagleSettings) -> Drafter:
     if settings.tree is not None:
         wish = [list(path) for path in STATIC.paths] if settings.tree == "static" else settings.tree
         form = StaticTree(tree_for(stored, wish, MOST, config.candidates))
+    if settings.stopping is not None:
+        form = Chain(prepared(rule_of(settings.stopping), config.width, network.device))
     stack = module.stack.lend(network.input_embedding, module.of_known(network.head_matrix()))
     return EagleDrafter(Pairs(stack, form.scratch), form, layers)

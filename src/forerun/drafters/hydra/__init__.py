@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from forerun.drafting.method import Method, later
-from forerun.drafting.settings import option
+from forerun.drafting.settings import option, setting
 from forerun.drafting.trained import HeadsConfig, HeadSettings, LayerConfig, Layout, Preset, Trained, Weights
 from forerun.errors import DrafterError
 
@@ -37,10 +38,24 @@ class HydraConfig(HeadsConfig):
             raise DrafterError(f"a prefix layer of {self.prefix!r} makes no sense: give its sizes, or none")
 
 
+@dataclass(frozen=True)
+class HydraSettings(HeadSettings):
+    """{"drafter": "hydra", "checkpoint": PATH, "tree": TREE, "weights": "auto" | "int8" | "target"}, or a "stopping"
+    rule instead of a tree."""
+
+    stopping: str | Mapping[str, Any] | None = setting(
+        None, "A chain instead, drawn from the heads' laws, that ends itself by this rule; in plain torch.", "rule"
+    )
+
+    def __post_init__(self) -> None:
+        if self.stopping is not None and (self.tree is not None or not isinstance(self.stopping, str | Mapping)):
+            raise DrafterError("hydra: stopping is a rule that ends a chain: give it without a tree")
+
+
 METHOD = Method(
     "hydra",
     "Heads on the target's last hidden state that see the tokens drafted before theirs.",
-    HeadSettings,
+    HydraSettings,
     later("forerun.drafters.hydra.network:build"),
     grows="ranks",
     trained=Trained(

@@ -22,22 +22,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from forerun.drafters.hydra import HydraConfig
+from forerun.drafters.hydra import HydraConfig, HydraSettings
 from forerun.drafting.checkpoint import demand_fit, load, tree_for
 from forerun.drafting.drafter import Drafter
+from forerun.drafting.growth import Chain
 from forerun.drafting.heads import (
     ContextMaker,
+    HeadChain,
     HeadDrafter,
     HeadParts,
     HeadsModule,
     LastState,
     PrefixState,
+    TorchHeads,
     drafting,
     format_of,
     grow,
     layer_like,
 )
-from forerun.drafting.trained import HeadSettings
+from forerun.drafting.stopping import prepared, rule_of
 from forerun.drafting.workshop import Workshop
 from forerun.nn.backends.heads import HeadWeights
 from forerun.nn.network import Network
@@ -96,17 +99,19 @@ class HydraHeads(HeadsModule):
         parts = [self.head_logits(i, inputs[:, : (i + 2) * width], head_VD) for i in range(self.count)]
         return torch.stack(parts)
 
-    def head_logits(self, index: int, z: Tensor, head_VD: Tensor) -> Tensor:
+    def head_state(self, index: int, z: Tensor) -> Tensor:
         z = self._drop(z)
         y = F.linear(z, self.through[index], self.through_biases[index])
         y = y + F.silu(F.linear(z, self.first[index], self.first_biases[index]))
         for weight, bias in self._later(index):
             y = self._drop(y)
             y = y + F.silu(F.linear(y, weight, bias))
-        y = self._drop(y)
+        return self._drop(y)
+
+    def projected(self, index: int, state: Tensor, head_VD: Tensor) -> Tensor:
         if self.vocabulary is None or self.vocabulary_biases is None:
-            return F.linear(y, head_VD)
-        return F.linear(y, self.vocabulary[index], self.vocabulary_biases[index])
+            return F.linear(state, head_VD)
+        return F.linear(state, self.vocabulary[index], self.vocabulary_biases[index])
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
@@ -148,16 +153,19 @@ def fitted(fields: dict[str, Any], network: Network) -> dict[str, Any]:
     return fields
 
 
-def build(workshop: Workshop, settings: HeadSettings) -> Drafter:
-    """{"drafter": "hydra", "checkpoint": PATH, "tree": TREE, "weights": "auto" | "int8" |
-    "target"}; Hydra++ is a checkpoint with a prefix layer."""
+def build(workshop: Workshop, settings: HydraSettings) -> Drafter:
+    """See `HydraSettings`; Hydra++ is a checkpoint with a prefix layer."""
     stored = load(settings.checkpoint, "hydra")
     module = stored.module(HydraHeads, HydraConfig)
     network, weights = workshop.target.network, settings.weights
     demand_fit(stored, module.config.width, module.config.vocab_size, network)
+    name, top = "hydra" if module.prefix is None else "hydra++", network.cache_shape.layers
+    if settings.stopping is not None:
+        form = Chain(prepared(rule_of(settings.stopping), module.config.width, network.device))
+        context = reader(module, network, weights)
+        module = module.to(device=network.device, dtype=network.dtype).eval().requires_grad_(False)
+        heads = TorchHeads(module, network.input_embedding, network.head_matrix())
+        return HeadChain(name, heads, context, form, top)
     grows = tree_for(stored, settings.tree, module.count, module.config.candidates)
-    name = "hydra" if module.prefix is None else "hydra++"
-    parts = HeadParts(
-        drafting(module, network, weights), reader(module, network, weights), grows, network.cache_shape.layers
-    )
+    parts = HeadParts(drafting(module, network, weights), reader(module, network, weights), grows, top)
     return HeadDrafter(name, parts)
