@@ -51,7 +51,7 @@ def prompts() -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def expected(prompts: list[list[int]]) -> list[list[int]]:
-    engine = forerun.load(MODELS / "target", dtype="fp32", max_rows=1)
+    engine = forerun.load(MODELS / "target", dtype="fp32")
     return [output.token_ids for output in engine.generate(prompts, GREEDY)]
 
 

@@ -173,10 +173,11 @@ def test_the_losses_are_those_of_going_through_the_answers_by_hand(kind: str, se
     logits, rows_places = logits_of(module, heads.teacher, lesson).detach().double(), batch.places()
     known = slice(None) if module.known is None else module.known
     texts = [row[:end] for row, end in zip(batch.tokens_BN.tolist(), batch.ends.tolist(), strict=True)]
+    read = [lively().features(torch.tensor([text]))[0].double() for text in texts]
     each: list[list[tuple[float, float]]] = [[] for _ in range(module.taught)]
     right = 0
     for place, (row, at) in enumerate(zip(*(part.tolist() for part in rows_places), strict=True)):
-        states = lively().features(torch.tensor([texts[row]]))[0].double()
+        states = read[row]
         for head in range(module.taught):
             if at + head + 2 >= len(texts[row]):
                 continue
