@@ -35,6 +35,8 @@ OPTIONS = {
     " --num-speculative-tokens --speculative-config",
     "index": "--tokenizer --out",
     "inspect": f"{MACHINE} --json --revision",
+    "plan": f"{MACHINE} {PROMPTS} --drafter --all --batch --batch-size --seconds --costs --max-new-tokens --max-tokens"
+    " --temperature --seed --out --plot --json --revision",
     "calibrate": f"{MACHINE} {PROMPTS} --drafter --out --data --answers --rows --batch-size --rounds --max-new-tokens"
     " --max-tokens --temperature --seed --revision",
     "convert": f"{PROMPTS} --to --out --target",

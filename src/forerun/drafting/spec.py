@@ -155,5 +155,5 @@ def _renamed(found: re.Match[str], place: Callable[[str], str]) -> str:
 _NAMED = re.compile(r"(?P<colon>:?)(?P<before>\s*)(?P<name>[^:()|\s]([^:()|]*[^:()|\s])?)")
 _SPECS: set[Kind | None] = {"spec", "specs", "parts"}
 """Kinds of settings that hold SPECs, in which any checkpoint or file may be named."""
-_PLACES: set[Kind | None] = {"model", "models", "heads", "store", "stores", "tree"}
+_PLACES: set[Kind | None] = {"model", "models", "heads", "store", "stores", "tree", "plan"}
 """Kinds of settings that may name files, alone or behind the name of a kind of store."""

@@ -188,8 +188,9 @@ class Result:
 class Planner:
     """An engine's target, its recorded answers and what its steps cost, for plans of several numbers of rows.
 
-    workshop: what drafters are built with, for this target. elsewhere: plan for another machine; then nothing is
-    measured but acceptance.
+    workshop: what drafters are built with, for this target. elsewhere: plan for another machine; then
+    nothing is measured but acceptance. watch: is told what comes next. costs: what steps cost, if that was
+    measured before.
     """
 
     def __init__(
@@ -199,10 +200,12 @@ class Planner:
         wishes: Wishes,
         elsewhere: Elsewhere | None = None,
         watch: Watch = lambda said: None,
+        costs: Costs | None = None,
     ):
         self.engine, self.workshop, self.wishes, self.elsewhere, self.watch = engine, workshop, wishes, elsewhere, watch
         self.record: Record
         self.costs: Costs
+        self._known = elsewhere.costs if elsewhere else costs
 
     def build(self, description: Mapping[str, Any]) -> Drafter:
         return made_for(self.workshop, description)
@@ -218,10 +221,10 @@ class Planner:
         return some
 
     def price(self, most: int) -> None:
-        """Time the target's steps, of trees of up to so many nodes, or take those of the other machine."""
-        if self.elsewhere is not None:
-            self.costs = self.elsewhere.costs
-            return
+        """Time the target's steps, of trees of up to so many nodes, unless it is known what they cost."""
+        self.costs = self._known or self._timed(most)
+
+    def _timed(self, most: int) -> Costs:
         self.watch("what steps cost")
         lengths = (*LENGTHS, *(wide for wide in WIDER if wide <= 2 * most))
         rows = sorted({1, *self.wishes.batches})
@@ -232,7 +235,7 @@ class Planner:
             for context in contexts:
                 texts = [self._stretched(number, context) for number in range(count)]
                 points += measure.step_costs(self.engine, texts, self.wishes.params, Timing(ROUNDS, each, lengths))
-        self.costs = Costs(tuple(points))
+        return Costs(tuple(points))
 
     def _contexts(self, lengths: Sequence[int]) -> list[int]:
         """The shortest and the longest that the answers' steps have, as far as there is room to time them."""
