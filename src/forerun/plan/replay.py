@@ -10,9 +10,9 @@ proposals without luck in them, which are matched with what the target says (or 
 A proposal that was drawn is weighed with the target's laws at tokens that it may not have said, so
 such drafters run with the target instead (`Live`).
 
-Seconds: the target's are those of a table. Drafting is timed as it happens, in steps before which
-the target has read something, for that is what it finds in the caches when it runs; the others cost
-what these cost on average. The first step, in which models read the prompt, is taken as it is.
+Seconds: the target's are those of a table. Drafting is timed as it happens. Where the target runs,
+it leaves nothing of a draft model in the processor's caches, so before some steps it reads
+something, and the others are taken to be dearer than they were in proportion.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,9 +40,11 @@ from forerun.slots import Slots
 from forerun.tree import TokenTree
 
 SWEEP = 4
-"""One step in so many is timed, behind a forward of the target."""
-HELD_UP = 0.01
-"""The share of timings, the longest ones, that something else is taken to have disturbed."""
+"""One step in so many comes behind a forward of the target."""
+USUAL = 0.95
+"""In the proportion no step counts for more than this share of them take: a few read a whole prompt."""
+ENOUGH = 8
+"""Steps of either kind that make a proportion."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +105,10 @@ class _Seat:
     states: Mapping[int, Tensor]
     steps: int = 0
     nodes: int = 0
-    draft_shares: float = 0.0
-    """Steps behind the first, each divided by the rows that made it."""
-    first_draft: float = 0.0
+    warm: float = 0.0
+    cold: float = 0.0
     verify: float = 0.0
+    """Its shares of seconds: of drafting with warm caches, of drafting as it is when the target runs, of the target."""
 
     @property
     def is_over(self) -> bool:
@@ -136,18 +139,18 @@ class Replay:
         self._table = Table()
         self._price = NodePrice(self._table)
         self._sweep = reading(record.engine.target.network, record.texts[0])
+        self._clocked: dict[bool, list[float]] = {False: [], True: []}  # seconds by whether the caches were swept
 
     @torch.inference_mode()
     def play(self, wave: Sequence[int]) -> list[Spent]:
         """Raises IsDrawnError where a replay says nothing; no row is left in the drafter then."""
         seats: Slots[_Seat] = Slots()
-        clocked: list[float] = []
         done: list[_Seat] = []
         try:
             for place, number in enumerate(wave):
                 seats.append(self._admit(place, number))
             while seats:
-                self._step(seats, clocked)
+                self._step(seats)
                 for slot in reversed(range(len(seats))):
                     if seats[slot].is_over:
                         done.append(seats[slot])
@@ -157,17 +160,17 @@ class Replay:
             for slot in reversed(range(len(seats))):
                 self.drafter.release(slot)
             raise
-        later, done = _mean(clocked), sorted(done, key=lambda seat: seat.place)
+        dearer = _proportion(*self._clocked.values())
         return [
             Spent(
                 seat.number,
                 seat.text.answer_length,
                 seat.steps,
                 seat.nodes,
-                seat.first_draft + seat.draft_shares * later,
+                seat.cold + dearer * seat.warm,
                 seat.verify,
             )
-            for seat in done
+            for seat in sorted(done, key=lambda seat: seat.place)
         ]
 
     def _admit(self, place: int, number: int) -> _Seat:
@@ -179,11 +182,11 @@ class Replay:
         self.drafter.admit(row, {layer: one[None, : text.prompt_length - 1] for layer, one in states.items()})
         return _Seat(place, number, text, row, states)
 
-    def _step(self, seats: Slots[_Seat], clocked: list[float]) -> None:
+    def _step(self, seats: Slots[_Seat]) -> None:
         """As the engine makes it, the target's part apart."""
-        rows, is_first = [seat.row for seat in seats], seats[0].steps == 0
-        is_clocked = is_first or seats[0].steps % SWEEP == 1
-        if is_clocked and not is_first:
+        rows, step = [seat.row for seat in seats], seats[0].steps
+        is_swept = step % SWEEP == 1
+        if is_swept:
             self._sweep()
         price = self._price.value
         context = Context(
@@ -205,11 +208,16 @@ class Replay:
         judged = time.perf_counter()
         self.drafter.observe(context, tree, verdict, scores)
         seconds = drafted - begun + time.perf_counter() - judged
-        if is_clocked and not is_first:
-            clocked.append(seconds)
-        self._settle(seats, tree, verdict, seconds if is_first else None)
+        for seat in seats:
+            if is_swept or step == 0:
+                seat.cold += seconds / len(seats)
+            else:
+                seat.warm += seconds / len(seats)
+        if step:
+            self._clocked[is_swept].append(seconds)
+        self._settle(seats, tree, verdict, seconds)
 
-    def _settle(self, seats: Slots[_Seat], tree: TokenTree, verdict: Verdict, first: float | None) -> None:
+    def _settle(self, seats: Slots[_Seat], tree: TokenTree, verdict: Verdict, drafting: float) -> None:
         rows, nodes = len(seats), sum(tree.sizes)
         context = sum(len(seat.row.tokens) for seat in seats)
         verify = self.costs(rows, nodes / rows, context / rows)
@@ -217,14 +225,10 @@ class Replay:
             seat.steps += 1
             seat.nodes += tree.sizes[slot]
             seat.verify += verify / rows
-            if first is None:
-                seat.draft_shares += 1 / rows
-            else:
-                seat.first_draft += first / rows
             said = len(verdict.kept[slot])
             seat.row.tokens += seat.text.tokens[len(seat.row.tokens) :][:said]
             seat.row.step += 1
-        step = Step(rows, nodes, context, sum(map(len, verdict.kept)), first or 0.0, verify, 0.0)
+        step = Step(rows, nodes, context, sum(map(len, verdict.kept)), drafting, verify, 0.0)
         self._table.learn(step)
         self._price.learn(step)
 
@@ -248,14 +252,13 @@ def _verdict(seats: Slots[_Seat], tree: TokenTree, kept: list[list[int]]) -> Ver
     return Verdict(kept, [seat.next_token(path) for seat, path in zip(seats, kept, strict=True)], ends)
 
 
-def _mean(seconds: Sequence[float]) -> float:
-    """Without what was held up; 0 of nothing."""
-    if not seconds:
-        return 0.0
-    ordered = sorted(seconds)
-    held_up = -(-len(ordered) * HELD_UP // 1) if len(ordered) > 2 else 0
-    most = ordered[len(ordered) - 1 - int(held_up)]
-    return sum(min(one, most) for one in ordered) / len(ordered)
+def _proportion(warm: Sequence[float], swept: Sequence[float]) -> float:
+    """How much dearer steps are with swept caches."""
+    if min(len(warm), len(swept)) < ENOUGH:
+        return 1.0
+    most = float(np.quantile([*warm, *swept], USUAL))
+    means = [sum(min(one, most) for one in kind) / len(kind) for kind in (warm, swept)]
+    return means[1] / means[0] if means[0] > 0 else 1.0
 
 
 @dataclass(eq=False)
