@@ -100,4 +100,4 @@ def _between(known: Sequence[int], x: float, value: Callable[[int], float]) -> f
     low, high = known[after - 1], known[after]
     first, last = value(low), value(high)
     slope = (last - first) / (high - low)
-    return first + (x - low) * (max(0.0, slope) if x > high else slope)
+    return first + (x - low) * slope if x <= high else last + (x - high) * max(0.0, slope)
