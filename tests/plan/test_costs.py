@@ -21,7 +21,9 @@ def planted(error: float = 0.01) -> Costs:
 
 def test_it_is_exact_where_the_law_is_linear_in_rows_in_nodes_and_in_context() -> None:
     costs, rng = planted(), np.random.default_rng(0)
-    for rows, nodes, context in zip(rng.uniform(1, 50, 99), rng.uniform(1, 30, 99), rng.uniform(50, 2000, 99)):
+    for rows, nodes, context in zip(
+        rng.uniform(1, 50, 99), rng.uniform(1, 30, 99), rng.uniform(50, 2000, 99), strict=True
+    ):
         assert costs(rows, nodes, context) == pytest.approx(law(rows, nodes, context), rel=1e-9)
 
 

@@ -125,7 +125,7 @@ class AllButOne(Drafter):
 
 @pytest.mark.parametrize(("wrong", "expected"), [("d", [4, 4]), ("c", [3, 4, 1])])
 def test_the_example_of_the_papers_replay(wrong: str, expected: list[int]) -> None:
-    """"abcdefgh" behind a prompt of one token."""
+    """ "abcdefgh" behind a prompt of one token."""
     text = [10 + ord(letter) - ord("a") for letter in "Xabcdefgh".lower().replace("x", "z")]
     network = TableNetwork(vocab_size=40, order=1)
     record = Record(engine_of(network), [Transcript(tuple(text), 1, 9)], GREEDY)

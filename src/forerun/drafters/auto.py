@@ -79,7 +79,7 @@ def _fitting(target: Network, path: Path) -> Planned:
     if dict(found.machine) == here:
         return found
     different = [f"{name} {found.machine.get(name)}" for name in here if found.machine.get(name) != here[name]]
-    log.warning(
+    log.info(
         "the plan %s was made on another machine (%s): what it chose is used, and costs are learnt anew",
         path,
         ", ".join(different),
