@@ -319,6 +319,7 @@ def _picture(found: Planned, name: str, path: Path) -> None:
         for one in found.choices
     ]
     machine = found.machine
-    under = f"{name}, {machine['processor']}, {machine['threads']} threads, {machine['dtype']}"
+    threads = f"{machine['threads']} thread{'' if machine['threads'] == 1 else 's'}"
+    under = f"{name}, {machine['processor']}, {threads}, {machine['dtype']}"
     light, dark = write(drawing(found.costs, rankings, "What is fastest", under), path)
     log.info(f"{light}: a picture of the plan; {dark.name} beside it is for dark ground")

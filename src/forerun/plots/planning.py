@@ -50,9 +50,18 @@ def _curves(sheet: Sheet, axes: Any, costs: Sequence[Sequence[float]]) -> None:
             points = [(point[2], 1e3 * point[3]) for point in own if point[1] == context]
             sheet.line(axes, points, shade, linewidth=2 if context == contexts[0] else 1)
         ends.append((f"{rows} row{'s' * (rows > 1)}", points[-1][1], sheet.theme.quiet))
-    axes.set_yscale("log")
+    _in_plain_numbers(axes)
     axes.set_xlabel("nodes", color=sheet.theme.quiet, size=8, loc="right", labelpad=1)
     _name_on_log(axes, ends)
+
+
+def _in_plain_numbers(axes: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _name_on_log(axes: Any, ends: Sequence[tuple[str, float, str]]) -> None:
