@@ -10,7 +10,7 @@ import pytest
 
 from forerun.plan.hierarchy import Autoregressive, Chain, Verifier, at_least
 from forerun.plan.replay import Spent
-from forerun.plan.search import KEPT, Worth, finalists, promising, race, speed, survivors
+from forerun.plan.search import KEPT, Worth, promising, race, ranked, speed, survivors
 from plan.planted import Planted
 
 ANSWERS = 32
@@ -20,9 +20,13 @@ class Known:
     """A player whose answers cost what was drawn beforehand; `played` counts them."""
 
     def __init__(self, spent: Sequence[Spent]):
-        self.spent, self.played = spent, 0
+        self.spent, self.played, self.is_closed = spent, 0, False
+
+    def close(self) -> None:
+        self.is_closed = True
 
     def play(self, wave: Sequence[int]) -> list[Spent]:
+        assert not self.is_closed
         self.played += len(wave)
         return [self.spent[number] for number in wave]
 
@@ -47,7 +51,7 @@ def test_the_race_ends_where_brute_force_ends_and_plays_less(rows: int) -> None:
     won, played, asked = 0, 0, 0
     for seed in range(60):
         players = instance(seed)
-        found = finalists(race(players, waves))[0]
+        found = ranked(race(players, waves))[0]
         best = max(players, key=lambda name: speed(players[name].spent))
         won += found == best
         assert speed(players[found].spent) > 0.99 * speed(players[best].spent)
@@ -61,7 +65,7 @@ def test_plain_decoding_wins_where_a_draft_costs_more_than_it_saves() -> None:
     steps = round(96 / 1.3)
     drafting = Known([Spent(number, 96, steps, 2 * steps, 0.5 * steps, 1.0 * steps) for number in range(8)])
     plain = Known([Spent(number, 96, 96, 96, 0.0, 96.0) for number in range(8)])
-    assert finalists(race({"small": drafting, "none": plain}, [[number] for number in range(8)]))[0] == "none"
+    assert ranked(race({"small": drafting, "none": plain}, [[number] for number in range(8)]))[0] == "none"
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -123,5 +127,20 @@ def test_who_comes_too_late_is_not_seen_and_the_yardstick_stays() -> None:
     assert {name: len(own) for name, own in found.items() if len(own) > 4} == dict.fromkeys(
         ["0", "1", "2", "3", "8"], 7
     )
+    assert players["7"].is_closed and not players["8"].is_closed
+    for each in players.values():
+        each.is_closed = False
     again = race({name: players[name] for name in "0128"}, [[0, 1, 2, 3], [4, 5]], begun=late)
     assert {len(own) for own in again.values()} == {6} and players["0"].played == 4 + 7 + 2
+
+
+def test_an_opening_and_the_rest_are_one_race() -> None:
+    """Those that come later are held against what the others had spent by then."""
+    for seed in range(20):
+        waves, players = [[number] for number in range(ANSWERS)], instance(seed)
+        some = {name: players[name] for name in list(players)[::3]}
+        begun = race(some, waves[:4], yardstick="none")
+        for each in some.values():
+            each.is_closed = False
+        whole = race(instance(seed), waves, yardstick="none")
+        assert race(players, waves, yardstick="none", begun=begun) == whole

@@ -226,8 +226,8 @@ def writer_cost(
 
 def reading(network: Network | None, text: Transcript) -> Callable[[], object]:
     """Reads the last token of a text, again and again: what a target leaves of other models in the processor's caches,
-    which is nothing if it is large."""
-    if network is None:
+    which is nothing if it is large. On a GPU nobody waits for it, so there it would be timed with what comes next."""
+    if network is None or network.device.type != "cpu":
         return lambda: None
     model, row = Model(network, 1), Row(list(text.tokens), text.prompt_length, SamplingParams(), 0, len(text.tokens))
     model.admit(len(text.tokens))

@@ -29,8 +29,8 @@ from forerun.plan import measure
 from forerun.plan.candidates import PLAIN, AtHand, Candidate, Hierarchy, hierarchy_of, in_turn, static_trees
 from forerun.plan.costs import Costs, Point
 from forerun.plan.measure import LENGTHS, Timing, Transcript
-from forerun.plan.replay import IsDrawnError, Live, Player, Record, Replay, Spent
-from forerun.plan.search import FEW, Worth, finalists, promising, race
+from forerun.plan.replay import IsDrawnError, Live, Record, Replay, Spent
+from forerun.plan.search import FEW, Worth, promising, race, ranked, survivors
 from forerun.sampling import SamplingParams
 from forerun.train.teacher import Teacher
 
@@ -126,8 +126,8 @@ class Rank:
 
 @dataclass(frozen=True)
 class Ranking:
-    """All candidates for so many rows, those that were seen to the end first, the fastest of them first. unseen: for
-    which there was no time."""
+    """All candidates for so many rows, those that were in the race to its end first, the fastest of them first. unseen:
+    for which there was no time."""
 
     rows: int
     ranks: tuple[Rank, ...]
@@ -261,7 +261,7 @@ class Planner:
         left, parts = self.wishes.seconds * (1 - SHARES["costs"]), len(batches) + 1
         for rows in batches:
             started, share = time.perf_counter(), left * (1 if rankings else 2) / parts
-            some = self.promising(rankings[-1], candidates, rows) if rankings else candidates
+            some = self.entrants(rankings[-1], candidates, rows) if rankings else candidates
             ranking = self.rank(some, rows, SHARES["race"] * share)
             if self.elsewhere is None:
                 ranking = self.measured(ranking, share - (time.perf_counter() - started))
@@ -295,27 +295,28 @@ class Planner:
         Candidates that cannot be built are left out, with a warning."""
         trials = self._trials([Candidate.of(PLAIN), *candidates])
         waves, started = self._waves(rows), time.perf_counter()
-        first = {trial.candidate.family: name for name, trial in reversed(trials.items())}
+        first: dict[str, str] = {}
+        for name, one in trials.items():
+            first.setdefault(one.candidate.family, name)
         self.watch(f"{len(trials)} candidates of {len(first)} kinds, {rows} side by side")
 
         def is_late() -> bool:
             return time.perf_counter() - started > seconds
 
-        opening = waves[: -(-FEW // rows)]
-        begun = race({name: trials[name] for name in trials if name in first.values()}, opening, is_late, NONE)
+        begun = race({name: trials[name] for name in first.values()}, waves[: -(-FEW // rows)], is_late, NONE)
         near = {trials[name].candidate.family for name in promising(begun, NEAR)} | {NONE}
-        entering = {name: trial for name, trial in trials.items() if trial.candidate.family in near}
+        out = set(first.values()) - {NONE, *survivors(begun)}
+        entering = {n: one for n, one in trials.items() if one.candidate.family in near and n not in out}
         spent = {**begun, **race(entering, waves, is_late, NONE, begun)}
         spent = {name: self._moved(name, rows, own) for name, own in spent.items()}
-        best = finalists(spent)
         error = self.costs.error
         ranks = [
             Rank(trials[name].candidate, Worth.of(spent[name], error), tuple(spent[name]), trials[name].is_live)
-            for name in [*best, *(name for name in spent if name not in best)]
+            for name in ranked(spent)
         ]
-        return Ranking(rows, tuple(ranks), tuple(name for name in entering if name not in spent))
+        return Ranking(rows, tuple(ranks), tuple(name for name in [*first.values(), *entering] if name not in spent))
 
-    def promising(self, before: Ranking, candidates: Sequence[Candidate], rows: int) -> list[Candidate]:
+    def entrants(self, before: Ranking, candidates: Sequence[Candidate], rows: int) -> list[Candidate]:
         """Those that may be the fastest for more rows, by what they were found to be for fewer: as much is accepted,
         and drafting for more rows takes no less."""
         context = sum(len(text.tokens) for text in self.record.texts) / len(self.record.texts)
@@ -406,16 +407,20 @@ class Trial:
     """A candidate in the race: replayed, or live once it has drawn."""
 
     def __init__(self, candidate: Candidate, drafter: Drafter, planner: Planner):
-        self.candidate, self.drafter = candidate, drafter
-        self.is_live, self._planner = False, planner
-        self._player: Player = Replay(drafter, planner.record, planner.costs)
+        self.candidate, self.is_live, self._planner = candidate, False, planner
+        self._player: Replay | Live | None = Replay(drafter, planner.record, planner.costs)
 
     def play(self, wave: Sequence[int]) -> list[Spent]:
+        assert self._player is not None
         try:
             return self._player.play(wave)
         except IsDrawnError:
-            self.is_live = True
-            self.drafter.reset()
+            self.is_live, drafter = True, self._player.drafter
+            drafter.reset()
             costs = self._planner.costs if self._planner.elsewhere else None
-            self._player = Live(self.drafter, self._planner.record, costs)
+            self._player = Live(drafter, self._planner.record, costs)
             return self._player.play(wave)
+
+    def close(self) -> None:
+        """Its drafter and all that this remembers of texts may go."""
+        self._player = None

@@ -70,6 +70,9 @@ class Player(Protocol):
     def play(self, wave: Sequence[int]) -> list[Spent]:
         """The answers of these numbers, side by side."""
 
+    def close(self) -> None:
+        """It will not be asked again."""
+
 
 class IsDrawnError(Exception):
     """A drafter has drawn what it proposes, for a row that samples."""
@@ -172,6 +175,9 @@ class Replay:
             )
             for seat in sorted(done, key=lambda seat: seat.place)
         ]
+
+    def close(self) -> None:
+        """Nothing is held but what the drafter holds."""
 
     def _admit(self, place: int, number: int) -> _Seat:
         text, record = self.record.texts[number], self.record
@@ -295,6 +301,9 @@ class Live:
             )
             for number, own in zip(wave, shares, strict=True)
         ]
+
+    def close(self) -> None:
+        self._engine = None
 
 
 class _Share(NamedTuple):

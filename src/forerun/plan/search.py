@@ -61,17 +61,19 @@ def race(
             if len(spent[name]) < due:
                 spent[name] += players[name].play(wave)
         running = [name for name in running if spent[name]]
-        staying = {yardstick, *survivors({name: spent[name] for name in running})}
+        staying = {yardstick, *survivors({name: spent[name][:due] for name in running})}
+        for name in running:
+            if name not in staying:
+                players[name].close()
         running = [name for name in running if name in staying]
         if is_late():
             break
     return {name: own for name, own in spent.items() if own}
 
 
-def finalists(spent: Mapping[str, Sequence[Spent]]) -> list[str]:
-    """Those that were in the race to its end, the fastest first."""
-    longest = max(map(len, spent.values()))
-    return sorted((name for name, own in spent.items() if len(own) == longest), key=lambda name: -speed(spent[name]))
+def ranked(spent: Mapping[str, Sequence[Spent]]) -> list[str]:
+    """Those that were in the race to its end first, the fastest of them first."""
+    return sorted(spent, key=lambda name: (-len(spent[name]), -speed(spent[name])))
 
 
 def survivors(spent: Mapping[str, Sequence[Spent]]) -> list[str]:
