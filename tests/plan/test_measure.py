@@ -60,9 +60,10 @@ def test_costs_are_measured_for_every_length(params: SamplingParams, monkeypatch
         return forward(self, feed, *rest)
 
     monkeypatch.setattr(TableNetwork, "forward", watched)
-    points = look.step_costs(engine_of(TARGET), [text, text], params, look.Timing(3))
+    points = look.step_costs(engine_of(TARGET), [[text, text], [texts(params)[1]]], params, look.Timing(3))
     assert {*look.LENGTHS} <= {*read}
-    assert [(one.rows, one.context, one.nodes) for one in points] == [(2, len(text.tokens), n) for n in look.LENGTHS]
+    of = [(rows, context, n) for rows, context in ((2, 153), (1, 151)) for n in look.LENGTHS]
+    assert [(one.rows, one.context, one.nodes) for one in points] == of
     assert all(one.seconds > 0 and one.error >= 0 for one in points)
     read.clear()
     round = look.verifier_cost(SMALL, text, params, rounds=3)
@@ -75,8 +76,8 @@ def test_costs_are_measured_for_every_length(params: SamplingParams, monkeypatch
 
 def test_timing_ends_when_its_time_is_up_and_is_refused_without_room() -> None:
     text = texts(GREEDY)[1]
-    points = look.step_costs(engine_of(TARGET), [text], GREEDY, look.Timing(60, seconds=0, lengths=(1, 3)))
+    points = look.step_costs(engine_of(TARGET), [[text]], GREEDY, look.Timing(60, seconds=0, lengths=(1, 3)))
     assert [one.nodes for one in points] == [1, 3]
     narrow = TableNetwork(vocab_size=5, max_length=160)
     with pytest.raises(RequestError, match="no room to time"):
-        look.step_costs(engine_of(narrow), [text], GREEDY)
+        look.step_costs(engine_of(narrow), [[text]], GREEDY)

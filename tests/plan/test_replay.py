@@ -98,12 +98,15 @@ def test_heads_see_the_states_that_the_target_would_have_shown_them() -> None:
     assert told(spent) == of_outputs(outputs)
 
 
-def test_an_answer_that_ends_inside_a_draft_ends_there() -> None:
-    engine = engine_of(TARGET, eos=(2,))
-    record = record_of(engine, PROMPTS, GREEDY)
+@pytest.mark.parametrize("name", ["store", "chain", "tree"])
+def test_an_answer_that_ends_inside_a_draft_ends_there(name: str) -> None:
+    """And nothing is drafted behind what ends a text."""
+    record = record_of(engine_of(TARGET, eos=(2,)), PROMPTS, GREEDY)
     assert min(text.answer_length for text in record.texts) < 60
-    spent = Replay(drafter(SMALL), record, CHEAP).play(range(3))
-    assert told(spent) == of_outputs(engine_of(TARGET, drafter(SMALL), eos=(2,)).generate(PROMPTS, GREEDY))
+    spent = Replay(drafter(DRAFTERS[name]), record, CHEAP).play(range(3))
+    outputs = engine_of(TARGET, drafter(DRAFTERS[name]), eos=(2,)).generate(PROMPTS, GREEDY)
+    assert told(spent) == of_outputs(outputs)
+    assert [one.nodes - one.steps for one in spent] == [one.stats.drafted_tokens for one in outputs]
 
 
 class AllButOne(Drafter):

@@ -216,7 +216,7 @@ def hierarchy_of(
     agreed = measure.agreement(networks, texts, params)
     text = min(texts, key=lambda one: len(one.tokens))
     costs = [_cost(network, text, params, target) for network in models.values()]
-    points = measure.step_costs(engine, [text], params)
+    points = measure.step_costs(engine, [[text]], params)
     plain = Table([(point.nodes, point.seconds) for point in points])
     rates = tuple(tuple(float(rate) for rate in row) for row in agreed.rates)
     family = Family((*costs, plain), rates)

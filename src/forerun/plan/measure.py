@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +40,8 @@ from forerun.plan.costs import Point
 from forerun.row import Row
 from forerun.sampling import SamplingParams, laws
 from forerun.tree import TokenTree
+
+Of = TypeVar("Of")
 
 LENGTHS = (1, 2, 3, 5, 9, 17)
 """Tokens of the forwards that are timed: node 0 and 0, 1, 2, 4, 8, 16 drafts."""
@@ -160,32 +163,50 @@ FEWEST = 5
 
 
 def step_costs(
-    engine: Engine, texts: Sequence[Transcript], params: SamplingParams, timing: Timing | None = None
+    engine: Engine, groups: Sequence[Sequence[Transcript]], params: SamplingParams, timing: Timing | None = None
 ) -> list[Point]:
-    """Seconds of a step of the engine behind these texts, side by side, by the nodes of each row's tree; drafting is
-    not included. The trees are chains, no luck in them. RequestError where the context has no room for it."""
+    """Seconds of a step of the engine behind the texts of each group, side by side, by the nodes of each row's tree;
+    drafting is not included. All groups and trees take turns, so what slows the machine for a while slows all alike.
+    The trees are chains, no luck in them. RequestError where the context has no room for it."""
     timing = timing or Timing()
-    most = max(timing.lengths)
-    sham = Sham(0, engine.target.vocab_size, most)
-    runner = engine.beside(sham, max_rows=len(texts))
-    steps = moves(timing.rounds, timing.lengths)
-    for text in texts:
-        _demand_room(engine.target.max_length, text, steps)
-    room = replace(params, max_new_tokens=steps, ignore_eos=True, stop=(), stop_token_ids=())
-    for text in texts:
-        runner.add(list(text.tokens), room, text=False)
-
-    def step(nodes: int) -> None:
-        sham.length = nodes - 1
-        runner.step()
-
+    runners = [_Runner(engine, texts, params, timing) for texts in groups]
+    places = [(place, nodes) for place in range(len(runners)) for nodes in timing.lengths]
     try:
-        runner.step()
-        found = _timings(step, timing)
+        for runner in runners:
+            runner.begin()
+        found = _timings(lambda place: runners[place[0]].step(place[1]), places, timing)
     finally:
-        runner.close()
-    context = round(sum(len(text.tokens) for text in texts) / len(texts))
-    return [Point(len(texts), context, nodes, *_middle(seconds)) for nodes, seconds in found.items()]
+        for runner in runners:
+            runner.engine.close()
+    return [
+        Point(len(groups[place]), runners[place].context, nodes, *_middle(seconds))
+        for (place, nodes), seconds in found.items()
+    ]
+
+
+class _Runner:
+    """An engine that goes on behind some texts, with trees of any size."""
+
+    def __init__(self, engine: Engine, texts: Sequence[Transcript], params: SamplingParams, timing: Timing):
+        moved = moves(timing.rounds, timing.lengths)
+        for text in texts:
+            _demand_room(engine.target.max_length, text, moved)
+        self._texts, self._sham = texts, Sham(0, engine.target.vocab_size, max(timing.lengths))
+        self._params = replace(params, max_new_tokens=moved, ignore_eos=True, stop=(), stop_token_ids=())
+        self.engine = engine.beside(self._sham, max_rows=len(texts))
+
+    @property
+    def context(self) -> int:
+        return round(sum(len(text.tokens) for text in self._texts) / len(self._texts))
+
+    def begin(self) -> None:
+        for text in self._texts:
+            self.engine.add(list(text.tokens), self._params, text=False)
+        self.engine.step()
+
+    def step(self, nodes: int) -> None:
+        self._sham.length = nodes - 1
+        self.engine.step()
 
 
 def _middle(seconds: Sequence[float]) -> tuple[float, float]:
@@ -268,24 +289,25 @@ def _proposing(
 
 
 def _table(work: Callable[[int], None], timing: Timing, before: Callable[[], object] = lambda: None) -> Table:
-    return Table(tuple((length, median(found)) for length, found in _timings(work, timing, before).items()))
+    found = _timings(work, timing.lengths, timing, before)
+    return Table(tuple((length, median(seconds)) for length, seconds in found.items()))
 
 
 def _timings(
-    work: Callable[[int], None], timing: Timing, before: Callable[[], object] = lambda: None
-) -> dict[int, list[float]]:
-    """Seconds by length, of interleaved rounds, `before` each of which something else is done. The
+    work: Callable[[Of], None], kinds: Sequence[Of], timing: Timing, before: Callable[[], object] = lambda: None
+) -> dict[Of, list[float]]:
+    """Seconds by kind of work, of interleaved rounds, `before` each of which something else is done. The
     first rounds are not counted."""
-    seconds: dict[int, list[float]] = {length: [] for length in timing.lengths}
+    seconds: dict[Of, list[float]] = {kind: [] for kind in kinds}
     started = time.perf_counter()
     with torch.inference_mode():
         for number in range(timing.rounds + UNCOUNTED):
             if number >= FEWEST and time.perf_counter() - started > timing.seconds:
                 break
-            for length in timing.lengths:
+            for kind in kinds:
                 before()
                 begun = time.perf_counter()
-                work(length)
+                work(kind)
                 if number >= UNCOUNTED:
-                    seconds[length].append(time.perf_counter() - begun)
+                    seconds[kind].append(time.perf_counter() - begun)
     return seconds

@@ -27,7 +27,7 @@ from forerun.engine.load import made_for
 from forerun.errors import ForerunError, RequestError
 from forerun.plan import measure
 from forerun.plan.candidates import PLAIN, AtHand, Candidate, Hierarchy, hierarchy_of, in_turn, static_trees
-from forerun.plan.costs import Costs, Point
+from forerun.plan.costs import Costs
 from forerun.plan.measure import LENGTHS, Timing, Transcript
 from forerun.plan.replay import IsDrawnError, Live, Record, Replay, Spent
 from forerun.plan.search import FEW, Worth, promising, race, ranked, survivors
@@ -229,13 +229,9 @@ class Planner:
         lengths = (*LENGTHS, *(wide for wide in WIDER if wide <= 2 * most))
         rows = sorted({1, *self.wishes.batches})
         contexts = self._contexts(lengths)
-        each = SHARES["costs"] * self.wishes.seconds / (len(rows) * len(contexts))
-        points: list[Point] = []
-        for count in rows:
-            for context in contexts:
-                texts = [self._stretched(number, context) for number in range(count)]
-                points += measure.step_costs(self.engine, texts, self.wishes.params, Timing(ROUNDS, each, lengths))
-        return Costs(tuple(points))
+        groups = [[self._stretched(n, context) for n in range(count)] for count in rows for context in contexts]
+        timing = Timing(ROUNDS, SHARES["costs"] * self.wishes.seconds, lengths)
+        return Costs(tuple(measure.step_costs(self.engine, groups, self.wishes.params, timing)))
 
     def _contexts(self, lengths: Sequence[int]) -> list[int]:
         """The shortest and the longest that the answers' steps have, as far as there is room to time them."""
@@ -362,7 +358,7 @@ class Planner:
     def _plain_here(self) -> float:
         """Seconds of a plain step of one row on this machine."""
         text = self._stretched(0, min(64, self._contexts(LENGTHS)[0]))
-        return measure.step_costs(self.engine, [text], self.wishes.params, Timing(4, 1.0, (1,)))[0].seconds
+        return measure.step_costs(self.engine, [[text]], self.wishes.params, Timing(4, 1.0, (1,)))[0].seconds
 
     # ---- the measurement
 
