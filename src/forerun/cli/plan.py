@@ -89,8 +89,8 @@ forerun plan MODEL
 forerun plan MODEL --prompts mine.jsonl --batch 1,8 --temperature 0 --temperature 0.8
 forerun plan MODEL --drafter lookup --drafter small:SMALL --out plan.json --plot plan.png
 """
-BUILTIN = 32
-"""Prompts of the built-in suite that are answered."""
+BUILTIN = 16
+"""Prompts of the built-in suite that are answered at least; as many as run side by side, if there are so many."""
 MOST_ROWS = 1024
 SHOWN = 6
 """Candidates of a ranking that are printed."""
@@ -213,7 +213,7 @@ def _demand_places(target: Path, plot: Path | None) -> None:
 
 
 def _prompts(engine: Engine, asked: list[openings.Opening], wishes: Wishes) -> list[list[int]]:
-    """The user's, or the first ones of the built-in suite."""
+    """The user's, or some of the built-in suite."""
     from forerun.bench import suites
     from forerun.cli.engines import fitted
     from forerun.errors import RequestError
@@ -223,7 +223,10 @@ def _prompts(engine: Engine, asked: list[openings.Opening], wishes: Wishes) -> l
         return [fitted(engine, reader.ids(one), wishes.params) for one in asked]
     if engine.tokenizer is None:
         raise RequestError("this model has no tokenizer for the built-in prompts: give prompt_ids with --prompts")
-    return [fitted(engine, one.prompt, wishes.params) for one in suites.spread(suites.load())[:BUILTIN]]
+    return [
+        fitted(engine, one.prompt, wishes.params)
+        for one in suites.spread(suites.load())[: max(BUILTIN, *wishes.batches)]
+    ]
 
 
 def _write(found: Planned, target: Path) -> None:

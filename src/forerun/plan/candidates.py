@@ -34,6 +34,8 @@ Description = dict[str, Any]
 PLAIN: Description = {"drafter": "none"}
 SIZES = (4, 8, 16, 32)
 """Nodes of the static trees that are looked at."""
+BEFORE = 64
+"""Tokens of a prompt that its answer's paths are counted behind: more would take longer to read, and say the same."""
 MOST = 12
 """Tokens that a level of a hierarchy may gather."""
 IN_FRONT = {"small": ({"length": 3}, {"tree": {"width": 3, "depth": 4, "nodes": 8}})}
@@ -187,7 +189,8 @@ def static_trees(
     ]
     if not samples:
         return []
-    cut = Answers(samples, rows=4, length=network.max_length, holdout=len(samples) + 1)
+    longest = max(len(sample.answer) for sample in samples) + BEFORE
+    cut = Answers(samples, rows=4, length=min(longest, network.max_length), holdout=len(samples) + 1)
     trees = calibrate.trees_from(ranks_of(module, teacher, samples, cut), SIZES)
     return [
         Candidate.of({**description, "tree": [list(path) for path in tree.paths]}, named(description)) for tree in trees

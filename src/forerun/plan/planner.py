@@ -250,11 +250,12 @@ class Planner:
     def plan(self, at_hand: AtHand, prompts: Sequence[Sequence[int]]) -> Result:
         """All of it. RequestError where there is nothing to answer or to measure."""
         self.answer(prompts)
+        begun = time.perf_counter()
         candidates, hierarchy = self.candidates(at_hand)
         self.price(max((self.build(one).max_nodes for one in at_hand.everything), default=0))
         batches: list[int] = sorted(self.wishes.batches)
         rankings: list[Ranking] = []
-        left, parts = self.wishes.seconds * (1 - SHARES["costs"]), len(batches) + 1
+        left, parts = self.wishes.seconds - (time.perf_counter() - begun), len(batches) + 1
         for rows in batches:
             started, share = time.perf_counter(), left * (1 if rankings else 2) / parts
             some = self.entrants(rankings[-1], candidates, rows) if rankings else candidates

@@ -39,8 +39,8 @@ from forerun.sampling import SamplingParams
 from forerun.slots import Slots
 from forerun.tree import TokenTree
 
-SWEEP = 4
-"""One step in so many comes behind a forward of the target."""
+SWEEP, SWEPT = 6, 96
+"""One step in so many comes behind a forward of the target, until so many have."""
 USUAL = 0.95
 """In the proportion no step counts for more than this share of them take: a few read a whole prompt."""
 ENOUGH = 8
@@ -191,7 +191,7 @@ class Replay:
     def _step(self, seats: Slots[_Seat]) -> None:
         """As the engine makes it, the target's part apart."""
         rows, step = [seat.row for seat in seats], seats[0].steps
-        is_swept = step % SWEEP == 1
+        is_swept = step % SWEEP == 1 and len(self._clocked[True]) < SWEPT
         if is_swept:
             self._sweep()
         price = self._price.value
