@@ -9,7 +9,7 @@ import pytest
 from fakes import Near, TableNetwork, engine_of
 from forerun.drafting.drafter import Drafter
 from forerun.drafting.workshop import Workshop
-from forerun.errors import DrafterError
+from forerun.errors import DrafterError, ForerunError
 from forerun.model import Model
 from forerun.plan.candidates import AtHand, Candidate, hierarchy_of, in_turn, named
 from forerun.plan.costs import Costs, Point
@@ -68,6 +68,18 @@ def test_here_the_best_and_plain_decoding_are_measured_in_turn() -> None:
         assert ranking.winner in ranking.measured
         off = ranking.off(ranking.measured[0])
         assert off == pytest.approx((1 + ranking.measured[0].off) / (1 + ranking.plain.off) - 1)
+
+
+def test_what_is_broken_beside_the_target_is_left_out_and_what_was_named_is_an_error(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    broken = AtHand.of(["hydra:no/heads"])
+    (ranking,) = planner(FREE).plan(AtHand.of(["lookup"]), PROMPTS, broken).rankings
+    assert "hydra:heads is left out" in caplog.text and "hydra" not in str(
+        [one.candidate.name for one in ranking.ranks]
+    )
+    with pytest.raises(ForerunError, match="no/heads"):
+        planner(FREE).plan(broken, PROMPTS)
 
 
 def measured(name: str, *speeds: float) -> Rank:

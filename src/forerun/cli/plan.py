@@ -146,11 +146,11 @@ def plan(
         options.at(model, revision), "none", engines.Machine(dtype, device, kernels, weights, threads), max(batches)
     )
     job = _Job(engine, workshop_for(engine.target.network, kernels, weights, engine.tokenizer), there)
-    at_hand = named + AtHand.beside(source.folder) if every or not drafter else named
+    beside = AtHand.beside(source.folder) if every or not drafter else None
     results: dict[float, Result] = {}
     for heat in heats:
         params = SamplingParams(max_new_tokens=max_new_tokens, temperature=heat, seed=seed)
-        results[heat] = job.search(at_hand, asked, Wishes(batches, params, seconds / len(heats)))
+        results[heat] = job.search(named, beside, asked, Wishes(batches, params, seconds / len(heats)))
     about = {"prompts": str(prompts or "the built-in suite"), "answers": job.answers, "max_new_tokens": max_new_tokens}
     found = planned(source, machine or record(engine.target.network), results, about)
     _write(found, target)
@@ -169,7 +169,7 @@ class _Job:
     costs: StepCosts | None = None
     answers: int = 0
 
-    def search(self, at_hand: AtHand, asked: list[openings.Opening], wishes: Wishes) -> Result:
+    def search(self, named: AtHand, beside: AtHand | None, asked: list[openings.Opening], wishes: Wishes) -> Result:
         from forerun.plan.planner import Planner
 
         texts = _prompts(self.engine, asked, wishes)
@@ -184,7 +184,7 @@ class _Job:
                 " flatters stores that remember them"
             )
         planner = Planner(self.engine, self.workshop, wishes, self.there, log.info, self.costs)
-        found = planner.plan(at_hand, texts)
+        found = planner.plan(named, texts, beside)
         self.costs, self.answers = found.costs, len(planner.record.texts)
         return found
 

@@ -8,7 +8,7 @@ finds (`plan.selection`). All of them are only looked at here; what they are wor
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -124,6 +124,10 @@ class AtHand:
             return (*mine, *(one for one in theirs if one not in mine))
 
         return AtHand(both("stores"), both("heads"), both("models"), both("others"))
+
+    def where(self, holds: Callable[[Description], bool]) -> AtHand:
+        kinds = (self.stores, self.heads, self.models, self.others)
+        return AtHand(*(tuple(one for one in each if holds(one)) for each in kinds))
 
     def compositions(self) -> list[Candidate]:
         """A store in front of heads and models; models over a store; a model's cascade."""

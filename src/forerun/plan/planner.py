@@ -26,7 +26,7 @@ from forerun.engine.engine import Engine
 from forerun.engine.load import made_for
 from forerun.errors import ForerunError, RequestError
 from forerun.plan import measure
-from forerun.plan.candidates import PLAIN, AtHand, Candidate, Hierarchy, hierarchy_of, in_turn, static_trees
+from forerun.plan.candidates import PLAIN, AtHand, Candidate, Hierarchy, hierarchy_of, in_turn, named, static_trees
 from forerun.plan.costs import Costs
 from forerun.plan.measure import LENGTHS, Timing, Transcript
 from forerun.plan.replay import IsDrawnError, Live, Record, Replay, Spent
@@ -247,12 +247,15 @@ class Planner:
         tokens = (tokens * -(-context // len(tokens)))[:context]
         return Transcript(tokens, len(tokens), self.engine.target.max_length)
 
-    def plan(self, at_hand: AtHand, prompts: Sequence[Sequence[int]]) -> Result:
-        """All of it. RequestError where there is nothing to answer or to measure."""
+    def plan(self, drafters: AtHand, prompts: Sequence[Sequence[int]], beside: AtHand | None = None) -> Result:
+        """All of it, of drafters that were named and of what lies beside the target. What is broken of the latter is
+        left out with a warning, of the former it is an error. RequestError where there is nothing to answer."""
+        at_hand = drafters + beside.where(self._is_sound) if beside else drafters
+        most = max((self.build(one).max_nodes for one in at_hand.everything), default=0)
         self.answer(prompts)
         begun = time.perf_counter()
         candidates, hierarchy = self.candidates(at_hand)
-        self.price(max((self.build(one).max_nodes for one in at_hand.everything), default=0))
+        self.price(most)
         batches: list[int] = sorted(self.wishes.batches)
         rankings: list[Ranking] = []
         left, parts = self.wishes.seconds - (time.perf_counter() - begun), len(batches) + 1
@@ -268,8 +271,8 @@ class Planner:
 
     def candidates(self, at_hand: AtHand) -> tuple[list[Candidate], Hierarchy | None]:
         """Everything that is looked at, and of several models the hierarchy that the formulas prefer."""
-        found = [*at_hand.variations(), *at_hand.compositions()]
         self.watch("trees and hierarchies")
+        found = [*at_hand.variations(), *(one for one in at_hand.compositions() if self._is_sound(one.description))]
         for heads in at_hand.heads:
             teacher = Teacher(self.engine.target.network)
             found += static_trees(teacher, heads, self.record.texts, self.wishes.params.temperature)
@@ -288,9 +291,8 @@ class Planner:
     # ---- the search
 
     def rank(self, candidates: Sequence[Candidate], rows: int, seconds: float) -> Ranking:
-        """The race, for so many rows: first one of every family, then all of the families that are not far behind.
-        Candidates that cannot be built are left out, with a warning."""
-        trials = self._trials([Candidate.of(PLAIN), *candidates])
+        """The race, for so many rows: first one of every family, then all of the families that are not far behind."""
+        trials = {one.name: Trial(one, self) for one in (Candidate.of(PLAIN), *candidates)}
         waves, started = self._waves(rows), time.perf_counter()
         first: dict[str, str] = {}
         for name, one in trials.items():
@@ -327,16 +329,13 @@ class Planner:
         names = [one.candidate.name for one in sorted(before.ranks, key=most, reverse=True)[:ENTRANTS]]
         return [one for one in candidates if one.name in names]
 
-    def _trials(self, candidates: Sequence[Candidate]) -> dict[str, Trial]:
-        trials = {}
-        for one in candidates:
-            try:
-                drafter = self.build(one.description)
-            except ForerunError as error:
-                log.warning("%s is left out: %s", one.name, error)
-                continue
-            trials[one.name] = Trial(one, drafter, self)
-        return trials
+    def _is_sound(self, description: Mapping[str, Any]) -> bool:
+        try:
+            self.build(description)
+        except ForerunError as error:
+            log.warning("%s is left out: %s", named(description), error)
+            return False
+        return True
 
     def _waves(self, rows: int) -> list[list[int]]:
         """Answers that are played side by side. Where there are fewer than rows, some are there several times."""
@@ -403,12 +402,14 @@ class Planner:
 class Trial:
     """A candidate in the race: replayed, or live once it has drawn."""
 
-    def __init__(self, candidate: Candidate, drafter: Drafter, planner: Planner):
+    def __init__(self, candidate: Candidate, planner: Planner):
         self.candidate, self.is_live, self._planner = candidate, False, planner
-        self._player: Replay | Live | None = Replay(drafter, planner.record, planner.costs)
+        self._player: Replay | Live | None = None
 
     def play(self, wave: Sequence[int]) -> list[Spent]:
-        assert self._player is not None
+        if self._player is None:
+            drafter = self._planner.build(self.candidate.description)
+            self._player = Replay(drafter, self._planner.record, self._planner.costs)
         try:
             return self._player.play(wave)
         except IsDrawnError:
