@@ -263,14 +263,14 @@ def followed_paths(tables: Sequence[Ranks]) -> Counter[RankPath]:
     return counts
 
 
-def trees_from(tables: Sequence[Ranks], sizes: Sequence[int] = SIZES) -> list[RankTree]:
-    """The best tree of every size that the counts can fill."""
+def trees_from(tables: Sequence[Ranks], sizes: Sequence[int] | None = None) -> list[RankTree]:
+    """The best tree of every size that the counts can fill. sizes: numbers of nodes, or all that are calibrated."""
     counts = followed_paths(tables)
     if not counts:
         raise TrainingError(
             "the heads never had the target's next token among their best: they belong to another model"
         )
-    return [most_followed(counts, size) for size in sizes if size <= len(counts)]
+    return [most_followed(counts, size) for size in sizes or SIZES if size <= len(counts)]
 
 
 @dataclass(frozen=True)
