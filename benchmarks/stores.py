@@ -332,7 +332,8 @@ def by_temperature(answers: Iterable[Answer]) -> Mapping[float, list[Answer]]:
 
 
 def measured_cost(engine: Engine, sample: Sample) -> Cost:
-    text = Transcript((*sample.prompt, *sample.answer), len(sample.prompt))
+    tokens = (*sample.prompt, *sample.answer)
+    text = Transcript(tokens, len(sample.prompt), len(tokens))
     return target_cost(engine, text, SamplingParams(temperature=sample.temperature))
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from forerun.errors import ForerunError
 from forerun.nn import machine
-from forerun.plots import style
+from forerun.plots import planning, style
 from forerun.plots.style import DARK, LIGHT, Sheet, apart, write
 from forerun.plots.training import drawing
 
@@ -134,3 +134,19 @@ def test_the_machine_has_its_makers_name(tmp_path, monkeypatch):
     assert machine.described(torch.device("cpu")) == "Intel Xeon Gold 6338, 2 threads"
     monkeypatch.setattr(machine, "CPUINFO", Path(tmp_path / "none"))
     assert machine.processor(torch.device("cpu"))
+
+
+def test_a_plan_shows_what_steps_cost_and_how_candidates_rank() -> None:
+    costs = [
+        [rows, context, nodes, 1e-3 * rows * nodes, 0] for rows in (1, 8) for context in (9, 99) for nodes in (1, 5)
+    ]
+    best = {"name": "lookup", "predicted": 30.0, "error": 2.0, "measured": 29.0, "slowest": 28.0, "fastest": 31.0}
+    others = [{"name": f"number {n}", "predicted": 20.0 - n, "error": 1.0} for n in range(12)]
+    plain = {"name": "none", "predicted": 3.0, "error": 0.1}
+    ranked = planning.Ranked("1 side by side", [best, *others, plain])
+    sheet = planning.drawing(costs, [ranked], "What is fastest", "mine, a machine")(LIGHT)
+    curves, ranking = sheet.panels
+    assert len(curves.lines) == 4 and [text.get_text() for text in curves.texts] == ["1 row", "8 rows"]
+    shown = [label.get_text() for label in ranking.get_yticklabels()]
+    assert shown[0] == "lookup" and shown[-1] == "none" and len(shown) == planning.SHOWN + 1
+    assert len(ranking.containers) == len(shown) + 1, "a prediction each, and what was measured"

@@ -35,6 +35,8 @@ OPTIONS = {
     " --num-speculative-tokens --speculative-config",
     "index": "--tokenizer --out",
     "inspect": f"{MACHINE} --json --revision",
+    "plan": f"{MACHINE} {PROMPTS} --drafter --all --batch --batch-size --seconds --costs --max-new-tokens --max-tokens"
+    " --temperature --seed --out --plot --json --revision",
     "calibrate": f"{MACHINE} {PROMPTS} --drafter --out --data --answers --rows --batch-size --rounds --max-new-tokens"
     " --max-tokens --temperature --seed --revision",
     "design": "--draft --data --survival --answers --trained-on --max-parameters --max-memory --max-step-ms --context"

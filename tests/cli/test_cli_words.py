@@ -21,12 +21,14 @@ SYNONYMS = [
             ("demo",),
             ("distill", "m", "--out", "o"),
             ("calibrate", "m", "--drafter", "hydra:h"),
+            ("plan", "m"),
         )
         for word in ("-n", "--max-tokens", "--max-new-tokens")
     ),
     (("generate", "m"), "--batch-size", "max_rows", 7),
     (("distill", "m", "--out", "o"), "--batch-size", "rows", 7),
     (("calibrate", "m", "--drafter", "hydra:h"), "--batch-size", "rows", 7),
+    (("plan", "m"), "--batch-size", "batch", "7"),
     (("check", "m"), "--batch-size", "rows", "7"),
     (("train", "lm", "--corpus", "c"), "--batch-size", "rows", 7),
     (("train", "hydra", *HEADS), "--batch-size", "rows", 7),

@@ -255,6 +255,16 @@ def test_an_entry_says_what_it_is(method: Method) -> None:
 
 
 @every_method
+def test_its_variations_are_settings_of_its_own_and_give_way_to_what_is_settled(method: Method) -> None:
+    bare = {"drafter": method.name}
+    found = method.varied(bare)
+    assert len(found) == max(1, len(method.variations)) and all(one["drafter"] == method.name for one in found)
+    for settled in method.variations:
+        method.checked(settled)
+        assert method.varied({**bare, **settled}) == [{**bare, **settled}]
+
+
+@every_method
 def test_a_setting_that_there_is_not_is_refused(method: Method) -> None:
     with pytest.raises(DrafterError, match=f"the drafter {method.name} has no setting 'no such thing'"):
         build({"drafter": method.name, "no such thing": 1}, Workshop(Model(lively(), 1), {}.__getitem__))

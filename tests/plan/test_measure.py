@@ -1,4 +1,4 @@
-"""Measuring for the planner: acceptance against brute force, costs of the right operations, rounds as they happen."""
+"""Measuring for the planner: acceptance against brute force, costs of the right operations."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ import torch
 
 from enumeration import one_law
 from fakes import Near, TableNetwork, engine_of, plain
-from forerun.drafting.workshop import Workshop, build
-from forerun.engine.engine import Engine
-from forerun.model import Model
+from forerun.errors import RequestError
 from forerun.plan import measure as look
-from forerun.plan.hierarchy import Chain, Verifier, at_least
 from forerun.sampling import SamplingParams
 
 TARGET = TableNetwork(vocab_size=5, seed=3, order=3)
@@ -22,14 +19,14 @@ GREEDY = SamplingParams(max_new_tokens=150)
 WARM = SamplingParams(max_new_tokens=150, temperature=0.9, top_k=4, seed=3)
 
 
-def texts(params: SamplingParams) -> list[look.Text]:
+def texts(params: SamplingParams) -> list[look.Transcript]:
     return look.texts_of(engine_of(TARGET), PROMPTS, params)
 
 
 def test_texts_are_what_the_target_says() -> None:
     for prompt, text in zip(PROMPTS, texts(GREEDY), strict=True):
         assert text.tokens == (*prompt, *plain(TARGET, prompt, 150))
-        assert (text.prompt_length, text.answer_length) == (len(prompt), 150)
+        assert (text.prompt, text.answer_length, text.limit) == (prompt, 150, len(prompt) + 150)
 
 
 @pytest.mark.parametrize("params", [GREEDY, WARM], ids=["greedy", "sampled"])
@@ -63,35 +60,24 @@ def test_costs_are_measured_for_every_length(params: SamplingParams, monkeypatch
         return forward(self, feed, *rest)
 
     monkeypatch.setattr(TableNetwork, "forward", watched)
-    step = look.target_cost(engine_of(TARGET), text, params, 3)
+    points = look.step_costs(engine_of(TARGET), [[text, text], [texts(params)[1]]], params, look.Timing(3))
     assert {*look.LENGTHS} <= {*read}
+    of = [(rows, context, n) for rows, context in ((2, 153), (1, 151)) for n in look.LENGTHS]
+    assert [(one.rows, one.context, one.nodes) for one in points] == of
+    assert all(one.seconds > 0 and one.error >= 0 for one in points)
     read.clear()
     round = look.verifier_cost(SMALL, text, params, rounds=3)
     assert {*look.LENGTHS} <= {*read}
-    for measured in (step, round):
-        assert [tokens for tokens, _ in measured.points] == list(look.LENGTHS)
-        assert all(seconds > 0 for _, seconds in measured.points)
+    assert [tokens for tokens, _ in round.points] == list(look.LENGTHS)
+    assert all(seconds > 0 for _, seconds in round.points)
     writing = look.writer_cost(SMALL, text, params, TARGET, 3)
     assert writing(9) > writing(1) > 0
-    assert look.reading_seconds(SMALL, text) > 0
 
 
-def test_a_measured_round_has_the_yields_of_the_engine() -> None:
-    """Under `at_least`, a round over a store and the target above it give what the engine gives."""
-    engine = engine_of(TARGET)
-    workshop = Workshop(Model(TARGET, 1), {}.__getitem__)
-    store = build({"drafter": "lookup", "cost": 0.02}, workshop)
-    found = look.measured_round(engine, None, store, PROMPTS, GREEDY)
-    again = Engine(TARGET, build({"drafter": "lookup", "cost": 0.02}, workshop), max_rows=1)
-    outputs = again.generate(PROMPTS, GREEDY)
-    steps = sum(output.stats.steps for output in outputs)
-    # the last step of an answer may verify more than the answer has room for
-    assert found.tokens == pytest.approx(sum(output.stats.new_tokens for output in outputs) / steps, rel=0.02)
-    assert found.seconds > 0 and found.yields[0] == 0
-    below = look.measured_round(engine, MIDDLE, build("lookup", workshop), PROMPTS, GREEDY)
-    chain = Chain(below, (Verifier(1.0, 0.8),))
-    assert 1 <= at_least(chain, (4,)).tokens <= 5 + len(below.yields)
-
-
-def test_yields_become_probabilities() -> None:
-    assert look.pmf([1, 1, 2, 4]).tolist() == [0, 0.5, 0.25, 0, 0.25]
+def test_timing_ends_when_its_time_is_up_and_is_refused_without_room() -> None:
+    text = texts(GREEDY)[1]
+    points = look.step_costs(engine_of(TARGET), [[text]], GREEDY, look.Timing(60, seconds=0, lengths=(1, 3)))
+    assert [one.nodes for one in points] == [1, 3]
+    narrow = TableNetwork(vocab_size=5, max_length=160)
+    with pytest.raises(RequestError, match="no room to time"):
+        look.step_costs(engine_of(narrow), [[text]], GREEDY)

@@ -501,7 +501,7 @@ def test_the_file_says_what_was_measured(found, tmp_path):
     write(found, module.machine_of(engine()) | {"temperature": 0.0}, tmp_path / "tree.json")
     held = json.loads((tmp_path / "tree.json").read_text())
     assert held["forerun"] == 1 and [tuple(path) for path in held["paths"]] == found.best.tree.paths
-    assert held["machine"].keys() == {"processor", "threads", "device", "dtype", "kernels"}
+    assert held["machine"].keys() == {"processor", "threads", "device", "dtype", "weights", "kernels"}
     assert (held["plain_seconds"], held["rows"], held["answers"], held["temperature"]) == (1.0, 1, 24, 0.0)
     assert (held["speedup"], held["spread"]) == (found.best.speedup, list(found.best.spread))
     assert len(held["candidates"]) == len(found.candidates)

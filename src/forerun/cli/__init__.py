@@ -30,6 +30,7 @@ COMMANDS = {
     "inspect": "What this machine, a model, heads, a store or a file is.",
     "distill": "The model's own answers, to train draft heads on.",
     "train": "Draft heads for a model of yours, or a model.",
+    "plan": "Which drafter is fastest for a model on this machine.",
     "calibrate": "The tree of drafts that is fastest on this machine.",
     "design": "The draft model to train for a model of yours, on this machine.",
     "convert": "Draft heads from and to the layouts of other engines.",

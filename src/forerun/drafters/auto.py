@@ -1,4 +1,8 @@
-"""What to draft with where nobody says: whatever lies beside the target, under a switch that measures.
+"""What to draft with where nobody says: what a plan says, or whatever lies beside the target, under a switch that
+measures.
+
+A plan of `forerun plan` for this target, in its folder, names what was fastest: these drafters and the stores are the
+parts then. If it was made on this machine, the switch begins with the costs that it has. Without one:
 
 The stores of tokens need nothing and are always there. Behind them stands what was made for this
 target and lies in its folder or beside it: the trained heads whose record names its fingerprint (of
@@ -10,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -20,9 +24,13 @@ from forerun.drafting import checkpoint as checkpoints
 from forerun.drafting.checkpoint import Checkpoint
 from forerun.drafting.drafter import Drafter
 from forerun.drafting.method import Method
+from forerun.drafting.planned import NAME, Planned
 from forerun.drafting.registry import is_known
+from forerun.drafting.settings import setting
 from forerun.drafting.workshop import Workshop
-from forerun.errors import ForerunError
+from forerun.errors import DrafterError, ForerunError
+from forerun.nn.machine import record
+from forerun.nn.network import Network
 from forerun.sources.folder import CONFIG, weight_files
 from forerun.sources.source import Source
 
@@ -37,9 +45,64 @@ SMALLER = 8
 class Settings:
     """{"drafter": "auto"}"""
 
+    checkpoint: str | None = setting(None, "A plan that does not lie in the target's folder.", "plan")
+
 
 def build(workshop: Workshop, settings: Settings) -> Drafter:
-    """Something beside the target that turns out to be broken is left out, with a warning."""
+    """Something that a plan names, or that lies beside the target, is left out with a warning if it turns out to be
+    broken; so is a plan that nobody asked for."""
+    plan = plan_for(workshop.target.network, settings.checkpoint)
+    return _beside(workshop) if plan is None else _planned(workshop, plan)
+
+
+def plan_for(target: Network, path: str | None) -> Planned | None:
+    """The plan of this name, or the one in the target's folder if there is any. DrafterError for one that was asked
+    for and cannot be followed."""
+    if path is not None:
+        return _fitting(target, Path(path))
+    place = target.home / NAME if target.home is not None else None
+    if place is None or not place.exists():
+        return None
+    try:
+        return _fitting(target, place)
+    except DrafterError as error:
+        log.warning("%s", error)
+        return None
+
+
+def _fitting(target: Network, path: Path) -> Planned:
+    found = Planned.read(path)
+    own = Source.of(target.home).fingerprint if target.home is not None else None
+    if found.target.get("fingerprint") != own:
+        raise DrafterError(f"the plan {path} was made for another target: make one with forerun plan")
+    here = record(target)
+    if dict(found.machine) == here:
+        return found
+    different = [f"{name} {found.machine.get(name)}" for name in here if found.machine.get(name) != here[name]]
+    log.info(
+        "the plan %s was made on another machine (%s): what it chose is used, and costs are learnt anew",
+        path,
+        ", ".join(different),
+    )
+    return replace(found, costs=())
+
+
+def _planned(workshop: Workshop, plan: Planned) -> Drafter:
+    """The plan's choices come first: where no clock may have a say, the first part answers."""
+    parts, certain = [], []
+    for description in [*plan.drafters, STORES]:
+        try:
+            parts.append(workshop.build(description))
+        except ForerunError as error:
+            log.warning("%s is not used: %s", description["drafter"], error)
+            continue
+        certain.append(is_certain(description))
+    made = Switch(parts, certain, METHOD.name)
+    made.known_costs = plan.steps
+    return made
+
+
+def _beside(workshop: Workshop) -> Drafter:
     parts, certain = [workshop.build(STORES)], [is_certain(STORES)]
     for candidates in beside(workshop.target.network.home):
         for found in candidates:
@@ -111,7 +174,7 @@ def _size(folder: Path) -> int:
 
 METHOD = Method(
     "auto",
-    "Whatever lies beside the target, and stores, where and while that pays.",
+    "What a plan says or whatever lies beside the target, and stores, where and while that pays.",
     Settings,
     build,
     grows="drawn",

@@ -282,4 +282,11 @@ def _no_text(text: str) -> Sequence[int]:
     raise DrafterError("a table of grams is made of token ids: give a file of forerun distill")
 
 
-METHOD = Method("hierarchy", "Stores of tokens, the most local first.", Settings, build, grows="certain")
+METHOD = Method(
+    "hierarchy",
+    "Stores of tokens, the most local first.",
+    Settings,
+    build,
+    grows="certain",
+    variations=({"nodes": 16}, {"nodes": 8}, {"nodes": 4}),
+)

@@ -123,4 +123,11 @@ def build(workshop: Workshop, settings: Settings) -> Drafter:
     return Lookup(settings.limits)
 
 
-METHOD = Method("lookup", "What followed the last tokens earlier in the text.", Settings, build, grows="certain")
+METHOD = Method(
+    "lookup",
+    "What followed the last tokens earlier in the text.",
+    Settings,
+    build,
+    grows="certain",
+    variations=({"nodes": 16}, {"nodes": 8}, {"nodes": 4}),
+)

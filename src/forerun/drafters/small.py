@@ -141,4 +141,15 @@ def _are_counts(values: Iterable[object]) -> bool:
     return all(isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST for value in values)
 
 
-METHOD = Method("small", "A smaller language model of the same vocabulary.", Settings, build, grows="drawn")
+METHOD = Method(
+    "small",
+    "A smaller language model of the same vocabulary.",
+    Settings,
+    build,
+    grows="drawn",
+    variations=(
+        *({"length": length} for length in (3, 1, 2, 4, 6, 8)),
+        *({"stopping": {"rule": "cumulative", "threshold": least, "most": 12}} for least in (0.3, 0.1, 0.5)),
+        *({"tree": {"width": 3, "depth": depth, "nodes": nodes}} for depth, nodes in ((3, 4), (4, 8), (5, 16))),
+    ),
+)

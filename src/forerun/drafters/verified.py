@@ -225,4 +225,11 @@ def lenient_of(drafter: str, leniency: object) -> Lenient | None:
     return Lenient(float(leniency)) if leniency > 1 else None
 
 
-METHOD = Method("verified", "What a model says, drafted by another drafter.", Settings, build, grows="drawn")
+METHOD = Method(
+    "verified",
+    "What a model says, drafted by another drafter.",
+    Settings,
+    build,
+    grows="drawn",
+    variations=({"length": 4}, {"length": 2}, {"length": 7}),
+)

@@ -95,6 +95,8 @@ class Drafter:
     """Which hidden states of the target it wants, numbered as transformers numbers them."""
     max_nodes: int = 0
     """The most nodes it ever proposes, node 0 not counted: the target's cache keeps room for them."""
+    known_costs: Sequence[tuple[int, float, int]] = ()
+    """What the target's steps are known to cost here before any was made, as `cost.Table.add` takes it."""
 
     def admit(self, row: Row, hidden: Mapping[int, Tensor]) -> None:
         """A new row takes the next slot. hidden: the states it `reads`, [1, S - 1, D], for the

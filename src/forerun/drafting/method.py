@@ -34,7 +34,8 @@ class Method:
     (certain, and a static tree of ranks, which can be calibrated); "drawn" (groups may be drawn,
     with their law). trained: about heads that are trained on a target, None for others. example:
     settings of a small one, where a model is called MODEL and a store of tokens STORE: for tests,
-    where the kinds of the settings do not say enough.
+    where the kinds of the settings do not say enough. variations: settings that are worth trying, the
+    most usual first, for a planner, where a description says nothing of any of them.
     """
 
     name: str
@@ -44,11 +45,19 @@ class Method:
     grows: Grows
     trained: Trained | None = None
     example: Mapping[str, Any] = field(default_factory=dict)
+    variations: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def kinds(self) -> dict[str, Kind | None]:
         """What every setting names, None for those that name nothing outside the description."""
         return {one.name: one.metadata.get("kind") for one in fields(self.settings)}
+
+    def varied(self, description: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """A description of this method in its variations, or as it is where it settles one itself."""
+        settled = {name for each in self.variations for name in each} & description.keys()
+        if settled or not self.variations:
+            return [dict(description)]
+        return [{**description, **each} for each in self.variations]
 
     def checked(self, given: Mapping[str, Any]) -> Any:
         """The settings as their record; DrafterError for one that there is not, or that makes no sense."""

@@ -11,13 +11,13 @@ from forerun.errors import DrafterError
 MOST = 1024
 """Tokens of anything that a drafter counts: what is more is a slip."""
 
-Kind = Literal["model", "models", "heads", "store", "stores", "tree", "spec", "specs", "parts", "rule"]
+Kind = Literal["model", "models", "heads", "store", "stores", "tree", "plan", "spec", "specs", "parts", "rule"]
 
 
 def setting(default: Any, sense: str, kind: Kind | None = None) -> Any:
     """A field of a settings record. kind: what it names, so that a file may name it as it lies
     beside the file: a "model" or a list of "models", trained "heads", a "store" of tokens or a list
-    of "stores", a "tree", another drafter ("spec"), a list of them ("specs"), or of them with
+    of "stores", a "tree", a "plan", another drafter ("spec"), a list of them ("specs"), or of them with
     settings of their own beside each ("parts"), a stopping "rule", which may have a checkpoint."""
     return field(default=default, metadata={"sense": sense, "kind": kind})
 

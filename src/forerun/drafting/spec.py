@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def describe(spec: str | Description) -> dict[str, Any]:
         return {"drafter": canonical(found["name"]), **({"checkpoint": checkpoint} if checkpoint else {}), **inside}
     if spec.endswith((".json", ".yaml", ".yml")):
         try:
-            return dict(_anchored(_ours(_parsed(Path(spec).read_text(), spec)), Path(spec).parent))
+            return anchored(_ours(_parsed(Path(spec).read_text(), spec)), Path(spec).parent)
         except OSError as error:
             raise DrafterError(f"cannot read the drafter file {spec}: {error.strerror}") from None
         except UnicodeDecodeError:
@@ -109,37 +109,53 @@ def _parsed(text: str, source: str) -> dict[str, Any]:
     return value
 
 
-def _anchored(value: Any, folder: Path, kind: Kind | None = "spec") -> Any:
-    """Checkpoints, trees and stores that lie beside the file that names them, wherever the command runs."""
+def anchored(description: Description, folder: Path) -> dict[str, Any]:
+    """What a file in this folder describes: checkpoints, trees and stores that lie beside it are named as they are
+    found from here."""
+
+    def place(name: str) -> str:
+        return str(folder / name) if (folder / name).exists() else name
+
+    return dict(_moved(description, place))
+
+
+def loosened(description: Description, folder: Path) -> dict[str, Any]:
+    """The same the other way: as a file in this folder names what is there, so that both can be moved together."""
+
+    def place(name: str) -> str:
+        return Path(os.path.relpath(Path(name).resolve(), folder.resolve())).as_posix() if Path(name).exists() else name
+
+    return dict(_moved(description, place))
+
+
+def _moved(value: Any, place: Callable[[str], str], kind: Kind | None = "spec") -> Any:
+    """With every name of something that lies somewhere replaced."""
     if isinstance(value, Mapping) and kind in _SPECS:
         name = value.get("drafter")
         kinds = method(name).kinds if is_known(name) else {}
         kinds |= {"drafter": "spec"}
-        return {key: _anchored(inside, folder, kinds.get(key)) for key, inside in value.items()}
+        return {key: _moved(inside, place, kinds.get(key)) for key, inside in value.items()}
     if isinstance(value, Mapping) and kind == "rule":
-        return {
-            key: _anchored(inside, folder, "heads" if key == "checkpoint" else None) for key, inside in value.items()
-        }
-    if isinstance(value, list):
-        return [_anchored(inside, folder, kind) for inside in value]
+        return {key: _moved(inside, place, "heads" if key == "checkpoint" else None) for key, inside in value.items()}
+    if isinstance(value, list | tuple):
+        return [_moved(inside, place, kind) for inside in value]
     if isinstance(value, str) and kind in _SPECS and not value.lstrip().startswith("{"):
-        return _NAMED.sub(lambda found: _beside(found, folder), value)
+        return _NAMED.sub(lambda found: _renamed(found, place), value)
     if isinstance(value, str) and kind in _PLACES:
-        before, colon, place = value.rpartition(":")
-        if place and (folder / place).exists():
-            return f"{before}{colon}{folder / place}"
+        before, colon, name = value.rpartition(":")
+        return f"{before}{colon}{place(name)}" if name else value
     return value
 
 
-def _beside(found: re.Match[str], folder: Path) -> str:
-    """One name within a SPEC, anchored if it is a file's and not a drafter's."""
+def _renamed(found: re.Match[str], place: Callable[[str], str]) -> str:
+    """One name within a SPEC, if it is a file's and not a drafter's."""
     colon, name = found["colon"], found["name"]
-    lies_there = bool(name) and (folder / name).exists() and (bool(colon) or not is_known(name))
-    return f"{colon}{found['before']}{folder / name if lies_there else name}"
+    is_place = bool(name) and (bool(colon) or not is_known(name))
+    return f"{colon}{found['before']}{place(name) if is_place else name}"
 
 
 _NAMED = re.compile(r"(?P<colon>:?)(?P<before>\s*)(?P<name>[^:()|\s]([^:()|]*[^:()|\s])?)")
 _SPECS: set[Kind | None] = {"spec", "specs", "parts"}
 """Kinds of settings that hold SPECs, in which any checkpoint or file may be named."""
-_PLACES: set[Kind | None] = {"model", "models", "heads", "store", "stores", "tree", "rule"}
+_PLACES: set[Kind | None] = {"model", "models", "heads", "store", "stores", "tree", "plan", "rule"}
 """Kinds of settings that may name files, alone or behind the name of a kind of store or rule."""

@@ -81,6 +81,8 @@ class Engine:
         self.eos = frozenset(eos)
         self.max_rows = max_rows
         self.costs = Table()
+        for known in drafter.known_costs:
+            self.costs.add(*known)
         self._price = NodePrice(self.costs)
         self._waiting: OrderedDict[int, Request] = OrderedDict()
         self._reading: Request | None = None

@@ -115,6 +115,20 @@ def drafter_for(
 
     tokenizer: the target's; with it, stores that were made with another one are refused.
     """
+    return made_for(workshop_for(target, kernels, weights, tokenizer), drafter)
+
+
+def made_for(workshop: Workshop, drafter: str | Description) -> Drafter:
+    """A drafter from a workshop: several from one share the networks that they name. Raises as `load`."""
+    made = build(drafter, workshop)
+    check_fit(workshop.target.network, made)
+    return made
+
+
+def workshop_for(
+    target: Network, kernels: str = "auto", weights: str = "auto", tokenizer: HuggingFaceTokenizer | None = None
+) -> Workshop:
+    """What drafters for a target are built with."""
     kind, place, chosen = target.dtype, target.device, "torch" if kernels == "torch" else "auto"
 
     @cache  # a model may have several places
@@ -124,9 +138,7 @@ def drafter_for(
         return loaded
 
     fingerprint = cache(lambda: fingerprint_of(tokenizer.backend_tokenizer.get_vocab()) if tokenizer else "")
-    made = build(drafter, Workshop(Model(target, 0), network, fingerprint))
-    check_fit(target, made)
-    return made
+    return Workshop(Model(target, 0), network, fingerprint)
 
 
 def forbid_what_is_no_token(

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from forerun.nn.network import Network
+
 CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -23,6 +25,18 @@ def described(device: torch.device) -> str:
     """The processor, and how many of its threads work."""
     threads = torch.get_num_threads()
     return processor(device) + (f", {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else "")
+
+
+def record(network: Network) -> dict[str, str | int]:
+    """What seconds are true of, as files have it."""
+    return {
+        "processor": processor(network.device),
+        "threads": torch.get_num_threads(),
+        "device": str(network.device),
+        "dtype": str(network.dtype).removeprefix("torch."),
+        "weights": str(network.weights).removeprefix("torch."),
+        "kernels": network.backend.name,
+    }
 
 
 def _from_cpuinfo(text: str) -> str:

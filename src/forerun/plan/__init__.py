@@ -1,2 +1,1 @@
-"""Planning: which models draft for which, and how much, from acceptance rates and seconds that were
-measured elsewhere."""
+"""Planning: which drafter is fastest for a target on a machine, and calibration of static trees."""

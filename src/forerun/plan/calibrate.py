@@ -23,8 +23,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-import torch
-
 from forerun.drafters.none import Nothing
 from forerun.drafting import checkpoint as checkpoints
 from forerun.drafting import registry
@@ -33,7 +31,7 @@ from forerun.drafting.heads import HeadDrafter, HeadsModule
 from forerun.engine.engine import Engine
 from forerun.errors import DrafterError, TrainingError
 from forerun.files import put
-from forerun.nn.machine import processor
+from forerun.nn.machine import record
 from forerun.ranktree import Path as RankPath
 from forerun.ranktree import RankTree, most_followed
 from forerun.sampling import SamplingParams
@@ -265,14 +263,14 @@ def followed_paths(tables: Sequence[Ranks]) -> Counter[RankPath]:
     return counts
 
 
-def trees_from(tables: Sequence[Ranks]) -> list[RankTree]:
-    """The best tree of every size that the counts can fill."""
+def trees_from(tables: Sequence[Ranks], sizes: Sequence[int] | None = None) -> list[RankTree]:
+    """The best tree of every size that the counts can fill. sizes: numbers of nodes, or all that are calibrated."""
     counts = followed_paths(tables)
     if not counts:
         raise TrainingError(
             "the heads never had the target's next token among their best: they belong to another model"
         )
-    return [most_followed(counts, size) for size in SIZES if size <= len(counts)]
+    return [most_followed(counts, size) for size in sizes or SIZES if size <= len(counts)]
 
 
 @dataclass(frozen=True)
@@ -337,16 +335,7 @@ def _step_seconds(
 
 def machine_of(engine: Engine) -> dict[str, Any]:
     """What the timings are true of."""
-    network = engine.target.network
-    return {
-        "machine": {
-            "processor": processor(network.device),
-            "threads": torch.get_num_threads(),
-            "device": str(network.device),
-            "dtype": str(network.dtype).removeprefix("torch."),
-            "kernels": network.backend.name,
-        }
-    }
+    return {"machine": record(engine.target.network)}
 
 
 def write(calibration: Calibration, about: dict[str, Any], path: Path) -> None:

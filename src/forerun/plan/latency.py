@@ -78,7 +78,7 @@ def _step(
     torch.manual_seed(0)
     module = Transformer(config).initialise().to(target.device, target.dtype)
     network = target.backend.pack(module, target.weights)
-    short = Transcript(tuple(token % config.vocab_size for token in text.tokens), text.prompt_length)
+    short = replace(text, tokens=tuple(token % config.vocab_size for token in text.tokens))
     return step_of(writer_cost(network, short, params, target, rounds))
 
 

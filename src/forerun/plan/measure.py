@@ -8,21 +8,23 @@ over positions, with standard errors.
 
 Costs: whole operations as the engine performs them, Python and sampling included, not bare
 forwards. Proposals of a given length come from `Sham`; rounds of all lengths take turns, and
-medians count, because the machine's speed drifts.
+medians count, because the machine's speed drifts. Rates and costs of single models say where to
+look for a hierarchy (`forerun.plan.selection`); what is found is replayed as it is (`replay`).
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from forerun.accept.exact import Verdict
 from forerun.chance import key_of
 from forerun.cost import Floats, Table
 from forerun.drafters.small import DraftModel
@@ -32,25 +34,34 @@ from forerun.drafting.growth import Chain
 from forerun.drafting.stopping import Fixed
 from forerun.engine.engine import Engine
 from forerun.errors import RequestError
-from forerun.model import Model, Scores
+from forerun.model import Model
 from forerun.nn.network import Network
-from forerun.plan.hierarchy import Round
+from forerun.plan.costs import Point
 from forerun.row import Row
 from forerun.sampling import SamplingParams, laws
 from forerun.tree import TokenTree
 
+Of = TypeVar("Of")
+
 LENGTHS = (1, 2, 3, 5, 9, 17)
 """Tokens of the forwards that are timed: node 0 and 0, 1, 2, 4, 8, 16 drafts."""
+UNCOUNTED = 2
+"""Rounds of timings that come before those that count."""
 CHUNK = 64
 """Tokens of a text that are scored at a time."""
 
 
 @dataclass(frozen=True)
 class Transcript:
-    """What the target said: prompt and answer."""
+    """What the target said: prompt and answer. limit: the total length at which it had to end."""
 
     tokens: tuple[int, ...]
     prompt_length: int
+    limit: int
+
+    @property
+    def prompt(self) -> list[int]:
+        return list(self.tokens[: self.prompt_length])
 
     @property
     def answer_length(self) -> int:
@@ -58,9 +69,16 @@ class Transcript:
 
 
 def texts_of(engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Transcript]:
-    """The target's own answers. engine: any exact drafter will do."""
+    """The target's own answers. engine: any exact drafter will do. Half of the answers would be of no use: Ctrl-C is a
+    KeyboardInterrupt."""
     outputs = engine.generate([list(prompt) for prompt in prompts], params)
-    return [Transcript((*prompts[o.prompt_index], *o.token_ids), len(prompts[o.prompt_index])) for o in outputs]
+    if len(outputs) < len(prompts) or any(output.finish_reason == "interrupted" for output in outputs):
+        raise KeyboardInterrupt
+    found = []
+    for output in outputs:
+        prompt = prompts[output.prompt_index]
+        found.append(Transcript((*prompt, *output.token_ids), len(prompt), engine.limit_of(prompt, params)))
+    return found
 
 
 # ---- acceptance
@@ -114,13 +132,12 @@ def answer_laws(network: Network, text: Transcript, params: SamplingParams) -> T
 
 
 class Sham(Drafter):
-    """So many tokens of no meaning, as a draft model would hand them over: what it costs to verify
-    them does not depend on what they are. A row that samples gets a law with them."""
+    """So many tokens of no meaning: what it costs to verify them does not depend on what they are."""
 
     name = "sham"
 
-    def __init__(self, length: int, vocab_size: int):
-        self.length, self.max_nodes, self._vocab = length, max(LENGTHS), vocab_size
+    def __init__(self, length: int, vocab_size: int, most: int = max(LENGTHS)):
+        self.length, self.max_nodes, self._vocab = length, most, vocab_size
 
     def propose(self, context: Context) -> TokenTree:
         sizes = [max(0, min(self.length, depth)) for depth in context.depths]
@@ -128,29 +145,86 @@ class Sham(Drafter):
             [row.tokens[-1], *((7 * place + len(row.tokens)) % self._vocab for place in range(size))]
             for row, size in zip(context.rows, sizes, strict=True)
         ]
-        if not any(sizes) or all(row.params.is_greedy for row in context.rows):
-            return TokenTree.chain(tokens, context.device)
-        law = torch.full((len(tokens), max(sizes), self._vocab), 1 / self._vocab)
-        return TokenTree.drawn_chain(tokens, law.to(context.device))
+        return TokenTree.chain(tokens, context.device)
 
 
-def target_cost(engine: Engine, text: Transcript, params: SamplingParams, rounds: int = 24) -> Table:
-    """Seconds of a step of the engine by the number of tokens in its tree, drafting not included."""
-    sham = Sham(0, engine.target.vocab_size)
-    runner = engine.beside(sham, max_rows=1)
-    _demand_room(engine.target.max_length, text, rounds)
-    room = replace(params, max_new_tokens=rounds * len(LENGTHS) * 2, ignore_eos=True, stop=(), stop_token_ids=())
-    runner.add(list(text.tokens), room, text=False)
-    runner.step()
+@dataclass(frozen=True)
+class Timing:
+    """How much is timed. rounds: of all lengths, at most; seconds: after which no round begins, once there are a few.
+    lengths: tokens of the forwards."""
 
-    def step(tokens: int) -> None:
-        sham.length = tokens - 1
-        runner.step()
+    rounds: int = 24
+    seconds: float = math.inf
+    lengths: tuple[int, ...] = LENGTHS
+
+
+FEWEST = 5
+"""Rounds that are made in any case, the first ones, which do not count, among them."""
+
+
+def step_costs(
+    engine: Engine, groups: Sequence[Sequence[Transcript]], params: SamplingParams, timing: Timing | None = None
+) -> list[Point]:
+    """Seconds of a step of the engine behind the texts of each group, side by side, by the nodes of each row's tree;
+    drafting is not included. All groups and trees take turns, so what slows the machine for a while slows all alike.
+    The trees are chains, no luck in them. RequestError where the context has no room for it."""
+    timing = timing or Timing()
+    runners = [_Runner(engine, texts, params, timing) for texts in groups]
+    places = [(place, nodes) for place in range(len(runners)) for nodes in timing.lengths]
+
+    def begin(place: tuple[int, int]) -> None:
+        """Other groups have left nothing of this one's texts in the processor's caches, and none runs beside it."""
+        if place[1] == timing.lengths[0]:
+            runners[place[0]].step(1)
 
     try:
-        return _table(step, rounds)
+        for runner in runners:
+            runner.begin()
+        found = _timings(lambda place: runners[place[0]].step(place[1]), places, timing, begin)
     finally:
-        runner.close()
+        for runner in runners:
+            runner.engine.close()
+    return [
+        Point(len(groups[place]), runners[place].context, nodes, *_middle(seconds))
+        for (place, nodes), seconds in found.items()
+    ]
+
+
+def target_cost(engine: Engine, text: Transcript, params: SamplingParams) -> Table:
+    """Seconds of a step of one row by the nodes of its tree, drafting not included."""
+    return Table([(point.nodes, point.seconds) for point in step_costs(engine, [[text]], params)])
+
+
+class _Runner:
+    """An engine that goes on behind some texts, with trees of any size."""
+
+    def __init__(self, engine: Engine, texts: Sequence[Transcript], params: SamplingParams, timing: Timing):
+        moved = moves(timing.rounds, timing.lengths)
+        for text in texts:
+            _demand_room(engine.target.max_length, text, moved)
+        self._texts, self._sham = texts, Sham(0, engine.target.vocab_size, max(timing.lengths))
+        self._params = replace(params, max_new_tokens=moved, ignore_eos=True, stop=(), stop_token_ids=())
+        self.engine = engine.beside(self._sham, max_rows=len(texts))
+
+    @property
+    def context(self) -> int:
+        return round(sum(len(text.tokens) for text in self._texts) / len(self._texts))
+
+    def begin(self) -> None:
+        for text in self._texts:
+            self.engine.add(list(text.tokens), self._params, text=False)
+        self.engine.step()
+
+    def step(self, nodes: int) -> None:
+        self._sham.length = nodes - 1
+        self.engine.step()
+
+
+def _middle(seconds: Sequence[float]) -> tuple[float, float]:
+    """The median, and its standard error as that of a normal law of the same median deviation."""
+    middle = median(seconds)
+    deviation = 1.4826 * median(abs(one - middle) for one in seconds)
+    return middle, 1.2533 * deviation / len(seconds) ** 0.5
 
 
 def verifier_cost(
@@ -163,9 +237,9 @@ def verifier_cost(
     """
     sham = Sham(0, network.vocab_size)
     verified = Verified(Model(network, max(LENGTHS) + 1), sham, 1)
-    _demand_room(network.max_length, text, rounds)
+    _demand_room(network.max_length, text, moves(rounds))
     propose = _proposing(verified, text, params, network.device, lambda tokens: setattr(sham, "length", tokens - 1))
-    return _table(propose, rounds, before=_reading(target, text))
+    return _table(propose, Timing(rounds), reading(target, text))
 
 
 def writer_cost(
@@ -173,46 +247,36 @@ def writer_cost(
 ) -> Table:
     """Seconds for which a draft model writes so many tokens, one after the other. target: as for `verifier_cost`."""
     chain = DraftModel.on(network, Chain(Fixed(max(LENGTHS))))
-    _demand_room(network.max_length, text, rounds)
+    _demand_room(network.max_length, text, moves(rounds))
 
     def prepare(tokens: int) -> None:
         chain.form, chain.max_nodes = Chain(Fixed(tokens)), tokens
 
     propose = _proposing(chain, text, params, network.device, prepare)
-    return _table(propose, rounds, tuple(n for n in LENGTHS if n <= 9), _reading(target, text))
+    return _table(propose, Timing(rounds, lengths=tuple(n for n in LENGTHS if n <= 9)), reading(target, text))
 
 
-def _reading(network: Network | None, text: Transcript) -> Callable[[], object]:
-    """Reads the last token of a text, again and again."""
-    if network is None:
+def reading(network: Network | None, text: Transcript) -> Callable[[], object]:
+    """Reads the last token of a text, again and again: what a target leaves of other models in the processor's caches,
+    which is nothing if it is large. On a GPU nobody waits for it, so there it would be timed with what comes next."""
+    if network is None or network.device.type != "cpu":
         return lambda: None
     model, row = Model(network, 1), Row(list(text.tokens), text.prompt_length, SamplingParams(), 0, len(text.tokens))
     model.admit(len(text.tokens))
     return lambda: model.next_scores([row])
 
 
-def reading_seconds(network: Network, text: Transcript) -> float:
-    """Seconds for which a draft model reads a prompt, which happens in the first step."""
-    seconds = []
-    for _ in range(3):
-        model = Model(network, 1)
-        model.admit(len(text.tokens))
-        row = Row(list(text.tokens[: text.prompt_length]), text.prompt_length, SamplingParams(), 0, len(text.tokens))
-        begun = time.perf_counter()
-        with torch.inference_mode():
-            model.next_scores([row])
-        seconds.append(time.perf_counter() - begun)
-    return median(seconds)
+def moves(rounds: int, lengths: Sequence[int] = LENGTHS) -> int:
+    """Tokens by which as many rounds of timings move a text on, at most."""
+    return 2 * (rounds + UNCOUNTED) * len(lengths) + max(lengths)
 
 
-def _demand_room(context: int, text: Transcript, rounds: int) -> None:
+def _demand_room(context: int, text: Transcript, tokens: int) -> None:
     """Every timing moves the text on by a token, or by as many as were accepted by chance."""
-    wanted = len(text.tokens) + 2 * (rounds + 2) * len(LENGTHS) + max(LENGTHS)
-    if wanted > context:
+    if len(text.tokens) + tokens > context:
         raise RequestError(
-            f"a text of {len(text.tokens)} tokens leaves no room to time {rounds} rounds in a context of {context}:"
-            " give a"
-            " shorter prompt, or fewer new tokens"
+            f"a text of {len(text.tokens)} tokens leaves no room to time steps of {tokens} more in a context of"
+            f" {context}: give shorter prompts, or fewer new tokens"
         )
 
 
@@ -235,83 +299,26 @@ def _proposing(
     return propose
 
 
-def _table(
-    work: Callable[[int], None],
-    rounds: int,
-    lengths: Sequence[int] = LENGTHS,
-    before: Callable[[], object] = lambda: None,
-) -> Table:
-    """Medians of interleaved timings, `before` each of which something else is done. The first
-    rounds are not counted."""
-    seconds: dict[int, list[float]] = {length: [] for length in lengths}
+def _table(work: Callable[[int], None], timing: Timing, before: Callable[[], object] = lambda: None) -> Table:
+    found = _timings(work, timing.lengths, timing, lambda length: before())
+    return Table(tuple((length, median(seconds)) for length, seconds in found.items()))
+
+
+def _timings(
+    work: Callable[[Of], None], kinds: Sequence[Of], timing: Timing, before: Callable[[Of], object]
+) -> dict[Of, list[float]]:
+    """Seconds by kind of work, of interleaved rounds, `before` each of which something else is done. The
+    first rounds are not counted."""
+    seconds: dict[Of, list[float]] = {kind: [] for kind in kinds}
+    started = time.perf_counter()
     with torch.inference_mode():
-        for number in range(rounds + 2):
-            for length in lengths:
-                before()
+        for number in range(timing.rounds + UNCOUNTED):
+            if number >= FEWEST and time.perf_counter() - started > timing.seconds:
+                break
+            for kind in kinds:
+                before(kind)
                 begun = time.perf_counter()
-                work(length)
-                if number >= 2:
-                    seconds[length].append(time.perf_counter() - begun)
-    return Table(tuple((length, median(found)) for length, found in seconds.items()))
-
-
-# ---- rounds that are measured as a whole
-
-
-class Recorded(Drafter):
-    """Another drafter, and how many tokens every verification of its proposals gave."""
-
-    def __init__(self, inner: Drafter):
-        self.inner, self.name, self.reads, self.max_nodes = inner, inner.name, inner.reads, inner.max_nodes
-        self.yields: list[int] = []
-
-    def admit(self, row: Row, hidden: Mapping[int, Tensor]) -> None:
-        self.inner.admit(row, hidden)
-
-    def release(self, slot: int) -> None:
-        self.inner.release(slot)
-
-    def propose(self, context: Context) -> TokenTree:
-        return self.inner.propose(context)
-
-    def retract(self, lengths: Sequence[int]) -> None:
-        self.inner.retract(lengths)
-
-    def reset(self) -> None:
-        self.inner.reset()
-
-    def observe(self, context: Context, tree: TokenTree, verdict: Verdict, scores: Scores) -> None:
-        self.yields += [
-            min(len(path), depth + 1) for path, depth in zip(verdict.kept, context.depths, strict=True) if depth > 0
-        ]
-        self.inner.observe(context, tree, verdict, scores)
-
-
-def pmf(yields: Sequence[int]) -> Floats:
-    """Of the numbers of tokens that rounds gave."""
-    return np.asarray(np.bincount(yields) / len(yields), dtype=np.float64)
-
-
-def measured_round(
-    engine: Engine, network: Network | None, store: Drafter, prompts: Sequence[Sequence[int]], params: SamplingParams
-) -> Round:
-    """A round of a model over what a store proposes: its yields and its seconds, from a run with the target above it.
-
-    network: the model in the middle; None: the target itself. A store's proposals vary too much in
-    length and luck to be put into one rate.
-    """
-    recorded = Recorded(store)
-    if network is None:
-        drafter: Drafter = recorded
-    else:
-        drafter = verified = Verified(Model(network, store.max_nodes + 1), recorded, 4)
-    runner = engine.beside(drafter, max_rows=1)
-    whole = replace(params, ignore_eos=True)
-    outputs = [runner.stream([list(prompt)], whole, text=False).outputs()[0] for prompt in prompts]
-    if network is None:
-        seconds = sum(o.stats.seconds - o.stats.prefill_seconds for o in outputs) / sum(o.stats.steps for o in outputs)
-    else:
-        tally = verified.tallies()[0]
-        reading = sum(reading_seconds(network, Transcript(tuple(prompt), len(prompt))) for prompt in prompts)
-        seconds = max(0.0, tally.seconds - reading) / max(1, tally.asked)
-    return Round(pmf(recorded.yields), seconds)
+                work(kind)
+                if number >= UNCOUNTED:
+                    seconds[kind].append(time.perf_counter() - begun)
+    return seconds

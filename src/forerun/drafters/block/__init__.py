@@ -150,4 +150,5 @@ METHOD = Method(
             ),
         ),
     ),
+    variations=({"nodes": 7}, {"nodes": 4}, {"nodes": 14}),
 )

@@ -198,4 +198,5 @@ METHOD = Method(
             ),
         ),
     ),
+    variations=({"nodes": 16}, {"nodes": 4}, {"nodes": 8}, {"nodes": 32}),
 )
