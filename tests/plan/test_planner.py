@@ -101,7 +101,7 @@ def test_variations_and_compositions_of_what_is_at_hand() -> None:
     at_hand = AtHand.of(["hierarchy", "small:a/b", "hydra:heads", "none"])
     names = [one.name for one in in_turn([*at_hand.variations(), *at_hand.compositions()])]
     assert len(names) == len(set(names))
-    assert {"hierarchy nodes 4", "small:b length 8", "small:b stopping confidence 0.5 12", "hydra:heads"} <= {*names}
+    assert {"hierarchy nodes 4", "small:b length 8", "small:b stopping cumulative 0.5 12", "hydra:heads"} <= {*names}
     assert {"hierarchy | hydra:heads", "hierarchy | small:b length 3", "verified:b(hierarchy) length 7"} <= {*names}
     assert "cascade models b" in names and "none" not in names
     assert names[:3] == ["hierarchy nodes 16", "hydra:heads", "small:b length 3"], "one of every kind comes first"
