@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from forerun.engine.load import load
 from forerun.nn.load import load_network
@@ -135,6 +136,15 @@ def test_masks_may_learn_what_stays(trained, tmp_path):
     assert (masks["units"] > 0).sum(1).tolist() == [24 * (masks["layers"][layer] > 0).item() for layer in (0, 1)]
 
 
+def test_another_draft_to_begin_with_does_not_go_on_in_a_run(forerun, refused, family, answers, tmp_path):
+    """Even if it lies where the other did."""
+    first = shutil.copytree(family / "small", tmp_path / "first")
+    where = ("train", "small", "--from", family / "target", "--data", answers, "--out", tmp_path / "taught", *FEW, *ON)
+    assert forerun(*where, "--steps", 0, "--init-from", first)[0] == 0
+    save_file({name: -one for name, one in weights_of(first).items()}, first / "model.safetensors", {"format": "pt"})
+    assert "another init_from" in refused(*where, "--steps", 0, "--init-from", first)
+
+
 def test_kinds_of_answers_are_mixed_and_their_shares_are_gone_on_with(trained, answers, tmp_path, monkeypatch):
     """A kind that repeats one token is soon learnt."""
     easy = tmp_path / "easy.jsonl"
@@ -170,6 +180,7 @@ def test_another_shape_does_not_go_on_in_a_run(trained, refused, family, answers
     [
         (("--shape", "3x16"), "layers 3"),
         (("--shape", "thin"), "no shape"),
+        (("--shape", "1x15"), "its heads divide"),
         (("--shape", "1x16", "--pick", "luck"), "picked by"),
         (("--shape", "1x16", "--length", 5000), "do not fit"),
         (("--shape", "1x16", "--teacher-weight", 0, "--text-weight", 0), "nothing would be learnt"),

@@ -110,8 +110,9 @@ class SmallTraining:
             "weights": asdict(recipe.weights),
             **{
                 name: getattr(recipe, name)
-                for name in ("rows", "length", "seed", "calibration", "pick", "tied", "shear_steps", "init_from")
+                for name in ("rows", "length", "seed", "calibration", "pick", "tied", "shear_steps")
             },
+            "init_from": Source.of(recipe.init_from).fingerprint if recipe.init_from else None,
         }
 
     def _write(self, run: Path, out: Path, figures: Mapping[str, float]) -> None:
