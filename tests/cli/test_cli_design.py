@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
+from forerun.cost import Table
 from forerun.engine.load import load
 from forerun.nn.load import load_network
 from forerun.plan import drafts as drafts_of
@@ -63,6 +67,26 @@ def test_layers_are_timed_and_a_plan_is_written_that_can_be_planned_from(
     again = tmp_path / "again.json"
     assert forerun("design", family / "target", "--survival", 0.9, "--costs", out, "--out", again, *ON)[0] == 0
     assert json.loads(again.read_text()) == written
+
+
+def test_windows_and_a_short_context_are_timed(family, tmp_path, monkeypatch):
+    """Stacks are deeper than such a draft, whose context may be shorter than the text."""
+    config = transformers.MistralConfig(
+        **json.loads((family / "small" / "config.json").read_text())
+        | {"model_type": "mistral", "architectures": None, "max_position_embeddings": 512, "sliding_window": 12}
+    )
+    transformers.MistralForCausalLM(config).save_pretrained(tmp_path)
+    shutil.copytree(
+        family / "small", tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*config*", "*.safet*")
+    )
+    engine, params = load(tmp_path, "none", dtype="fp32", kernels="torch"), SamplingParams(max_new_tokens=32)
+    draft = engine.target.network.config
+    assert any(draft.windows)
+    text = drafts_of.text_for(engine, params)
+    assert len(text.tokens) <= 128 + 32, "timing needs room behind it"
+    monkeypatch.setattr(latency, "target_cost", lambda *_: Table([(1, 1.0)]))
+    here = latency.measured(engine, [replace(draft, max_length=64)], text, params, rounds=1)
+    assert here.step(draft) > 0
 
 
 def test_a_flat_belief_takes_the_cheapest_shape_and_says_how_to_train_it(said, forerun, family, costs):
