@@ -22,6 +22,7 @@ from forerun.model import Model
 from forerun.nn.dtype import dtype_of
 from forerun.nn.load import load_network
 from forerun.nn.network import Network
+from forerun.sampling import SamplingParams
 from forerun.sources.fingerprint import digest, fingerprint
 from forerun.sources.folder import WEIGHTS
 from forerun.sources.source import Source
@@ -142,10 +143,11 @@ class AcceptanceTraining:
 
 
 def prepare(recipe: AcceptanceRecipe, device: torch.device) -> AcceptanceTraining:
-    """Read everything that a training needs. Raises TrainingError, CheckpointError or DrafterError for what does not
-    fit, before anything is written."""
+    """Read everything that a training needs. Raises TrainingError, CheckpointError, DrafterError or RequestError for
+    what does not fit, before anything is written."""
     if not 0 <= recipe.mix < 1:
         raise TrainingError(f"with --mix {recipe.mix:g} nothing would be learnt: give a share from 0 to less than 1")
+    SamplingParams(temperature=recipe.temperature)  # that rows are drafted and judged at, in the end
     description, distilled = recipe.drafted_with, read(recipe.data)
 
     def load(name: str) -> Network:
