@@ -212,6 +212,7 @@ def test_a_model_that_is_stored_too_wide_is_made_compact(forerun, refused, famil
     torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
     again = ("--to", "compact", "--out", tmp_path / "again")
     assert "as compact as it can be" in refused("convert", tmp_path / "narrow", *again)
+    assert "compares nothing" in refused("convert", tmp_path / "wide", *again, "--target", family / "target")
 
 
 # ---- replay

@@ -130,7 +130,7 @@ class Measured:
         """ValueError unless everything takes some time."""
         takes_time = [*(fixed + each for fixed, each in self.layers.values()), *(one for _, one in self.verifying)]
         parts = [*(part for costs in self.layers.values() for part in costs), *self.heads.values(), self.overhead]
-        if not self.verifying or not all(0 < one < inf for one in takes_time) or not all(0 <= one for one in parts):
+        if not self.verifying or not all(0 < one < inf for one in takes_time) or not all(one >= 0 for one in parts):
             raise ValueError("seconds are numbers above 0")
 
 
