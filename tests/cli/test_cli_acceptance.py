@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import save_file
 
 from forerun.drafting.acceptance.head import AcceptanceHead, opened
-from forerun.drafting.spec import describe
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +44,9 @@ def test_from_answers_to_a_draft_that_ends_itself(forerun, said, family, answers
         *trained(family, answers, head, "--depth", 1, "--tie-blocks", "--rejection-weight", 3, "--drafter", long)
     )
     assert code == 0, err
-    describe(out.splitlines()[-1].partition("draft with ")[2])
     assert "verification rate" in out and f"acceptance:{head}" in out and "The head has" in err
     assert opened(str(head)).config.weight == 3
-    drafter = json.dumps({"drafter": "small", "checkpoint": str(family / "small"), "stopping": f"acceptance:{head}"})
+    drafter = out.splitlines()[-1].partition("draft with ")[2]
     wishes = ("generate", family / "target", "import os", "--max-new-tokens", 24, "--dtype", "fp32")
     assert said(*wishes, "--drafter", drafter)["text"] == said(*wishes, "--drafter", "none")["text"]
     told = said("inspect", head)["heads"]
