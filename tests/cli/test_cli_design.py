@@ -117,6 +117,17 @@ def test_few_trained_drafts_predict_nothing_and_many_predict_others(said, foreru
     assert deep["rate"] == 1, "what was replayed is not predicted"
 
 
+def test_a_draft_of_a_shape_is_believed_about_that_shape(said, family, costs, answers, tmp_path):
+    """Whatever else its config differs in from the target's."""
+    draft = shutil.copytree(family / "small", tmp_path / "draft")
+    config = json.loads((draft / "config.json").read_text())
+    (draft / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5, "max_position_embeddings": 512}))
+    line = ("design", family / "target", "--draft", draft, "--data", answers, "--survival", 0, "--costs", costs, *ON)
+    found = said(*line)
+    (plan,) = [one for one in found["plans"] if one["shape"] == "1x32x48x4/2"]
+    assert plan["rate"] == found["drafts"][0]["rate"] > 0
+
+
 def test_what_cannot_be_designed_is_refused(refused, family, costs, answers, tmp_path):
     line = ("design", family / "target", *ON)
     assert "--draft, or --survival" in refused(*line, "--costs", costs)
