@@ -192,6 +192,13 @@ def test_what_cannot_be_made_is_refused_before_anything_is_written(options, reas
     assert list(tmp_path.iterdir()) == []
 
 
+def test_too_few_answers_teach_nothing(refused, family, answers, tmp_path):
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(answers.read_text().splitlines(True)[:3]))
+    where = ("--from", family / "target", "--data", few, "--out", tmp_path / "draft", "--shape", "1x16")
+    assert "make more or longer answers" in refused("train", "small", *where, *ON)
+
+
 def test_another_model_is_not_overwritten(refused, family, answers):
     where = ("--from", family / "target", "--data", answers, "--out", family / "small", "--shape", "1x16")
     assert "would be overwritten" in refused("train", "small", *where, *ON)

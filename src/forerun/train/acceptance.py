@@ -159,7 +159,7 @@ def prepare(recipe: AcceptanceRecipe, device: torch.device) -> AcceptanceTrainin
     target = load(recipe.target)
     answers = Answers(distilled.samples, recipe.rows, recipe.length, recipe.seed)
     demand_data(answers, target, recipe)
-    warn_of_another_target(distilled, recipe)
+    warn_of_another_target(distilled, recipe.data, recipe.target)
     lessons, width = _lessons(recipe, description, Workshop(Model(target, 1), load))
     torch.manual_seed(recipe.seed)
     head = AcceptanceHead(AcceptanceConfig(width, **recipe.architecture)).to(device)
