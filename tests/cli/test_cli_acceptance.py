@@ -61,6 +61,16 @@ def test_what_cannot_be_trained(refused, family, answers, tmp_path):
     assert "holds another model" in refused(*trained(family, answers, family / "small"))
 
 
+def test_held_out_answers_must_teach_something(refused, family, answers, tmp_path):
+    """The last of twenty is held out, and here it is one token long."""
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    for row in rows[19::20]:
+        row["answer"] = row["answer"][:1]
+    short = tmp_path / "short.jsonl"
+    short.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "a smaller --mix" in refused(*trained(family, short, tmp_path / "x", "--mix", 0.99))
+
+
 # ---- heads as the paper's code writes them
 
 

@@ -163,7 +163,13 @@ def prepare(recipe: AcceptanceRecipe, device: torch.device) -> AcceptanceTrainin
     lessons, width = _lessons(recipe, description, Workshop(Model(target, 1), load))
     torch.manual_seed(recipe.seed)
     head = AcceptanceHead(AcceptanceConfig(width, **recipe.architecture)).to(device)
-    return AcceptanceTraining(recipe, AcceptanceObjective(head, lessons, answers, recipe.schedule), distilled)
+    objective = AcceptanceObjective(head, lessons, answers, recipe.schedule)
+    if not objective.is_judged:
+        raise TrainingError(
+            f"no token of the held-out answers of {recipe.data} is taught with --mix {recipe.mix:g}, so nothing would"
+            " tell how good the head is: give a smaller --mix, or more answers"
+        )
+    return AcceptanceTraining(recipe, objective, distilled)
 
 
 def _lessons(recipe: AcceptanceRecipe, description: Mapping[str, Any], workshop: Workshop) -> tuple[Lessons, int]:
