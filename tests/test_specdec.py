@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -212,12 +212,37 @@ def law_off(description: Any, wishes: SamplingParams) -> float:
 THREE = SamplingParams(temperature=0.9, max_new_tokens=3)
 
 
-@pytest.mark.parametrize("nested", [False, True])
-def test_the_law_is_the_targets(folder: str, nested: bool) -> None:
-    description = described(folder, threshold=0.3)
-    if nested:
-        description = {"drafter": "verified", "checkpoint": "middle", "inner": description, "length": 2}
-    assert law_off(description, THREE) < EXACT
+def verified(inner: Any) -> dict[str, Any]:
+    return {"drafter": "verified", "checkpoint": "middle", "inner": inner, "length": 2}
+
+
+PLACES: dict[str, Callable[[Any], Any]] = {
+    "alone": lambda rule: rule,
+    "below": verified,
+    "behind a store": lambda rule: {"drafter": "fallback", "sources": ["lookup", rule]},
+    "behind a store, below": lambda rule: verified({"drafter": "fallback", "sources": ["lookup", rule]}),
+    "by choice, below": lambda rule: verified({"drafter": "switch", "parts": [rule, "lookup"]}),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_law_is_the_targets(folder: str, place: str) -> None:
+    assert law_off(PLACES[place](described(folder, threshold=0.3)), THREE) < EXACT
+
+
+def test_a_seeded_text_does_not_depend_on_the_rows_beside_it(folder: str) -> None:
+    target = TableNetwork(2, 3)
+    networks = {"small": Near(target, 0.5)}
+    prompts, each = (
+        [[1], [0, 1], [1, 1, 0]] * 3,
+        [SamplingParams(temperature=0.9, seed=n, max_new_tokens=20) for n in range(9)],
+    )
+    description = described(folder, most=6, threshold="auto")
+    texts = [
+        [one.token_ids for one in engine_of(target, description, networks, max_rows=rows).generate(prompts, each)]
+        for rows in (1, 8)
+    ]
+    assert texts[0] == texts[1]
 
 
 def test_at_the_bottom_of_a_cascade(folder: str) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from forerun.drafters.small import Settings
 from forerun.drafting.stopping import RULES, Confidence, CumulativeConfidence, Drafted, Fixed, Stopping, stopping
 from forerun.errors import DrafterError
 from forerun.row import Row
@@ -85,8 +88,12 @@ def test_rules_are_made_by_name() -> None:
     [
         ("confident", {}, "confidence"),
         ("fixed", {"threshold": 0.5}, "threshold"),
-        ("confidence", {"most": 0}, "most=0"),
-        ("confidence", {"most": 2.5}, "most=2.5"),
+        ("confidence", {"checkpoint": "head"}, "no setting 'checkpoint': it takes threshold, most"),
+        ("confidence", {"most": 0}, "at least 1 and at most 1024, not 0"),
+        ("confidence", {"most": 2.5}, "not 2.5"),
+        ("confidence", {"most": True}, "not True"),
+        ("confidence", {"most": 5000}, "not 5000"),
+        ("confidence", {"threshold": True}, "threshold=True"),
         ("confidence", {"most": "many"}, "many"),
         ("confidence", {"threshold": "high"}, "high"),
         ("confidence", {"threshold": "0.5"}, "threshold='0.5'"),
@@ -95,6 +102,7 @@ def test_rules_are_made_by_name() -> None:
         ("acceptance", {}, "acceptance:PATH"),
         ("acceptance", {"checkpoint": 3}, "acceptance:PATH"),
         ("acceptance", {"checkpoint": "head", "threshold": "automatic"}, "threshold='automatic'"),
+        ("acceptance", {"checkpoint": "head", "least": 0}, "least is a whole number of at least 1"),
         ("acceptance", {"checkpoint": "head", "least": 4, "most": 3}, "at least 4 tokens and at most 3"),
     ],
 )
@@ -102,3 +110,9 @@ def test_a_rule_that_cannot_be_is_refused_with_a_sentence(rule: str, settings_: 
     with pytest.raises(DrafterError, match=says) as caught:
         stopping(rule, **settings_)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("nameless", ["", {}, {"most": 4}])
+def test_a_rule_has_a_name(nameless: Any) -> None:
+    with pytest.raises(DrafterError, match="rule"):
+        Settings("small", stopping=nameless)

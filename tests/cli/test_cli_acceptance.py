@@ -39,15 +39,18 @@ def trained(family, answers, out, *options):
 
 def test_from_answers_to_a_draft_that_ends_itself(forerun, said, family, answers, tmp_path, monkeypatch):
     monkeypatch.setattr("forerun.train.objectives.acceptance.CHAINS", 4)
-    head = tmp_path / "head"
-    code, out, err = forerun(*trained(family, answers, head, "--depth", 1, "--tie-blocks", "--rejection-weight", 3))
+    head, long = tmp_path / "head", json.dumps({"drafter": "small", "checkpoint": str(family / "small"), "length": 9})
+    code, out, err = forerun(
+        *trained(family, answers, head, "--depth", 1, "--tie-blocks", "--rejection-weight", 3, "--drafter", long)
+    )
     assert code == 0, err
     assert "verification rate" in out and f"acceptance:{head}" in out and "The head has" in err
     assert opened(str(head)).config.weight == 3
-    drafter = json.dumps({"drafter": "small", "checkpoint": str(family / "small"), "stopping": f"acceptance:{head}"})
+    drafter = out.splitlines()[-1].partition("draft with ")[2]
     wishes = ("generate", family / "target", "import os", "--max-new-tokens", 24, "--dtype", "fp32")
     assert said(*wishes, "--drafter", drafter)["text"] == said(*wishes, "--drafter", "none")["text"]
     told = said("inspect", head)["heads"]
+    assert json.loads(told["use"])["checkpoint"] == "small"
     assert (told["kind"], told["draft_model"], told["for_the_target"]) == ("acceptance head", "small", "target")
 
 
@@ -56,6 +59,16 @@ def test_what_cannot_be_trained(refused, family, answers, tmp_path):
     other = f"small:{family / 'other'}"
     assert "shares the target's tokenizer" in refused(*trained(family, answers, tmp_path / "x", "--drafter", other))
     assert "holds another model" in refused(*trained(family, answers, family / "small"))
+
+
+def test_held_out_answers_must_teach_something(refused, family, answers, tmp_path):
+    """The last of twenty is held out, and here it is one token long."""
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    for row in rows[19::20]:
+        row["answer"] = row["answer"][:1]
+    short = tmp_path / "short.jsonl"
+    short.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "a smaller --mix" in refused(*trained(family, short, tmp_path / "x", "--mix", 0.99))
 
 
 # ---- heads as the paper's code writes them

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
+from forerun.cost import Table
 from forerun.engine.load import load
 from forerun.nn.load import load_network
 from forerun.plan import drafts as drafts_of
@@ -65,6 +69,26 @@ def test_layers_are_timed_and_a_plan_is_written_that_can_be_planned_from(
     assert json.loads(again.read_text()) == written
 
 
+def test_windows_and_a_short_context_are_timed(family, tmp_path, monkeypatch):
+    """Stacks are deeper than such a draft, whose context may be shorter than the text."""
+    config = transformers.MistralConfig(
+        **json.loads((family / "small" / "config.json").read_text())
+        | {"model_type": "mistral", "architectures": None, "max_position_embeddings": 512, "sliding_window": 12}
+    )
+    transformers.MistralForCausalLM(config).save_pretrained(tmp_path)
+    shutil.copytree(
+        family / "small", tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*config*", "*.safet*")
+    )
+    engine, params = load(tmp_path, "none", dtype="fp32", kernels="torch"), SamplingParams(max_new_tokens=32)
+    draft = engine.target.network.config
+    assert any(draft.windows)
+    text = drafts_of.text_for(engine, params)
+    assert len(text.tokens) <= 128 + 32, "timing needs room behind it"
+    monkeypatch.setattr(latency, "target_cost", lambda *_: Table([(1, 1.0)]))
+    here = latency.measured(engine, [replace(draft, max_length=64)], text, params, rounds=1)
+    assert here.step(draft) > 0
+
+
 def test_a_flat_belief_takes_the_cheapest_shape_and_says_how_to_train_it(said, forerun, family, costs):
     line = ("design", family / "target", "--survival", "0.8,0.7", "--costs", costs, *ON)
     found = said(*line)
@@ -91,6 +115,17 @@ def test_few_trained_drafts_predict_nothing_and_many_predict_others(said, foreru
     assert (one["rate"], one["tokens_per_step"]) == (1, pytest.approx(12, abs=5)) and one["trained_on"] is None
     deep = next(plan for plan in found["plans"] if plan["shape"].startswith("2x32"))
     assert deep["rate"] == 1, "what was replayed is not predicted"
+
+
+def test_a_draft_of_a_shape_is_believed_about_that_shape(said, family, costs, answers, tmp_path):
+    """Whatever else its config differs in from the target's."""
+    draft = shutil.copytree(family / "small", tmp_path / "draft")
+    config = json.loads((draft / "config.json").read_text())
+    (draft / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5, "max_position_embeddings": 512}))
+    line = ("design", family / "target", "--draft", draft, "--data", answers, "--survival", 0, "--costs", costs, *ON)
+    found = said(*line)
+    (plan,) = [one for one in found["plans"] if one["shape"] == "1x32x48x4/2"]
+    assert plan["rate"] == found["drafts"][0]["rate"] > 0
 
 
 def test_what_cannot_be_designed_is_refused(refused, family, costs, answers, tmp_path):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from forerun.engine.load import load
 from forerun.nn.load import load_network
@@ -135,6 +136,15 @@ def test_masks_may_learn_what_stays(trained, tmp_path):
     assert (masks["units"] > 0).sum(1).tolist() == [24 * (masks["layers"][layer] > 0).item() for layer in (0, 1)]
 
 
+def test_another_draft_to_begin_with_does_not_go_on_in_a_run(forerun, refused, family, answers, tmp_path):
+    """Even if it lies where the other did."""
+    first = shutil.copytree(family / "small", tmp_path / "first")
+    where = ("train", "small", "--from", family / "target", "--data", answers, "--out", tmp_path / "taught", *FEW, *ON)
+    assert forerun(*where, "--steps", 0, "--init-from", first)[0] == 0
+    save_file({name: -one for name, one in weights_of(first).items()}, first / "model.safetensors", {"format": "pt"})
+    assert "another init_from" in refused(*where, "--steps", 0, "--init-from", first)
+
+
 def test_kinds_of_answers_are_mixed_and_their_shares_are_gone_on_with(trained, answers, tmp_path, monkeypatch):
     """A kind that repeats one token is soon learnt."""
     easy = tmp_path / "easy.jsonl"
@@ -170,6 +180,7 @@ def test_another_shape_does_not_go_on_in_a_run(trained, refused, family, answers
     [
         (("--shape", "3x16"), "layers 3"),
         (("--shape", "thin"), "no shape"),
+        (("--shape", "1x15"), "its heads divide"),
         (("--shape", "1x16", "--pick", "luck"), "picked by"),
         (("--shape", "1x16", "--length", 5000), "do not fit"),
         (("--shape", "1x16", "--teacher-weight", 0, "--text-weight", 0), "nothing would be learnt"),
@@ -179,6 +190,13 @@ def test_what_cannot_be_made_is_refused_before_anything_is_written(options, reas
     where = ("--from", family / "target", "--data", answers, "--out", tmp_path / "draft")
     assert reason in refused("train", "small", *where, *ON, *options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_too_few_answers_teach_nothing(refused, family, answers, tmp_path):
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(answers.read_text().splitlines(True)[:3]))
+    where = ("--from", family / "target", "--data", few, "--out", tmp_path / "draft", "--shape", "1x16")
+    assert "make more or longer answers" in refused("train", "small", *where, *ON)
 
 
 def test_another_model_is_not_overwritten(refused, family, answers):
@@ -201,6 +219,7 @@ def test_a_model_that_is_stored_too_wide_is_made_compact(forerun, refused, famil
     torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
     again = ("--to", "compact", "--out", tmp_path / "again")
     assert "as compact as it can be" in refused("convert", tmp_path / "narrow", *again)
+    assert "compares nothing" in refused("convert", tmp_path / "wide", *again, "--target", family / "target")
 
 
 # ---- replay

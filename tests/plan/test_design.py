@@ -130,6 +130,8 @@ def test_replayed_answers_give_their_own_tokens_and_survival() -> None:
     assert replayed.rate == pytest.approx(2 / 3)
     assert replayed.interval(3) == (3, 3)
     assert Replayed((np.ones(40, np.bool_),)).rate == 1, "a draft that ends is no miss"
+    seventeen = Replayed((np.array([*[True] * 17, False]),))
+    assert seventeen.rate == pytest.approx(16 / 17), "the target's own token behind a whole draft was not drafted"
 
 
 def test_intervals_hold_the_mean_and_shrink_with_more_answers() -> None:
@@ -193,6 +195,13 @@ def test_every_shape_can_be_made_and_is_a_part_of_the_target() -> None:
     assert {one.width for one in family} == {64, 128, 192, 256}, "the paper's family: all heads, the whole perceptron"
     for one in tried:
         assert Shape.read(str(Shape.of(one))).within(TARGET) == one and one.width % 64 == 0
+
+
+def test_no_shape_is_proposed_that_transformers_would_refuse() -> None:
+    """Its Llama wants heads to divide the width; 12 of them do not divide 256."""
+    target = replace(TARGET, width=768, heads=12, kv_heads=12, head_dim=64)
+    assert 256 in {one.width for one in configs(target)}
+    assert all(one.width % one.heads == 0 for one in configs(target))
 
 
 def test_plans_are_ranked_priced_and_written_down() -> None:
@@ -272,6 +281,21 @@ def test_measured_costs_come_back_from_a_file() -> None:
     assert here.times(2).step(config) == 2 * here.step(config) and here.times(2).verify(1) == 20
     with pytest.raises(DrafterError, match="measure them anew"):
         Measured.of({"layers": {"a": 1}})
+    with pytest.raises(DrafterError, match="no layers of the shape 128x512x4x2"):
+        here.step(Shape(2, 128).within(TARGET))
+
+
+@pytest.mark.parametrize(
+    "odd", [{"verifying": []}, {"verifying": [[1, 0.0]]}, {"overhead": -1}, {"heads": {"64": float("nan")}}]
+)
+def test_costs_that_make_no_sense_are_refused(odd: dict[str, object]) -> None:
+    fields = {"layers": {"64x64x4x2": [0.0, 1.0]}, "heads": {}, "verifying": [[1, 1.0]], "overhead": 0, "about": {}}
+    Measured.of(fields)
+    with pytest.raises(DrafterError, match="numbers above 0"):
+        Measured.of(fields | odd)
+    for costs_of_layer in ([0.0, 0.0], [2.0, -1.0], [0.0, inf]):
+        with pytest.raises(DrafterError, match="numbers above 0"):
+            Measured.of(fields | {"layers": {"64x64x4x2": costs_of_layer}})
 
 
 def test_a_rank_that_hangs_on_a_rate_is_not_stable() -> None:

@@ -29,7 +29,7 @@ from forerun.drafting.stopping import LAST, Acceptance, Drafted, Fixed, rule_of
 from forerun.drafting.trained import LayerConfig
 from forerun.drafting.workshop import Workshop, build
 from forerun.engine.engine import Engine
-from forerun.errors import TrainingError
+from forerun.errors import RequestError, TrainingError
 from forerun.model import Model
 from forerun.nn.save import save_pretrained
 from forerun.nn.transformer import Transformer
@@ -250,8 +250,9 @@ def test_what_cannot_be_taught_is_refused(folders: Path, tmp_path: Path) -> None
         ({"drafter": "lookup"}, "draws no chains that a rule could end"),
         ({"mix": 1.0}, "with --mix 1 nothing would be learnt"),
         ({"length": 4096}, "do not fit a context"),
+        ({"temperature": 1e-9}, "temperature=1e-09"),
     ):
-        with pytest.raises(TrainingError, match=says):
+        with pytest.raises((TrainingError, RequestError), match=says):
             prepare(replace(recipe(folders), **changes), torch.device("cpu"))
 
 

@@ -137,7 +137,8 @@ def test_the_parts_that_do_nothing_go() -> None:
         idle.down.weight.zero_()
     reading = Importance(module)
     reading.read(TOKENS, torch.ones_like(TOKENS, dtype=torch.bool))
-    parts = kept(reading.sums, CONFIG, Shape(3, 23, 18, 2, 1).within(CONFIG))
+    shape = replace(CONFIG, layers=3, width=23, mlp_width=18, heads=2, kv_heads=1)
+    parts = kept(reading.sums, CONFIG, shape)
     assert parts.layers == (0, 1, 3)
     assert 5 not in parts.hidden and len(parts.hidden) == 23
     assert set(parts.heads) == {(0, 1)} and set(parts.kv_heads) == {(0,)}
@@ -186,7 +187,14 @@ def test_a_shape_is_written_as_people_do(written: str, sizes: tuple[int, ...]) -
 
 @pytest.mark.parametrize(
     ("written", "reason"),
-    [("wide", "no shape"), ("5x12", "layers 5"), ("2x99", "width 99"), ("2x12x10x4/1", "share one"), ("0x8", "layers")],
+    [
+        ("wide", "no shape"),
+        ("5x12", "layers 5"),
+        ("2x99", "width 99"),
+        ("2x12x10x4/1", "share one"),
+        ("0x8", "layers"),
+        ("2x15", "its heads divide"),
+    ],
 )
 def test_a_shape_that_the_target_does_not_have_is_refused(written: str, reason: str) -> None:
     with pytest.raises(TrainingError, match=reason):

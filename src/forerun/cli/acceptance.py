@@ -127,11 +127,12 @@ def report(training: AcceptanceTraining, figures: dict[str, float], out: Path) -
         numbers = (rates.drafted, rates.accepted, rates.discard, rates.verification, rates.seconds(draft, 1.0))
         table.add_row(name, *(f"{one:.3f}" for one in numbers))
     console.print(table)
+    drafter = {name: training.recipe.drafted_with[name] for name in ("drafter", "checkpoint")}
     console.print(
         f"Passes of the target's, where a draft takes {draft:.3f} of one, as by the memory of its weights.\n"
         f"{out}: {figures['kl_corrected']:.4f} nats from the labels, and the best constant"
         f" {figures['kl_constant']:.4f};"
-        f" draft with {json.dumps({**training.recipe.drafted_with, 'stopping': f'acceptance:{out}'})}",
+        f" draft with {json.dumps({**drafter, 'stopping': f'acceptance:{out}'})}",
         highlight=False,
         soft_wrap=True,
     )

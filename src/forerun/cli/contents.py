@@ -83,7 +83,13 @@ def _acceptance_head(folder: Path) -> Facts:
         "blocks": head.config.depth,
         "tied": head.config.tie_blocks,
         "parameters": sum(one.numel() for one in head.parameters()),
-        "use": json.dumps({"drafter": stored.training.get("drafter", "small"), "stopping": f"acceptance:{folder}"}),
+        "use": json.dumps(
+            {
+                "drafter": stored.training.get("drafter", "small"),
+                "checkpoint": stored.training.get("draft_model", "PATH"),
+                "stopping": f"acceptance:{folder}",
+            }
+        ),
     }
 
 

@@ -77,6 +77,8 @@ def convert(
     from forerun.layouts.files import config_of, folder_of
 
     if to == COMPACT:
+        if target or prompts:
+            raise RequestError(f"--to {COMPACT} compares nothing: leave --target and --prompts out")
         _compact(source, out)
         return
     exchange.demand_layout(to)

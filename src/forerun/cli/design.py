@@ -101,7 +101,7 @@ def design(
     limits = _limits(max_parameters, max_memory, max_step_ms, context, rows, tied)
     drafts = _drafts(draft, data, answers, engine)
     believed = _believed(drafts, survival, trained_on)
-    shapes = designing.distinct([*designing.configs(target, tied), *(one.config for one in drafts)])
+    shapes = designing.distinct([*(one.config for one in drafts), *designing.configs(target, tied)])
     known = _costs(costs, engine, shapes)
     incumbent = max((one.speed(known) for one in drafts), default=None)
     found = designing.design(target, known, believed, limits, shapes, incumbent)

@@ -106,10 +106,15 @@ class Settings:
     def __post_init__(self) -> None:
         if sum(one is not None for one in (self.length, self.stopping, self.tree, self.widths)) > 1:
             raise DrafterError("small: give only one of length, stopping, tree, widths")
-        for name, kind in (("tree", Mapping), ("stopping", str | Mapping), ("widths", list)):
+        kinds = {
+            "tree": (Mapping, "mapping"),
+            "stopping": (str | Mapping, "rule's name, or a mapping"),
+            "widths": (list, "list"),
+        }
+        for name, (kind, sense) in kinds.items():
             value = getattr(self, name)
             if value is not None and not isinstance(value, kind):
-                raise DrafterError(f"small: {name} is a {'list' if kind is list else 'mapping'}, not {value!r}")
+                raise DrafterError(f"small: {name} is a {sense}, not {value!r}")
         shape, widths, length = self.shape, self.widths, self.length
         if set(shape) != {"width", "depth", "nodes"} or not _are_counts(shape.values()):
             raise DrafterError(f"small: a tree has width, depth and nodes of at least 1, not {dict(self.tree or {})}")
@@ -125,7 +130,7 @@ class Settings:
 
     @property
     def rule(self) -> Rule:
-        return rule_of(self.stopping) if self.stopping else Fixed(self.length or 3)
+        return rule_of(self.stopping) if self.stopping is not None else Fixed(self.length or 3)
 
 
 def build(workshop: Workshop, settings: Settings) -> Drafter:

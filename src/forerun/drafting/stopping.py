@@ -11,8 +11,8 @@ is drawn, so such a rule speaks about all tokens but the newest. That costs no f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from forerun.cost import Lately, Table
 from forerun.drafting.acceptance.head import AcceptanceHead, corrected, head_on
+from forerun.drafting.settings import demand_count
 from forerun.errors import DrafterError
 from forerun.row import Row
 
@@ -198,7 +199,7 @@ def prepared(rule: Rule, width: int, device: torch.device) -> Stopping:
     return rule.prepared(width, device) if isinstance(rule, Learnt) else rule
 
 
-RULES: dict[str, Callable[..., Rule]] = {
+RULES: dict[str, type[Fixed | Confidence | CumulativeConfidence | Learnt]] = {
     "fixed": Fixed,
     "confidence": Confidence,
     "cumulative": CumulativeConfidence,
@@ -210,27 +211,25 @@ def stopping(rule: str = "fixed", **settings: Any) -> Rule:
     """A rule by name, as drafter files give it: {"rule": "confidence", "threshold": 0.5, "most": 8}."""
     if not isinstance(rule, str) or rule not in RULES:
         raise DrafterError(f"unknown stopping rule {rule!r}: there are {', '.join(RULES)}")
-    try:
-        made = RULES[rule](**settings)
-    except TypeError as error:
-        raise DrafterError(f"stopping rule {rule!r} does not take these settings: {error}") from None
-    threshold, least = settings.get("threshold", 0), settings.get("least", 1)
+    kind = RULES[rule]
+    known = [one.name for one in fields(kind)]
+    odd = next((name for name in settings if name not in known), None)
+    if odd is not None:
+        raise DrafterError(f"stopping rule {rule!r} has no setting {odd!r}: it takes {', '.join(known)}")
+    made = kind(**settings)
+    threshold = getattr(made, "threshold", 0)
     if isinstance(made, Learnt):
         if not isinstance(made.checkpoint, str) or not made.checkpoint:
             raise DrafterError(f"stopping rule {rule!r} needs the folder of a trained head: write {rule}:PATH")
-        threshold, least = 0 if threshold == AUTO else threshold, made.least
-    counts = isinstance(made.most, int) and isinstance(least, int)
-    if not counts or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
-        given = ", ".join(f"{name}={value!r}" for name, value in settings.items())
-        raise DrafterError(f"stopping rule {rule!r} with {given}: most is a whole number, threshold a probability")
-    if made.most < 1:
+        demand_count(f"stopping rule {rule!r}", "least", made.least)
+        threshold = 0 if threshold == AUTO else threshold
+    demand_count(f"stopping rule {rule!r}", "most", made.most)
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+        raise DrafterError(f"stopping rule {rule!r} with threshold={threshold!r}: give a probability, from 0 to 1")
+    if isinstance(made, Learnt) and made.least > made.most:
         raise DrafterError(
-            f"a stopping rule with most={made.most} drafts nothing: give 1 or more, or use the drafter none"
-        )
-    if not 1 <= least <= made.most:
-        raise DrafterError(
-            f"stopping rule {rule!r} draws at least {least} tokens and at most {made.most}: least is 1"
-            " or more, and no more than most"
+            f"stopping rule {rule!r} draws at least {made.least} tokens and at most {made.most}: least is no more than"
+            " most"
         )
     return made
 
@@ -240,4 +239,6 @@ def rule_of(description: str | Mapping[str, Any]) -> Rule:
     if isinstance(description, str):
         name, colon, checkpoint = description.partition(":")
         return stopping(name, **({"checkpoint": checkpoint} if colon else {}))
+    if "rule" not in description:
+        raise DrafterError(f'a stopping rule has a name, one of {", ".join(RULES)}: write it under "rule"')
     return stopping(**description)

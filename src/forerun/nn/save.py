@@ -54,6 +54,15 @@ def save_pretrained(
         ) from error
 
 
+def is_readable(config: TransformerConfig) -> bool:
+    """Whether transformers would read such a model back as what it is."""
+    try:
+        _demand_faithful(published_config(config, torch.float32), config, Path())
+    except CheckpointError:
+        return False
+    return True
+
+
 def _demand_faithful(fields: Mapping[str, Any], config: TransformerConfig, folder: Path) -> None:
     """What is about to be written must be read back as the same architecture."""
     try:

@@ -102,8 +102,8 @@ class Replayed:
         for hits in self.answers:
             place = 0
             for settled in emitted(hits, FAR):
-                survived = int(hits[place : place + settled].cumprod().sum())
-                kept, missed = kept + survived, missed + (survived < settled and survived < FAR)
+                survived = int(hits[place : place + min(settled, FAR)].cumprod().sum())
+                kept, missed = kept + survived, missed + (survived < min(settled, FAR))
                 place += settled
         return kept / max(1, kept + missed)
 

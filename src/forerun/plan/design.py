@@ -15,10 +15,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from math import inf
 from typing import Any, Protocol
 
 from forerun.cost import Table
 from forerun.errors import DrafterError
+from forerun.nn.save import is_readable
 from forerun.nn.transformer import TransformerConfig
 from forerun.plan.acceptance import CERTAIN, Acceptance, Given
 from forerun.train.pruning.shape import Shape
@@ -42,7 +44,7 @@ class Latency(Protocol):
         """Of a proposal, beside its steps."""
 
     def step(self, config: TransformerConfig) -> float:
-        """One draft step of such a model. LookupError for a shape of which nothing is known."""
+        """One draft step of such a model. DrafterError for a shape of which nothing is known."""
 
     def head(self, config: TransformerConfig) -> float:
         """The part of it that the vocabulary takes."""
@@ -71,7 +73,13 @@ class Measured:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def step(self, config: TransformerConfig) -> float:
-        fixed, each = self.layers[kind_of(config)]
+        kind = kind_of(config)
+        if kind not in self.layers or config.width not in self.heads:
+            raise DrafterError(
+                f"these costs know no layers of the shape {'x'.join(map(str, kind))}: measure this target and these"
+                " drafts anew"
+            )
+        fixed, each = self.layers[kind]
         return fixed + config.layers * each + self.head(config)
 
     def head(self, config: TransformerConfig) -> float:
@@ -112,9 +120,18 @@ class Measured:
             kinds = {_kind(name): (float(fixed), float(each)) for name, (fixed, each) in fields["layers"].items()}
             heads = {int(width): float(seconds) for width, seconds in fields["heads"].items()}
             verifying = [(int(tokens), float(seconds)) for tokens, seconds in fields["verifying"]]
-            return Measured(kinds, heads, verifying, float(fields["overhead"]), fields["about"])
+            found = Measured(kinds, heads, verifying, float(fields["overhead"]), fields["about"])
+            found._demand_sense()
+            return found
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DrafterError(f"these are no costs of draft models ({error!r}): measure them anew") from None
+
+    def _demand_sense(self) -> None:
+        """ValueError unless everything takes some time."""
+        takes_time = [*(fixed + each for fixed, each in self.layers.values()), *(one for _, one in self.verifying)]
+        parts = [*(part for costs in self.layers.values() for part in costs), *self.heads.values(), self.overhead]
+        if not self.verifying or not all(0 < one < inf for one in takes_time) or not all(one >= 0 for one in parts):
+            raise ValueError("seconds are numbers above 0")
 
 
 def _kind(written: str) -> LayerKind:
@@ -215,9 +232,9 @@ class Constraints:
     """parameters: at most so many in all; memory: bytes, cache for `rows` rows of `context` tokens included;
     step_seconds: of a draft step. tied: the embedding is the head, even if the target's is not."""
 
-    parameters: float = float("inf")
-    memory: float = float("inf")
-    step_seconds: float = float("inf")
+    parameters: float = inf
+    memory: float = inf
+    step_seconds: float = inf
     context: int = 2048
     rows: int = 1
     bytes_per_weight: int = 2
@@ -306,7 +323,9 @@ def widths(target: TransformerConfig) -> list[int]:
 def _heads(target: TransformerConfig, width: int) -> set[tuple[int, int]]:
     group = target.heads // target.kv_heads
     few = max(1, round(target.kv_heads * width / target.width))
-    return {(target.heads, target.kv_heads), (few * group, few)}
+    wanted = {(target.heads, target.kv_heads), (few * group, few)}
+    bare = replace(target, width=width, windows=())
+    return {(heads, keys) for heads, keys in wanted if is_readable(replace(bare, heads=heads, kv_heads=keys))}
 
 
 def _units(target: TransformerConfig, width: int) -> set[int]:
@@ -414,7 +433,7 @@ def _notes(config: TransformerConfig, head_share: float) -> Iterable[str]:
 
 def _marked(plans: Sequence[DraftPlan]) -> list[DraftPlan]:
     """Those that no other one beats in both throughput and parameters."""
-    found, fewest = list[DraftPlan](), float("inf")
+    found, fewest = list[DraftPlan](), inf
     for plan in plans:  # the fastest first
         found.append(replace(plan, is_pareto=plan.parameters < fewest))
         fewest = min(fewest, plan.parameters)

@@ -47,6 +47,7 @@ def measured(
     layers, heads, overheads = dict[LayerKind, tuple[float, float]](), dict[int, float](), list[float]()
     for kind, config in kinds.items():
         watch(len(layers) + len(heads), work)
+        config = replace(config, windows=(), max_length=network.max_length)  # that of a draft may be shorter
         small = replace(config, vocab_size=NO_VOCABULARY, tied=True)
         steps = {}
         for depth in (FEW, MANY):

@@ -22,6 +22,7 @@ from forerun.model import Model
 from forerun.nn.dtype import dtype_of
 from forerun.nn.load import load_network
 from forerun.nn.network import Network
+from forerun.sampling import SamplingParams
 from forerun.sources.fingerprint import digest, fingerprint
 from forerun.sources.folder import WEIGHTS
 from forerun.sources.source import Source
@@ -142,10 +143,11 @@ class AcceptanceTraining:
 
 
 def prepare(recipe: AcceptanceRecipe, device: torch.device) -> AcceptanceTraining:
-    """Read everything that a training needs. Raises TrainingError, CheckpointError or DrafterError for what does not
-    fit, before anything is written."""
+    """Read everything that a training needs. Raises TrainingError, CheckpointError, DrafterError or RequestError for
+    what does not fit, before anything is written."""
     if not 0 <= recipe.mix < 1:
         raise TrainingError(f"with --mix {recipe.mix:g} nothing would be learnt: give a share from 0 to less than 1")
+    SamplingParams(temperature=recipe.temperature)  # that rows are drafted and judged at, in the end
     description, distilled = recipe.drafted_with, read(recipe.data)
 
     def load(name: str) -> Network:
@@ -157,11 +159,17 @@ def prepare(recipe: AcceptanceRecipe, device: torch.device) -> AcceptanceTrainin
     target = load(recipe.target)
     answers = Answers(distilled.samples, recipe.rows, recipe.length, recipe.seed)
     demand_data(answers, target, recipe)
-    warn_of_another_target(distilled, recipe)
+    warn_of_another_target(distilled, recipe.data, recipe.target)
     lessons, width = _lessons(recipe, description, Workshop(Model(target, 1), load))
     torch.manual_seed(recipe.seed)
     head = AcceptanceHead(AcceptanceConfig(width, **recipe.architecture)).to(device)
-    return AcceptanceTraining(recipe, AcceptanceObjective(head, lessons, answers, recipe.schedule), distilled)
+    objective = AcceptanceObjective(head, lessons, answers, recipe.schedule)
+    if not objective.is_judged:
+        raise TrainingError(
+            f"no token of the held-out answers of {recipe.data} is taught with --mix {recipe.mix:g}, so nothing would"
+            " tell how good the head is: give a smaller --mix, or more answers"
+        )
+    return AcceptanceTraining(recipe, objective, distilled)
 
 
 def _lessons(recipe: AcceptanceRecipe, description: Mapping[str, Any], workshop: Workshop) -> tuple[Lessons, int]:

@@ -222,7 +222,7 @@ def prepare(recipe: HeadsRecipe, device: torch.device) -> HeadsTraining:
     demand_sizes(network, recipe)
     answers = _answers([sample for sample in distilled.samples if sample.size >= LEAST_SAMPLE], recipe)
     demand_data(answers, network, recipe)
-    warn_of_another_target(distilled, recipe)
+    warn_of_another_target(distilled, recipe.data, recipe.target)
     teacher = Teacher(network)
     module, config = _heads(recipe, network, answers)
     module.initialise(teacher.head_VD.float().cpu(), recipe.seed)
@@ -312,16 +312,23 @@ def _demand_text(network: Network, weights: Weights, recipe: HeadsRecipe) -> Non
 
 def demand_data(answers: Answers, network: Network, recipe: Reading) -> None:
     """Refuse data that cannot teach this target."""
+    demand_known(answers, network.vocab_size, recipe.data, recipe.target)
+    demand_enough(answers, str(recipe.data))
+
+
+def demand_known(answers: Answers, vocab_size: int, data: Path, target: str) -> None:
+    """Refuse tokens that the target does not have."""
     largest = max(max((*s.prompt, *s.answer)) for s in answers.samples)
-    if largest >= network.vocab_size:
-        raise TrainingError(
-            f"{recipe.data} has token {largest} and {recipe.target} knows {network.vocab_size}: distil from this target"
-        )
+    if largest >= vocab_size:
+        raise TrainingError(f"{data} has token {largest} and {target} knows {vocab_size}: distil from this target")
+
+
+def demand_enough(answers: Answers, data: str) -> None:
+    """Refuse what nothing would be learnt from."""
     tokens = sum(len(s.answer) for s in answers.training)
     if tokens < FEWEST_TOKENS or answers.trained_share < SMALLEST_SHARE:
         raise TrainingError(
-            f"{recipe.data} has {tokens:,} answer tokens to train on, {answers.trained_share:.1%} of what would be"
-            " read:"
+            f"{data} has {tokens:,} answer tokens to train on, {answers.trained_share:.1%} of what would be read:"
             " make more or longer answers with forerun distill"
         )
 
@@ -341,13 +348,12 @@ def demand_a_law(network: Network, name: str, mend: str) -> None:
         raise TrainingError(f"{name} has {more[0]}, which the teacher's law would miss: {mend}")
 
 
-def warn_of_another_target(distilled: Distilled, recipe: Reading) -> None:
-    """Heads learn what the answers' author would say."""
+def warn_of_another_target(distilled: Distilled, data: Path, target: str) -> None:
+    """A draft learns what the answers' author would say."""
     author = (distilled.header.get("target") or {}).get("fingerprint")
-    if author and author != Source.of(recipe.target).fingerprint:
+    if author and author != Source.of(target).fingerprint:
         print(
-            f"{recipe.data} holds the answers of another model than {recipe.target}: distil from this one unless you"
-            " mean it",
+            f"{data} holds the answers of another model than {target}: distil from this one unless you mean it",
             file=sys.stderr,
         )
 

@@ -8,7 +8,6 @@ what stays is kept in the run's folder.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -32,6 +31,7 @@ from forerun.sources.source import Source
 from forerun.train.answers import Answers
 from forerun.train.distill import Distilled, Sample, read
 from forerun.train.domains import Domains
+from forerun.train.drafters import demand_enough, demand_known, warn_of_another_target
 from forerun.train.events import Events
 from forerun.train.objectives.imitation import Imitation
 from forerun.train.pruning.importance import Importance
@@ -110,8 +110,9 @@ class SmallTraining:
             "weights": asdict(recipe.weights),
             **{
                 name: getattr(recipe, name)
-                for name in ("rows", "length", "seed", "calibration", "pick", "tied", "shear_steps", "init_from")
+                for name in ("rows", "length", "seed", "calibration", "pick", "tied", "shear_steps")
             },
+            "init_from": Source.of(recipe.init_from).fingerprint if recipe.init_from else None,
         }
 
     def _write(self, run: Path, out: Path, figures: Mapping[str, float]) -> None:
@@ -257,12 +258,14 @@ def prepare(recipe: SmallRecipe, device: torch.device) -> SmallTraining:
     anything is written."""
     distilled = [read(path) for path in recipe.data]
     module = _module(recipe, source_of(recipe).config)
+    _demand_sizes(module.config, recipe)
     network = load_network(recipe.target, dtype_of(recipe.dtype, device), device)
     kinds = [_answers(one.samples, recipe) for one in distilled]
     answers = _answers([sample for kind in kinds for sample in kind.samples], recipe)
     for path, kind, one in zip(recipe.data, kinds, distilled, strict=True):
-        _demand_fit(kind, module.config, path, recipe)
-        _warn_of_another_target(one, path, recipe)
+        demand_known(kind, module.vocab_size, path, recipe.target)
+        warn_of_another_target(one, path, recipe.target)
+    demand_enough(answers, ", ".join(map(str, recipe.data)))
     objective = Imitation(module.to(device), Teacher(network), answers, recipe.weights, recipe.schedule)
     if len(kinds) > 1:
         objective.domains = Domains.of(kinds)
@@ -299,23 +302,9 @@ def _config(recipe: SmallRecipe, shape: Shape, target: TransformerConfig) -> Tra
     return replace(config, windows=windows, tied=target.tied or recipe.tied)
 
 
-def _demand_fit(answers: Answers, config: TransformerConfig, path: Path, recipe: SmallRecipe) -> None:
-    largest = max(max((*s.prompt, *s.answer)) for s in answers.samples)
-    if largest >= config.vocab_size:
-        raise TrainingError(
-            f"{path} has token {largest} and {recipe.target} knows {config.vocab_size}: distil from this target"
-        )
+def _demand_sizes(config: TransformerConfig, recipe: SmallRecipe) -> None:
     if not LEAST_SAMPLE <= recipe.length <= config.max_length or recipe.rows < 1:
         raise TrainingError(
             f"batches of {recipe.rows} x {recipe.length} tokens do not fit a context of {config.max_length}:"
             f" give --rows of 1 or more and a --length from {LEAST_SAMPLE} to {config.max_length}"
-        )
-
-
-def _warn_of_another_target(distilled: Distilled, path: Path, recipe: SmallRecipe) -> None:
-    author = (distilled.header.get("target") or {}).get("fingerprint")
-    if author and author != Source.of(recipe.target).fingerprint:
-        print(
-            f"{path} holds the answers of another model than {recipe.target}: distil from this one unless you mean it",
-            file=sys.stderr,
         )

@@ -238,6 +238,12 @@ class AcceptanceObjective(Descent):
         """The answers that figures are of."""
         return self.answers.heldout[: self.most_validated] or self.answers.training[: self.most_validated]
 
+    @property
+    def is_judged(self) -> bool:
+        """Figures are of something: a short answer may have no token that the draft model reads as its own."""
+        batches = self.answers.batches_of(self.judged)
+        return any(len(self.lessons.lesson(batch, -1 - number).label_P) for number, batch in enumerate(batches))
+
     @torch.no_grad()
     def validate(self, watch: Watch = unwatched) -> dict[str, float]:
         """`loss`; `kl`, the divergence of labels and of what the head says, `kl_corrected` of what it means, and

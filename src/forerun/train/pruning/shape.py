@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from forerun.errors import TrainingError
+from forerun.nn.save import is_readable
 from forerun.nn.transformer import TransformerConfig
 
 WRITTEN = re.compile(r"(\d+)(?:x(\d+))?(?:x(\d+))?(?:x(\d+)(?:/(\d+))?)?")
@@ -68,7 +69,13 @@ class Shape:
                 f"the shape {self} has {heads} heads on {sizes['kv_heads']} key heads: key heads must divide the heads,"
                 f" and no more than {target.heads // target.kv_heads} of the target's share one"
             )
-        return replace(target, **sizes)
+        made = replace(target, **sizes)
+        if not is_readable(replace(made, windows=())):
+            raise TrainingError(
+                f"the shape {self} has width {made.width} and {heads} heads, and transformers would refuse to read it:"
+                " choose a width that its heads divide"
+            )
+        return made
 
     def _key_heads(self, target: TransformerConfig, heads: int) -> int:
         """All of the target's if so many heads can be dealt to them, else as many whole groups as there are."""
