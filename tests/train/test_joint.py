@@ -20,8 +20,9 @@ from forerun.drafting import checkpoint as checkpoints
 from forerun.drafting import registry
 from forerun.drafting.trained import Adversary, Weights
 from forerun.errors import CheckpointError, DrafterError, TrainingError
+from forerun.nn import save
 from forerun.nn.load import load_network
-from forerun.nn.save import save_pretrained
+from forerun.nn.save import save_beside, save_pretrained
 from forerun.nn.transformer import Transformer, TransformerConfig
 from forerun.sampling import SamplingParams
 from forerun.train import drafters, joint
@@ -440,7 +441,7 @@ def test_every_family_can_be_merged_and_written(name, tmp_path):
         nn.init.normal_(part.up, std=0.3)
     adapted = logits(network, tokens)
     adapters.merge()
-    joint._write_model(network, tmp_path / "original", tmp_path / "model")
+    save_beside(network, tmp_path / "original", tmp_path / "model")
     with torch.no_grad():
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")(tokens).logits
         before = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "original")(tokens).logits
@@ -472,7 +473,7 @@ def test_a_result_that_finds_no_room_leaves_nothing(prepared, tmp_path, monkeypa
     def full(*paths: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(joint.shutil, "copyfile", full)
+    monkeypatch.setattr(save.shutil, "copyfile", full)
     with pytest.raises(TrainingError, match=r"out cannot be written \(No space left"):
         prepared(steps=1).fit(tmp_path / "run", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

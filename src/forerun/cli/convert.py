@@ -113,6 +113,7 @@ def _compact(source: str, out: Path) -> None:
     from forerun.cli.engines import quiet
     from forerun.cli.files import demand_place
     from forerun.errors import CheckpointError
+    from forerun.files import whole_folder
     from forerun.layouts import exchange
     from forerun.nn.load import load_network
     from forerun.nn.save import save_beside
@@ -127,7 +128,8 @@ def _compact(source: str, out: Path) -> None:
     if not isinstance(network, Transformer):
         raise CheckpointError(f"{source} is not a Llama, Mistral or Qwen: only those can be made compact")
     made = compacted(network)
-    save_beside(made, checkpoint_folder(source), out)
+    with whole_folder(out) as beside:
+        save_beside(made, checkpoint_folder(source), beside)
     before, after = network.config, made.config
     print(
         f"{out}: width {after.width:,} instead of {before.width:,}, {after.parameters:,} parameters instead of"

@@ -22,7 +22,7 @@ from forerun.nn.translate import ARCHITECTURES, places, published_config, transl
 from forerun.sources.folder import CONFIG, DOWNLOADED, INDEX, WEIGHTS, brief, stored, weight_files
 
 FORMATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-OWN = ("tree.json", "plan.json", "pruning.json")
+OWN = ("tree.json", "forerun-plan.json", "pruning.json")
 """What forerun has left beside a model is true of that one alone."""
 
 
