@@ -151,13 +151,16 @@ class Sham(Drafter):
 @dataclass(frozen=True)
 class Timing:
     """How much is timed. rounds: of all lengths, at most; seconds: after which no round begins, once there are a few.
-    lengths: tokens of the forwards."""
+    lengths: tokens of the forwards. streak: how many of a length run one after the other, of which the second half
+    counts: narrow steps that follow wide ones take longer, and an engine seldom changes from one to the other."""
 
     rounds: int = 24
     seconds: float = math.inf
     lengths: tuple[int, ...] = LENGTHS
+    streak: int = 1
 
 
+OF_STEPS = Timing(6, streak=4)
 FEWEST = 5
 """Rounds that are made in any case, the first ones, which do not count, among them."""
 
@@ -167,20 +170,16 @@ def step_costs(
 ) -> list[Point]:
     """Seconds of a step of the engine behind the texts of each group, side by side, by the nodes of each row's tree;
     drafting is not included. All groups and trees take turns, so what slows the machine for a while slows all alike.
+    timing: `OF_STEPS`, unless it is given.
     The trees are chains, no luck in them. RequestError where the context has no room for it."""
-    timing = timing or Timing()
+    timing = timing or OF_STEPS
     runners = [_Runner(engine, texts, params, timing) for texts in groups]
     places = [(place, nodes) for place in range(len(runners)) for nodes in timing.lengths]
-
-    def begin(place: tuple[int, int]) -> None:
-        """Other groups have left nothing of this one's texts in the processor's caches, and none runs beside it."""
-        if place[1] == timing.lengths[0]:
-            runners[place[0]].step(1)
 
     try:
         for runner in runners:
             runner.begin()
-        found = _timings(lambda place: runners[place[0]].step(place[1]), places, timing, begin)
+        found = _timings(lambda place: runners[place[0]].step(place[1]), places, timing)
     finally:
         for runner in runners:
             runner.engine.close()
@@ -199,7 +198,7 @@ class _Runner:
     """An engine that goes on behind some texts, with trees of any size."""
 
     def __init__(self, engine: Engine, texts: Sequence[Transcript], params: SamplingParams, timing: Timing):
-        moved = moves(timing.rounds, timing.lengths)
+        moved = moves(timing)
         for text in texts:
             _demand_room(engine.target.max_length, text, moved)
         self._texts, self._sham = texts, Sham(0, engine.target.vocab_size, max(timing.lengths))
@@ -237,7 +236,7 @@ def verifier_cost(
     """
     sham = Sham(0, network.vocab_size)
     verified = Verified(Model(network, max(LENGTHS) + 1), sham, 1)
-    _demand_room(network.max_length, text, moves(rounds))
+    _demand_room(network.max_length, text, moves(Timing(rounds)))
     propose = _proposing(verified, text, params, network.device, lambda tokens: setattr(sham, "length", tokens - 1))
     return _table(propose, Timing(rounds), reading(target, text))
 
@@ -247,7 +246,7 @@ def writer_cost(
 ) -> Table:
     """Seconds for which a draft model writes so many tokens, one after the other. target: as for `verifier_cost`."""
     chain = DraftModel.on(network, Chain(Fixed(max(LENGTHS))))
-    _demand_room(network.max_length, text, moves(rounds))
+    _demand_room(network.max_length, text, moves(Timing(rounds)))
 
     def prepare(tokens: int) -> None:
         chain.form, chain.max_nodes = Chain(Fixed(tokens)), tokens
@@ -266,9 +265,9 @@ def reading(network: Network | None, text: Transcript) -> Callable[[], object]:
     return lambda: model.next_scores([row])
 
 
-def moves(rounds: int, lengths: Sequence[int] = LENGTHS) -> int:
-    """Tokens by which as many rounds of timings move a text on, at most."""
-    return 2 * (rounds + UNCOUNTED) * len(lengths) + max(lengths)
+def moves(timing: Timing) -> int:
+    """Tokens by which timings move a text on, at most."""
+    return 2 * timing.streak * (timing.rounds + UNCOUNTED) * len(timing.lengths) + max(timing.lengths)
 
 
 def _demand_room(context: int, text: Transcript, tokens: int) -> None:
@@ -300,25 +299,27 @@ def _proposing(
 
 
 def _table(work: Callable[[int], None], timing: Timing, before: Callable[[], object] = lambda: None) -> Table:
-    found = _timings(work, timing.lengths, timing, lambda length: before())
+    found = _timings(work, timing.lengths, timing, before)
     return Table(tuple((length, median(seconds)) for length, seconds in found.items()))
 
 
 def _timings(
-    work: Callable[[Of], None], kinds: Sequence[Of], timing: Timing, before: Callable[[Of], object]
+    work: Callable[[Of], None], kinds: Sequence[Of], timing: Timing, before: Callable[[], object] = lambda: None
 ) -> dict[Of, list[float]]:
     """Seconds by kind of work, of interleaved rounds, `before` each of which something else is done. The
-    first rounds are not counted."""
+    first rounds are not counted. Every other round goes backwards, so that what is light never follows
+    what is heaviest: a processor takes many milliseconds to become fast again."""
     seconds: dict[Of, list[float]] = {kind: [] for kind in kinds}
     started = time.perf_counter()
     with torch.inference_mode():
         for number in range(timing.rounds + UNCOUNTED):
             if number >= FEWEST and time.perf_counter() - started > timing.seconds:
                 break
-            for kind in kinds:
-                before(kind)
-                begun = time.perf_counter()
-                work(kind)
-                if number >= UNCOUNTED:
-                    seconds[kind].append(time.perf_counter() - begun)
+            for kind in kinds if number % 2 == 0 else reversed(kinds):
+                for place in range(timing.streak):
+                    before()
+                    begun = time.perf_counter()
+                    work(kind)
+                    if number >= UNCOUNTED and place >= timing.streak // 2:
+                        seconds[kind].append(time.perf_counter() - begun)
     return seconds

@@ -28,7 +28,7 @@ from forerun.errors import ForerunError, RequestError
 from forerun.plan import measure
 from forerun.plan.candidates import PLAIN, AtHand, Candidate, Hierarchy, hierarchy_of, in_turn, named, static_trees
 from forerun.plan.costs import Costs
-from forerun.plan.measure import LENGTHS, Timing, Transcript
+from forerun.plan.measure import LENGTHS, OF_STEPS, Timing, Transcript
 from forerun.plan.replay import IsDrawnError, Live, Record, Replay, Spent
 from forerun.plan.search import FEW, Worth, promising, race, ranked, survivors
 from forerun.sampling import SamplingParams
@@ -40,7 +40,7 @@ NONE = "none"
 WIDER = (33, 65)
 """Nodes that are timed too where a candidate proposes as many."""
 ROUNDS = 12
-"""Timings of a step, and the most rounds of a measurement."""
+"""The most rounds of a measurement."""
 TOP = 3
 FEWEST = 2
 """Rounds of a measurement in any case."""
@@ -230,12 +230,12 @@ class Planner:
         rows = sorted({1, *self.wishes.batches})
         contexts = self._contexts(lengths)
         groups = [[self._stretched(n, context) for n in range(count)] for count in rows for context in contexts]
-        timing = Timing(ROUNDS, SHARES["costs"] * self.wishes.seconds, lengths)
+        timing = replace(OF_STEPS, seconds=SHARES["costs"] * self.wishes.seconds, lengths=lengths)
         return Costs(tuple(measure.step_costs(self.engine, groups, self.wishes.params, timing)))
 
-    def _contexts(self, lengths: Sequence[int]) -> list[int]:
+    def _contexts(self, lengths: tuple[int, ...]) -> list[int]:
         """The shortest and the longest that the answers' steps have, as far as there is room to time them."""
-        room = self.engine.target.max_length - measure.moves(ROUNDS, lengths)
+        room = self.engine.target.max_length - measure.moves(replace(OF_STEPS, lengths=lengths))
         texts = self.record.texts
         near = max(1, min(min(text.prompt_length for text in texts), room))
         far = max(1, min(max(len(text.tokens) for text in texts), room))
