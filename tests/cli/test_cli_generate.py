@@ -253,3 +253,9 @@ def test_what_was_interrupted_is_written_in_order():
 
 def test_without_a_tokenizer_ids_are_written():
     assert written([piece(0, ["", ""], [False, True], "length")], terminal=False, as_ids=True) == "0 1 \n"
+
+
+def test_a_folder_is_no_question_for_the_models_of_transformers(forerun, family, monkeypatch):
+    """To ask for them imports all that they are built of, which takes seconds of every start."""
+    monkeypatch.setattr("forerun.engine.load.transformers", object())
+    assert forerun("generate", family / "target", "x", "-n", 2, "--drafter", "none")[0] == 0

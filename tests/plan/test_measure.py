@@ -81,3 +81,11 @@ def test_timing_ends_when_its_time_is_up_and_is_refused_without_room() -> None:
     narrow = TableNetwork(vocab_size=5, max_length=160)
     with pytest.raises(RequestError, match="no room to time"):
         look.step_costs(engine_of(narrow), [[text]], GREEDY)
+
+
+def test_nothing_light_is_timed_behind_what_is_heaviest() -> None:
+    """Streaks, of which the second half counts, and every other round backwards."""
+    done: list[int] = []
+    found = look._timings(done.append, (1, 9), look.Timing(2, streak=2))
+    assert done == [1, 1, 9, 9, 9, 9, 1, 1] * 2
+    assert {kind: len(seconds) for kind, seconds in found.items()} == {1: 2, 9: 2}

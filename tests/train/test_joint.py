@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import forerun
 from forerun.drafting import checkpoint as checkpoints
 from forerun.drafting import registry
+from forerun.drafting.planned import NAME as PLAN
 from forerun.drafting.trained import Adversary, Weights
 from forerun.errors import CheckpointError, DrafterError, TrainingError
 from forerun.nn import save
@@ -441,7 +442,9 @@ def test_every_family_can_be_merged_and_written(name, tmp_path):
         nn.init.normal_(part.up, std=0.3)
     adapted = logits(network, tokens)
     adapters.merge()
+    (tmp_path / "original" / PLAN).write_text("{}")
     save_beside(network, tmp_path / "original", tmp_path / "model")
+    assert not (tmp_path / "model" / PLAN).exists()  # it is true of the original alone
     with torch.no_grad():
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")(tokens).logits
         before = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "original")(tokens).logits

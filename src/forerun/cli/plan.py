@@ -130,14 +130,11 @@ def plan(
     from forerun.plan.candidates import AtHand
     from forerun.plan.outcome import elsewhere, planned
     from forerun.plan.planner import Wishes
-    from forerun.plots.style import demand_matplotlib
     from forerun.sampling import SamplingParams
     from forerun.sources.source import Source
 
     batches, heats = _batches(batch), temperature or [0.0]
     named, asked = AtHand.of(drafter or ()), openings.read(prompts) if prompts else []
-    if plot:
-        demand_matplotlib()
     source = Source.of(options.at(model, revision))
     target = out or source.folder / NAME
     _demand_places(target, plot)
@@ -201,7 +198,10 @@ def _batches(given: str) -> list[int]:
 def _demand_places(target: Path, plot: Path | None) -> None:
     from forerun.cli.files import demand_place
     from forerun.errors import ForerunError
+    from forerun.plots.style import demand_matplotlib
 
+    if plot:
+        demand_matplotlib()
     demand_place(target)
     demand_place(plot)
     if target.is_dir():

@@ -161,6 +161,7 @@ class Timing:
 
 
 OF_STEPS = Timing(6, streak=4)
+"""Of a target's steps."""
 FEWEST = 5
 """Rounds that are made in any case, the first ones, which do not count, among them."""
 
@@ -170,8 +171,7 @@ def step_costs(
 ) -> list[Point]:
     """Seconds of a step of the engine behind the texts of each group, side by side, by the nodes of each row's tree;
     drafting is not included. All groups and trees take turns, so what slows the machine for a while slows all alike.
-    timing: `OF_STEPS`, unless it is given.
-    The trees are chains, no luck in them. RequestError where the context has no room for it."""
+    The trees are chains, no luck in them. timing: None is `OF_STEPS`. RequestError where the context has no room."""
     timing = timing or OF_STEPS
     runners = [_Runner(engine, texts, params, timing) for texts in groups]
     places = [(place, nodes) for place in range(len(runners)) for nodes in timing.lengths]
