@@ -164,9 +164,8 @@ def interrupting(monkeypatch, at: int):
 
 def test_interrupted_json_holds_what_was_generated(family, forerun, monkeypatch):
     with interrupting(monkeypatch, at=9):
-        code, out, err = forerun(
-            "generate", family / "target", PROMPT, "--max-new-tokens", 900, "--ignore-eos", "--json"
-        )
+        plainly = ("--drafter", "none", "--max-new-tokens", 900, "--ignore-eos", "--json")
+        code, out, err = forerun("generate", family / "target", PROMPT, *plainly)
     found = json.loads(out)
     assert code == 130 and found["finish_reason"] == "interrupted"
     assert len(found["token_ids"]) == 8 and found["stats"]["new_tokens"] == 8
