@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from forerun.chance import key_of
-from forerun.cost import CHEAPEST, DEAREST, ENOUGH, REFRESH, NodePrice, Step, Table
+from forerun.cost import CHEAPEST, DEAREST, ENOUGH, REFRESH, SETTLING, NodePrice, Step, Table
 from forerun.drafters.lookup import Lookup, Settings, limits_within
 from forerun.drafting.drafter import Context
 from forerun.row import Row
@@ -78,6 +78,22 @@ def test_the_share_of_a_node_is_the_slope_and_waits_for_enough() -> None:
     assert learned(*rows).node_share(4) == pytest.approx(NODE / PLAIN) and learned(*rows).node_share(1) is None
     falling = [step(1), step(5, seconds=PLAIN / 2)] * ENOUGH
     assert learned(*falling).node_share() == 0, "more never comes for less"
+
+
+def test_plain_steps_between_wider_ones_are_not_plain_decoding() -> None:
+    table = learned(step(1, seconds=0.012), step(5), *[step(1, seconds=0.012)] * SETTLING)
+    assert not table.is_steady(1) and table.plain(1) == pytest.approx(0.012), "until something better is known"
+    table.learn(step(1))
+    table.learn(step(5))
+    table.learn(step(1, seconds=0.012))
+    assert table.is_steady(1) and table.plain(1) == pytest.approx(PLAIN)
+    assert table(1) > 1.1 * PLAIN
+
+
+def test_what_was_timed_by_itself_is_plain_decoding() -> None:
+    table = Table()
+    table.know([(1, 0.01, 1), (9, 0.02, 1), (16, 0.03, 8)])
+    assert (table.plain(1), table(5), table.is_steady(8)) == (0.01, 0.015, False)
 
 
 # ---- the price

@@ -113,6 +113,25 @@ def test_what_comes_next_is_known_after_any_lag(sizes: list[int], data: st.DataO
     assert model.cache.lengths == sizes
 
 
+@settings(max_examples=30, deadline=None)
+@given(lengths, st.data())
+def test_rows_that_nobody_asks_for_are_not_read(sizes: list[int], data: st.DataObject) -> None:
+    """Until somebody does."""
+    table = network()
+    rows = [row_of(text(index, size)) for index, size in enumerate(sizes)]
+    model = model_of(rows, table)
+    for _ in range(3):
+        before = list(model.cache.lengths)
+        asked = data.draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows)).filter(any))
+        found = model.next_scores(rows, asked=asked).logits_BNV[:, 0]
+        for row, one, logits in zip(rows, asked, found, strict=True):
+            assert not one or (logits == table.logits(row.tokens)).all()
+        for row, one, had, has in zip(rows, asked, before, model.cache.lengths, strict=True):
+            assert has == (len(row.tokens) if one else min(had, len(row.tokens) - 1))
+        for index, row in enumerate(rows):
+            row.tokens += text(index, data.draw(st.integers(1, SHORT + 2)))
+
+
 def test_prefill_reads_chunk_by_chunk_and_leaves_the_newest_token() -> None:
     row = row_of(text(0, 15))
     table = network()

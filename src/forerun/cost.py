@@ -24,6 +24,9 @@ Price = float | Cost
 
 MEMORY = 64
 """Steps of one kind over which a table averages: the text grows longer, and the machine slower or faster."""
+SETTLING = 4
+"""Plain steps behind a wider one that are slower than plain decoding is: a processor that has been hot for a while
+takes tens of milliseconds to become fast again. Those that follow are steady."""
 HALF = 128
 """Steps of any kind after which what a table knows of one counts half: the next of that kind counts as much."""
 
@@ -66,6 +69,9 @@ class Table:
     many rows, tokens ascending, such as medians of timings. Without them the table is empty, and
     `learn` fills it: numbers of tokens that lie close together share a point then, and old
     measurements fade. last: the step learned last; lately: it and those before it.
+
+    A plain step between wider ones and a step of plain decoding are two things (`SETTLING`): the
+    former is a point of the table, the latter is `plain`.
     """
 
     def __init__(self, points: Sequence[tuple[int, float]] | None = None, rows: int = 1):
@@ -73,6 +79,8 @@ class Table:
         self.lately = Lately()
         self._rows: dict[int, dict[int, _Mean]] = {}
         self._lines: dict[int, Line] = {}  # the points of so many rows, until more is learned
+        self._plain: dict[int, _Mean] = {}  # of steady steps, by rows
+        self._streak = 0  # of plain steps, up to the last one
         self._added = 0
         if points is None:
             return
@@ -101,18 +109,25 @@ class Table:
         """A step was made: what it took, drafting apart."""
         self.last = step
         self.lately.learn(step)
-        self.add(step.nodes, step.verify_seconds + step.other_seconds, step.rows)
+        seconds = step.verify_seconds + step.other_seconds
+        self.add(step.nodes, seconds, step.rows)
+        self._streak = self._streak + 1 if step.nodes == step.rows else 0
+        if self._streak > SETTLING:
+            _note(self._plain, step.rows, step.rows, seconds, self._added)
+
+    def know(self, points: Sequence[tuple[int, float, int]]) -> None:
+        """(tokens, seconds, rows) as they are when nothing else is done for a while."""
+        for tokens, seconds, rows in points:
+            self.add(tokens, seconds, rows)
+            if tokens == rows:
+                _note(self._plain, rows, tokens, seconds, self._added)
 
     def add(self, tokens: int, seconds: float, rows: int = 1) -> None:
         """Reading so many tokens took so long."""
         self._added += 1
         self._lines.pop(rows, None)
-        means = self._rows.setdefault(rows, {})
         place = rows if tokens == rows else _place(tokens)
-        if place in means:
-            means[place].add(tokens, seconds, self._added)
-        else:
-            means[place] = _Mean(tokens, seconds, self._added)
+        _note(self._rows.setdefault(rows, {}), place, tokens, seconds, self._added)
 
     # ---- where little is known
 
@@ -123,6 +138,14 @@ class Table:
     def knows_near(self, rows: int) -> bool:
         """A plain step was measured of half to twice as many rows."""
         return any(rows <= 2 * known <= 4 * rows and self.knows(known) for known in self._rows)
+
+    def is_steady(self, rows: int) -> bool:
+        """Plain decoding of so many rows was measured, and not only plain steps between others."""
+        return rows in self._plain
+
+    def plain(self, rows: int) -> float:
+        """Seconds of a step of plain decoding, or what is nearest to it. LookupError where nothing is known at all."""
+        return self._plain[rows].seconds if rows in self._plain else self.near(rows, rows)
 
     def near(self, tokens: float, rows: int) -> float:
         """As `table(tokens, rows)`, or what that is likely to be: what is known of the nearest number of rows of which
@@ -230,6 +253,13 @@ class _Mean:
         share = max(1 / self.count, 1 - 0.5 ** (since / HALF))
         self.seconds = mean + (min(seconds, mean + mean) - mean) * share
         self.tokens += (tokens - self.tokens) * share
+
+
+def _note(means: dict[int, _Mean], place: int, tokens: int, seconds: float, now: int) -> None:
+    if place in means:
+        means[place].add(tokens, seconds, now)
+    else:
+        means[place] = _Mean(tokens, seconds, now)
 
 
 def _on(points: Line, tokens: float) -> float:

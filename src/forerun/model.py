@@ -227,18 +227,30 @@ class Model:
         read = self._grow(tokens_BN, topology.depths_BN, paths, layers, np.asarray(topology.sizes))
         return read.logits_BNV, read.hidden, read.best_BN
 
-    def next_scores(self, rows: Sequence[Row], layers: Collection[int] = ()) -> Scores:
+    def next_scores(
+        self, rows: Sequence[Row], layers: Collection[int] = (), asked: Sequence[bool] | None = None
+    ) -> Scores:
         """Catch up with all committed tokens and score what comes next (N is 1): how a draft model
         begins a draft. The hidden states asked for are those of the newest token, and `before` it
-        those of what was read on the way."""
+        those of what was read on the way.
+
+        asked: of which rows (all, if not given), one at least. The others are not read, and their scores are anything.
+        """
+        asked = [True] * len(rows) if asked is None else asked
         self._align(rows)
-        texts = [row.tokens if self._behind(row, slot, SHORT) else None for slot, row in enumerate(rows)]
+        texts = [
+            row.tokens if one and self._behind(row, slot, SHORT) else None
+            for slot, (row, one) in enumerate(zip(rows, asked, strict=True))
+        ]
         before = self._catch_up(texts, SHORT, layers)
-        parts = [row.tokens[self.cache.lengths[slot] :] for slot, row in enumerate(rows)]
+        parts = [
+            row.tokens[self.cache.lengths[slot] :] if one else []
+            for slot, (row, one) in enumerate(zip(rows, asked, strict=True))
+        ]
         read = self._commit(parts, layers=layers)
         if not layers:
             return Scores(read.logits_BNV, best_BN=read.best_BN)
-        ends = [len(part) - 1 for part in parts]
+        ends = [max(0, len(part) - 1) for part in parts]
         hidden = {layer: states[list(range(len(rows))), ends].unsqueeze(1) for layer, states in read.hidden.items()}
         for layer, states in read.hidden.items() if any(ends) else ():
             self._lead(before, layer, states, ends)

@@ -15,24 +15,32 @@ Quality = Callable[[int, int], float]
 Choose = Callable[[Table, list[Wish]], list[Choice]]
 
 
+COOLING = 0.4
+"""How much of the way to the other temperature a step goes."""
+
+
 @dataclass(frozen=True)
 class Part:
-    """A drafter of chains. most: their length; hits: how often it has one at all; draft: seconds by rows."""
+    """A drafter of chains. most: their length; hits: how often it has one at all; draft: seconds by rows; reading: of
+    what it has missed, per row and once."""
 
     quality: Quality
     most: int = 8
     hits: float = 1.0
     draft: Callable[[int], float] = lambda rows: 0.1
+    reading: float = 0.0
 
 
 @dataclass
 class Machine:
-    """verify: seconds of a step by nodes and rows. jitter: how much single steps differ."""
+    """verify: seconds of a step by nodes and rows. jitter: how much single steps differ. heat: by how much steps behind
+    wide ones are slower than behind plain ones, as a processor's."""
 
     verify: Callable[[int, int], float]
     parts: Sequence[Part]
     jitter: float = 0.0
     seed: int = 0
+    heat: float = 0.0
     seconds: float = 0.0
     tokens: int = 0
     choices: list[list[Choice]] = field(default_factory=list)
@@ -41,6 +49,8 @@ class Machine:
         """Tokens per second over so many steps."""
         luck, costs = np.random.default_rng(self.seed), costs or Table()
         everybody = frozenset(range(len(self.parts)))
+        unread = {(number, row) for number in everybody for row in range(rows)}
+        hot = 0.0
         for step in range(steps):
             choices = choose(costs, [Wish(64, everybody)] * rows)
             self.choices.append(choices)
@@ -48,7 +58,9 @@ class Machine:
             for number, part in enumerate(self.parts):
                 asked = sum(choice.part == number for choice in choices)
                 if asked:
-                    seconds = part.draft(asked) * self._noise(luck)
+                    new = unread & {(number, row) for row, choice in enumerate(choices) if choice.part == number}
+                    unread -= new
+                    seconds = part.draft(asked) * self._noise(luck) + part.reading * len(new)
                     drafting += seconds
                     if pace:
                         pace.drafted(number, asked, seconds)
@@ -56,7 +68,8 @@ class Machine:
                 outcomes.append(self._outcome(luck, row, step, choice))
             nodes = rows + sum(outcome.drafted for outcome in outcomes)
             kept = sum(len(outcome.path) for outcome in outcomes)
-            verifying = self.verify(nodes, rows) * self._noise(luck)
+            verifying = self.verify(nodes, rows) * self._noise(luck) * (1 + self.heat * hot)
+            hot += (float(nodes > rows) - hot) * COOLING
             if pace:
                 pace.learn(outcomes)
             costs.learn(Step(rows, nodes, 100 * rows, kept, drafting, verifying, 0.0))

@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import count, product
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,11 +18,12 @@ from drafters.pacing import Machine, Part, controlled, fixed
 from drafters.test_fallback import Stub, context_of, networks, told
 from enumeration import distance, plain_law
 from fakes import Near, TableNetwork, Wild, engine_of, plain
+from forerun.chance import key_of
 from forerun.cost import Table
 from forerun.drafters.small import DraftModel
 from forerun.drafters.switch import Switch
 from forerun.drafting.drafter import Context, Drafter
-from forerun.drafting.growth import Chain
+from forerun.drafting.growth import Chain, Form, SampledTree, TopTree
 from forerun.drafting.pace import PLAIN, Choice, Outcome, Pace, Wish, Yield, levels_of
 from forerun.drafting.stopping import Fixed
 from forerun.errors import DrafterError
@@ -210,6 +212,37 @@ def test_it_notices_when_a_drafter_becomes_good_and_when_it_becomes_bad() -> Non
     assert first < 100 and second > 800 and third < 450
 
 
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_part_that_must_read_the_texts_first_is_tried_all_the_same(rows: int) -> None:
+    """That takes more than all probes may lose, for the part that is useless and for the one that is good."""
+    parts = [Part(lambda row, step: 0.05, reading=20.0), Part(lambda row, step: 0.85, 6, reading=20.0)]
+    machine = Machine(MACHINES["nodes are nearly free"], parts, 0.1, 1)
+    controlled(machine, 300, rows)
+    late = [choice.part for choices in machine.choices[200:] for choice in choices]
+    assert late.count(1) > 0.8 * len(late)
+
+
+def test_to_read_a_text_is_no_part_of_what_proposals_take() -> None:
+    pace = Pace([4])
+    for step in range(3):
+        pace.admit()  # a new row at every step
+        for seat in pace.seats:
+            seat.before, seat.now = seat.now, Choice(0, 4)
+        pace.drafted(0, step + 1, 9.0)
+    for seat in pace.seats:
+        seat.before = seat.now
+    pace.drafted(0, 3, 0.1)
+    assert pace._parts[0].draft(3) == 0.1
+
+
+def test_plain_decoding_is_what_wide_steps_are_compared_with() -> None:
+    """Plain steps between wide ones take 1.4 here, so drafting seems to pay, and plain decoding takes 1."""
+    part = Part(lambda row, step: 0.35, 4, draft=lambda rows: 0.02)
+    machine = Machine(lambda nodes, rows: 1.2 if nodes > rows else 1.0, [part], 0.02, 1, heat=0.4)
+    found = controlled(machine, 1500, 1)
+    assert found > 0.97 * fixed(Machine(machine.verify, [part], 0.02, 1, heat=0.4), 1500, 1, PLAIN)
+
+
 def test_plain_steps_stay_a_fresh_yardstick() -> None:
     """The machine becomes slower, and drafting then costs more than it brings."""
     slow = {"factor": 0.0}
@@ -277,6 +310,31 @@ def test_a_switch_asks_each_part_for_its_rows_alone_and_puts_them_together() -> 
     told(one, context, tree, [[0, 1], [0], [0, 1, 2]])  # type: ignore[arg-type]
     assert stubs[0].told[0][1] == [[0], [0], [0, 1, 2]] and stubs[1].told[0][1] == [[0, 1], [0], [0]]
     assert [tuple(outcome.path) for outcome in seen[0]] == [(0, 1), (0,), (0, 1, 2)]
+
+
+@pytest.mark.parametrize("form", [Chain(Fixed(3)), TopTree(2, 2, 4), SampledTree([2, 1])])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_proposes_the_same_whomever_it_was_asked_for_before(
+    form: Form, temperature: float, networks: dict[str, TableNetwork]
+) -> None:
+    rows = [Row([0, 1] * size, 1, SamplingParams(temperature=temperature), key_of(size), 200) for size in (1, 12, 4)]
+    one, depths = DraftModel.on(networks["small"], form), [[9, 0, 0], [0, 0, 9], [0, 9, 9], [9, 9, 9], [0, 9, 0]]
+    for row in rows:
+        one.admit(row, {})
+    for step, asked in enumerate(depths):
+        fresh = DraftModel.on(networks["small"], form)
+        for row in rows:
+            fresh.admit(row, {})
+        found, expected = (
+            drafter.propose(Context(rows, [99] * 3, [9 * bool(depth) for depth in each], torch.device("cpu")))
+            for drafter, each in ((one, asked), (fresh, [9, 9, 9]))
+        )
+        for index, depth in enumerate(asked):
+            assert found.tokens[index] == (expected.tokens[index] if depth else rows[index].tokens[-1:])
+        kept = [[0, 1] if depth else [0] for depth in asked]
+        told(one, None, found, kept)  # type: ignore[arg-type]
+        for row, tokens, path in zip(rows, found.tokens, kept, strict=True):
+            row.tokens += [*(tokens[node] for node in path[1:]), step % 2]
 
 
 def test_where_the_clock_has_no_say_the_first_part_answers_in_full() -> None:

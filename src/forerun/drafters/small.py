@@ -81,7 +81,8 @@ class DraftModel(Drafter):
         depths = [max(0, min(least)) for least in zip(context.depths, context.budgets, room, strict=True)]
         if not any(depths):
             return TokenTree.root([row.tokens[-1] for row in context.rows], context.device)
-        grown = self.form.grow(ModelExpander(self.model, context.rows, self.form.reads), context, depths)
+        asked = [depth > 0 for depth in depths]
+        grown = self.form.grow(ModelExpander(self.model, context.rows, self.form.reads, asked), context, depths)
         self._entries = grown.entries
         return grown.tree
 

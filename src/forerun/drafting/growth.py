@@ -159,16 +159,19 @@ def tempered(expander: Expander, temperatures: Sequence[float]) -> Expander:
 
 
 class ModelExpander(Expander):
-    """A draft model: the frontier goes into its scratch. layers: the hidden states that the form wants to know."""
+    """A draft model: the frontier goes into its scratch. layers: the hidden states that the form wants to know. asked:
+    the rows that anything is wanted for, all if not given; the others do not make it read what it has missed."""
 
-    def __init__(self, model: Model, rows: Sequence[Row], layers: Collection[int] = ()):
-        self._model, self._rows = model, rows
+    def __init__(
+        self, model: Model, rows: Sequence[Row], layers: Collection[int] = (), asked: Sequence[bool] | None = None
+    ):
+        self._model, self._rows, self._asked = model, rows, asked
         top = model.network.cache_shape.layers
         self._numbers = {layer: top if layer == LAST else layer for layer in layers}
         self._layers = tuple(self._numbers.values())
 
     def begin(self) -> Scores:
-        return self._called(self._model.next_scores(self._rows, self._layers))
+        return self._called(self._model.next_scores(self._rows, self._layers, self._asked))
 
     def expand(self, frontier: Frontier) -> Scores:
         return self._called(self._model.grow(frontier.tokens_BW, frontier.depths_BW, frontier.paths_BWJ, self._layers))

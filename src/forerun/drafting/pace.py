@@ -9,10 +9,11 @@ What a row has brought is remembered per part and budget, and forgotten within s
 row has said little, all rows speak for it. Seconds are those of the engine's own steps (`cost.Table`)
 and of the parts' proposals.
 
-What is not asked cannot be known, so now and then something else than the plan is tried: a plain
-step, so that the yardstick is fresh, or a part for a few steps and few rows. What such *probes* lose
-against the plan is kept as an account, and none begins while that is more than a share of all time
-(`SHARE`). The first step of a probe may be dear, and what a mistaken plan loses is not counted.
+What is not asked cannot be known, so now and then something else than the plan is tried: plain
+steps, so that the yardstick is fresh, or a part for a few steps and few rows. What such *probes* lose
+against the plan is kept as an account, and no part is tried again while that is more than a share of
+all time (`SHARE`). Every part is tried once, whatever that takes: a model may have to read a whole
+text first. What a mistaken plan loses is not counted.
 
 Nothing here looks at a clock, at tokens or at proposals that are not settled: a choice depends on
 the past alone, so it changes no law.
@@ -27,7 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from forerun.cost import Floats, Step, Table
+from forerun.cost import SETTLING, Floats, Step, Table
 from forerun.drafting.several import NOBODY
 from forerun.slots import Slots
 
@@ -37,14 +38,17 @@ TRUST = 8.0
 """Steps of a row that count as much as what is known of all rows."""
 EVERY_ONE, EVERY = 4, 16
 """Steps between two plans, of one row and of several: planning must cost next to nothing."""
-SHARE, GRACE = 0.01, 3.0
+SHARE, GRACE = 0.01, 1.0
 """What probes may lose: a share of all time, and so many plain steps more, with which everything begins."""
 BURST = 4
-"""Steps of one probe. In the first a part may have to read what it has missed, so its time does not count."""
+"""Steps of one probe. In the first a part may have to read what it has missed, so the others say what they take."""
 MARGIN = 1.02
 """By so much a plan must promise to be faster than a simpler one: less is within what is not known exactly."""
-FRESH = 128
-"""Steps after which a plain step is made again while all rows draft."""
+FRESH, UNSURE = 128, 16
+"""Steps after which plain ones are made again while all rows draft: usually, and as long as none of plain decoding's
+own have been seen."""
+YARDSTICK = SETTLING + 2
+"""Plain steps that are made then."""
 PAUSE = 16
 """Steps at least between two probes of a part."""
 SETTLED = 16
@@ -157,23 +161,24 @@ def levels_of(most: int) -> tuple[int, ...]:
 
 @dataclass
 class _Part:
-    """One part. draft: seconds of its proposals by the rows that it is asked for. asked: at the last step. next: when
-    it may be probed."""
+    """One part. draft: seconds of its proposals by the rows that it is asked for. next: when it may be probed.
+    is_known: it was, once."""
 
     levels: tuple[int, ...]
     brought: Yield
     draft: Table = field(default_factory=Table)
-    asked: bool = False
     next: int = 0
+    is_known: bool = False
 
 
 @dataclass
 class _Seat:
-    """One row: what each part has brought for it, who is to answer for it, and who does at this step."""
+    """One row: what each part has brought for it, who is to answer for it, who does now, and who did before."""
 
     brought: list[Yield]
     choice: Choice = PLAIN
     now: Choice = PLAIN
+    before: Choice = PLAIN
 
 
 @dataclass
@@ -227,7 +232,7 @@ class Pace:
         probe = self._probe or self._next_probe(costs, wishes)
         self._probe = probe
         for seat, wish in zip(self.seats, wishes, strict=True):
-            seat.now = _within(seat.choice, wish)
+            seat.before, seat.now = seat.now, _within(seat.choice, wish)
         if probe is not None:
             probe.left -= 1
             for seat, wish in zip(self.seats, wishes, strict=True):
@@ -238,22 +243,20 @@ class Pace:
         return choices
 
     def drafted(self, part: int, rows: int, seconds: float) -> None:
-        """A part was asked for so many rows."""
-        one = self._parts[part]
-        if one.asked or not one.draft.points:
-            one.draft.add(rows, seconds)
+        """A part was asked for so many rows. For a new one it may have had to read a whole text, once: that is not
+        what proposals take."""
+        draft = self._parts[part].draft
+        has_read = all(seat.before.part == part for seat in self.seats if seat.now.part == part)
+        if has_read or not draft.points:
+            draft.add(rows, seconds)
 
     def learn(self, outcomes: Sequence[Outcome]) -> None:
         """What came of the proposals just chosen, of every row."""
-        asked = set()
         for seat, outcome in zip(self.seats, outcomes, strict=True):
             part, budget = seat.now
             if part != NOBODY:
                 seat.brought[part].learn(outcome, budget, self._steps)
                 self._parts[part].brought.learn(outcome, budget, self._steps)
-                asked.add(part)
-        for number, one in enumerate(self._parts):
-            one.asked = number in asked
         if self._probe is not None and self._probe.left <= 0:
             self._until_plan = 0
 
@@ -268,9 +271,11 @@ class Pace:
             return
         planned = step.tokens / self._speed if step.rows == self._planned_rows else seconds
         loss = max(0.0, seconds - planned)
-        self._lost += loss
+        if self._probe.choice == PLAIN or self._parts[self._probe.choice.part].is_known:
+            self._lost += loss
         is_dear = loss * self._speed > step.rows  # lost more than a plain step takes: that says enough
-        if self._probe.left <= 0 or is_dear:
+        has_begun = self._probe.choice == PLAIN or self._probe.left < BURST - 1
+        if self._probe.left <= 0 or (is_dear and has_begun):
             self._end_probe()
 
     # ---- trying something else
@@ -279,12 +284,11 @@ class Pace:
         rows = len(wishes)
         if not costs.knows_near(rows) or (self._same_rows == SETTLED and not costs.knows(rows)):
             return _Probe(PLAIN, [], 1)
-        if self._lost > SHARE * self._elapsed + GRACE * costs.near(rows, rows):
-            return None
-        if self._since_plain >= FRESH:
-            return _Probe(PLAIN, [], 1)
+        if self._since_plain >= (FRESH if costs.is_steady(rows) else UNSURE):
+            return _Probe(PLAIN, [], YARDSTICK)
+        may_lose = self._lost <= SHARE * self._elapsed + GRACE * costs.plain(rows)
         for number, part in enumerate(self._parts):
-            if self._steps < part.next or not part.levels:
+            if self._steps < part.next or not part.levels or (part.is_known and not may_lose):
                 continue
             seats = [
                 seat
@@ -299,7 +303,8 @@ class Pace:
     def _end_probe(self) -> None:
         assert self._probe is not None
         if self._probe.choice != PLAIN:
-            self._parts[self._probe.choice.part].next = self._steps + PAUSE
+            part = self._parts[self._probe.choice.part]
+            part.next, part.is_known = self._steps + PAUSE, True
         self._probe = None
 
     # ---- the plan
@@ -319,9 +324,10 @@ class Pace:
         return not before.issuperset(choice.part for choice in choices)
 
     def _of_one(self, costs: Table, wish: Wish) -> tuple[list[Choice], float]:
-        """For a row that runs alone: every part and level in turn. A step without a proposal is a plain one."""
+        """For a row that runs alone: every part and level in turn. A step without a proposal is a plain one between
+        others."""
         seat, plain = self.seats[0], costs.near(1, 1)
-        best, speed = PLAIN, MARGIN / plain
+        best, speed = PLAIN, MARGIN / costs.plain(1)
         for number in wish.parts:
             part = self._parts[number]
             drafting = part.draft.near(1, 1) if part.draft.points else 0.0
@@ -334,12 +340,12 @@ class Pace:
                     seconds += guess.hits * (costs.near(1 + guess.nodes / guess.hits, 1) - plain)
                 if (1 + guess.tokens) / seconds > speed:
                     best, speed = Choice(number, level), (1 + guess.tokens) / seconds
-        return [best], speed if best != PLAIN else 1 / plain
+        return [best], speed if best != PLAIN else 1 / costs.plain(1)
 
     def _of_many(self, costs: Table, wishes: Sequence[Wish]) -> tuple[list[Choice], float]:
         """One part at one level for those rows for which it pays; then, for the others, another one beside it."""
         rows = len(wishes)
-        plan = _Draft([PLAIN] * rows, float(rows), float(rows), 0.0, costs.near(rows, rows))
+        plan = _Draft([PLAIN] * rows, float(rows), float(rows), 0.0, costs.plain(rows))
         brought = [
             _guesses([seat.brought[number] for seat in self.seats], part.brought)
             for number, part in enumerate(self._parts)

@@ -81,8 +81,7 @@ class Engine:
         self.eos = frozenset(eos)
         self.max_rows = max_rows
         self.costs = Table()
-        for known in drafter.known_costs:
-            self.costs.add(*known)
+        self.costs.know(drafter.known_costs)
         self._price = NodePrice(self.costs)
         self._waiting: OrderedDict[int, Request] = OrderedDict()
         self._reading: Request | None = None
