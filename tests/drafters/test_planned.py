@@ -11,6 +11,8 @@ import pytest
 from fakes import TableNetwork, engine_of
 from forerun.drafters.auto import plan_for
 from forerun.drafters.switch import Switch
+from forerun.drafting.pace import PLAIN, Wish
+from forerun.drafting.pace import Choice as PaceChoice
 from forerun.drafting.planned import NAME, Choice, Planned
 from forerun.drafting.workshop import Workshop, build
 from forerun.errors import DrafterError
@@ -68,6 +70,22 @@ def test_auto_drafts_by_the_plan_in_the_targets_folder_and_begins_with_its_costs
     assert costs.points == ((1, 0.01), (5, 0.02)) and costs(8, 4) == 0.03, "of the shortest context"
     (target.home / NAME).unlink()
     assert names(auto(target)) == [("hierarchy", 16)] and not engine_of(target, auto(target)).costs.points
+
+
+@pytest.mark.parametrize("tokens", [1.5, 0.1])
+def test_auto_begins_with_what_the_plan_promises(target: TableNetwork, tokens: float) -> None:
+    """Before any step was made: the choice where it pays, and plain decoding where it does not."""
+    figures = {"name": "a lookup", "nodes_per_step": 4.0, "tokens_per_step": 1 + tokens}
+    choices = [Choice(1, heat, {"drafter": "lookup", "nodes": 4}, figures) for heat in (0.0, 1.0)]
+    plan_of(target, choices=choices, drafts={"a lookup": {"1": 0.001}}).write(target.home / NAME)
+    made = auto(target)
+    assert made.pace._parts[0].draft.points == ((1, 0.001),)
+    for _ in range(2):  # as new after a reset, too
+        made.pace.admit()
+        made.pace.choose(engine_of(target, made).costs, [Wish(9, frozenset([0]))])
+        assert made.pace.seats[0].choice == (PaceChoice(0, 4) if tokens > 1 else PLAIN)
+        made.pace.release(0)
+        made.reset()
 
 
 def test_on_another_machine_choices_hold_and_costs_do_not(

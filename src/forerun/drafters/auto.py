@@ -2,7 +2,8 @@
 measures.
 
 A plan of `forerun plan` for this target, in its folder, names what was fastest: these drafters and the stores are the
-parts then. If it was made on this machine, the switch begins with the costs that it has. Without one:
+parts then, and the switch begins with what it promises of them; with its costs too, if it was made on this machine.
+Without one:
 
 The stores of tokens need nothing and are always there. Behind them stands what was made for this
 target and lies in its folder or beside it: the trained heads whose record names its fingerprint (of
@@ -84,12 +85,13 @@ def _fitting(target: Network, path: Path) -> Planned:
         path,
         ", ".join(different),
     )
-    return replace(found, costs=())
+    return replace(found, costs=(), drafts={})
 
 
 def _planned(workshop: Workshop, plan: Planned) -> Drafter:
     """The plan's choices come first: where no clock may have a say, the first part answers."""
-    parts, certain = [], []
+    parts: list[Drafter] = []
+    certain, known = [], {}
     for description in [*plan.drafters, STORES]:
         try:
             parts.append(workshop.build(description))
@@ -97,7 +99,10 @@ def _planned(workshop: Workshop, plan: Planned) -> Drafter:
             log.warning("%s is not used: %s", description["drafter"], error)
             continue
         certain.append(is_certain(description))
-    made = Switch(parts, certain, METHOD.name)
+        expected = plan.expected(description)
+        if expected is not None:
+            known[len(parts) - 1] = expected
+    made = Switch(parts, certain, METHOD.name, known)
     made.known_costs = plan.steps
     return made
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from forerun.accept.exact import Verdict
 from forerun.drafting.drafter import Context, Drafter
 from forerun.drafting.method import Method
-from forerun.drafting.pace import Choice, Outcome, Pace, Wish
+from forerun.drafting.pace import Choice, Expected, Outcome, Pace, Wish
 from forerun.drafting.registry import method
 from forerun.drafting.settings import setting
 from forerun.drafting.several import NOBODY, Several
@@ -34,11 +34,17 @@ from forerun.tree import TokenTree
 
 
 class Switch(Several):
-    """certain: for every part, whether no luck is involved in what it proposes."""
+    """certain: for every part, whether no luck is involved in what it proposes. expected: what is known of some."""
 
-    def __init__(self, parts: Sequence[Drafter], certain: Sequence[bool], name: str = "switch"):
+    def __init__(
+        self,
+        parts: Sequence[Drafter],
+        certain: Sequence[bool],
+        name: str = "switch",
+        expected: Mapping[int, Expected] | None = None,
+    ):
         super().__init__(parts, name)
-        self.pace = Pace([part.max_nodes for part in parts])
+        self.pace = Pace([part.max_nodes for part in parts], expected)
         self._all = frozenset(range(len(self.parts)))
         self._certain = frozenset(number for number, one in enumerate(certain) if one)
         self._seconds: dict[int, float] = {}

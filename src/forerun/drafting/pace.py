@@ -22,7 +22,7 @@ the past alone, so it changes no law.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -91,6 +91,15 @@ class Guess(NamedTuple):
     hits: float
 
 
+class Expected(NamedTuple):
+    """Of a part before it was ever asked, as a plan has it. nodes, tokens: of a proposal and what is accepted of it,
+    node 0 and the token that comes in any case not counted. seconds: of drafting, by rows, as far as known."""
+
+    nodes: float
+    tokens: float
+    seconds: Mapping[int, float]
+
+
 class Yield:
     """What a part has brought within budgets of every level, each proposal with a weight that fades from step to step,
     asked or not: what was true a while ago is doubted when it is tried again.
@@ -121,6 +130,11 @@ class Yield:
                 nodes[i] += unit * min(drafted, level)
                 tokens[i] += unit * (bisect_right(path, level) - 1)
                 hits[i] += unit
+
+    def expect(self, expected: Expected) -> None:
+        """As if the whole budget had been given a few times."""
+        for sums, value in zip(self.sums, (1.0, expected.nodes, expected.tokens, 1.0), strict=True):
+            sums[-1] = TRUST * value
 
     def _grow(self, step: int) -> None:
         self.unit *= self._growth ** min(step - self._step, LONG_AGO)
@@ -162,13 +176,19 @@ def levels_of(most: int) -> tuple[int, ...]:
 @dataclass
 class _Part:
     """One part. draft: seconds of its proposals by the rows that it is asked for. next: when it may be probed.
-    is_known: it was, once."""
+    is_known: it need not be tried at any price."""
 
     levels: tuple[int, ...]
     brought: Yield
     draft: Table = field(default_factory=Table)
     next: int = 0
     is_known: bool = False
+
+    def expect(self, expected: Expected) -> None:
+        self.brought.expect(expected)
+        for rows, seconds in expected.seconds.items():
+            self.draft.add(rows, seconds)
+        self.is_known = True
 
 
 @dataclass
@@ -191,16 +211,19 @@ class _Probe:
 
 
 class Pace:
-    """The controller of so many parts. most: the nodes that each proposes at most."""
+    """The controller of so many parts. most: the nodes that each proposes at most. expected: what is known of some, by
+    number; these need no trying."""
 
-    def __init__(self, most: Sequence[int]):
-        self.most = tuple(most)
+    def __init__(self, most: Sequence[int], expected: Mapping[int, Expected] | None = None):
+        self.most, self._expected = tuple(most), expected or {}
         self.seats: Slots[_Seat] = Slots()
         self.reset()
 
     def reset(self) -> None:
         levels = [levels_of(most) for most in self.most]
         self._parts = [_Part(each, Yield(each, ALL)) for each in levels]
+        for number, expected in self._expected.items():
+            self._parts[number].expect(expected)
         self._typical = PLAIN
         self._speed, self._planned_rows = 0.0, 0  # tokens per second of so many rows, as planned
         self._steps = self._until_plan = self._since_plain = self._same_rows = self._last_rows = 0
@@ -333,8 +356,10 @@ class Pace:
             drafting = part.draft.near(1, 1) if part.draft.points else 0.0
             for i, level in enumerate(part.levels):
                 guess = seat.brought[number].guess(i, part.brought)
-                if guess is None or level > wish.budget:
+                if level > wish.budget:
                     break
+                if guess is None:
+                    continue
                 seconds = drafting + plain
                 if guess.hits:
                     seconds += guess.hits * (costs.near(1 + guess.nodes / guess.hits, 1) - plain)

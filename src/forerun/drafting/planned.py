@@ -9,8 +9,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from forerun.drafting.pace import Expected
 from forerun.drafting.spec import anchored, loosened
 from forerun.errors import DrafterError
 from forerun.files import put
@@ -64,6 +66,17 @@ class Planned:
             for rows, context, nodes, seconds, *_ in self.costs
             if context == shortest[rows]
         ]
+
+    def expected(self, drafter: Mapping[str, Any]) -> Expected | None:
+        """What was predicted of it, on average over the cases that it was chosen for. None where nothing was."""
+        figures = [one.figures for one in self.choices if one.drafter == drafter]
+        try:
+            nodes = fmean(float(one["nodes_per_step"]) - 1 for one in figures)
+            tokens = fmean(float(one["tokens_per_step"]) - 1 for one in figures)
+            seconds = self.drafts.get(figures[0]["name"], {})
+            return Expected(nodes, tokens, {int(rows): float(value) for rows, value in seconds.items()})
+        except (AttributeError, KeyError, TypeError, ValueError):
+            return None
 
     def write(self, path: Path) -> None:
         """At once. What drafters name is named as it lies from there. Raises OSError."""
