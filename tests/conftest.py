@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
-
-gc.disable()  # until the tests are collected
+from collections.abc import Generator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # numpy and torch read it when they are imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,13 +17,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+gc.disable()  # until the tests are collected
 torch.set_num_threads(1)
 
 LONGEST = "test_nothing_is_read_or_written_out_of_place"
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Iterator[None]:
+def pytest_collection() -> Generator[None, object, object]:
     """Round the collection of this process, whether it is a worker or the only one."""
     try:
         return (yield)
