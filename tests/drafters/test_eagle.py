@@ -617,8 +617,9 @@ def test_below_a_verified_model(config: EagleConfig, length: int, strength: floa
     crowded(inner, Verified(Model(relative(0, strength), inner.max_nodes + 1), inner, length))
 
 
-@both
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize(
+    ("config", "temperature"), [(ONE, 0.8), (CONFIGS["eagle3, part of the vocabulary"], 0.0)], ids=["eagle", "eagle3"]
+)
 def test_at_the_bottom_of_three_models(config: EagleConfig, temperature: float) -> None:
     inner = watching(config, relative(0, 0.3))
     lower = Verified(Model(relative(0, 0.3), inner.max_nodes + 1), inner, 2)
