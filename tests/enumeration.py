@@ -90,33 +90,36 @@ class Ways:
 
     def coin(self, prob_BX: Tensor, place_BX: Ints, attempt_BX: Ints | None = None) -> Tensor:
         answers = torch.zeros(prob_BX.shape, dtype=torch.bool)
+        names = self._names("coin", place_BX, attempt_BX)
         for (row, column), prob in np.ndenumerate(prob_BX.double().numpy()):
-            attempt = -1 if attempt_BX is None else int(attempt_BX[row, column])
-            name = self._name("coin", row, int(place_BX[row, column]), attempt)
-            answers[row, column] = self.lucks[row].coin(name, float(prob))
+            answers[row, column] = self.lucks[row].coin(names[row][column], float(prob))
         return answers
 
     def token(self, law_BXV: Tensor, place_BX: Ints) -> Tensor:
         answers, shares_BXV = torch.zeros(law_BXV.shape[:2], dtype=torch.int64), shares_of(law_BXV)
+        names = self._names("token", place_BX)
         for row, luck in enumerate(self.lucks):
             columns: dict[int, list[int]] = defaultdict(list)
             for column, place in enumerate(place_BX[row].tolist()):
                 columns[place].append(column)
-            for place, group in columns.items():
-                tokens = luck.tokens(self._name("token", row, place, -1), shares_BXV[row, group])
+            for group in columns.values():
+                tokens = luck.tokens(names[row][group[0]], shares_BXV[row, group])
                 answers[row, group] = torch.tensor(tokens)
         return answers
 
-    def _name(self, kind: str, row: int, place: int, attempt: int) -> Hashable:
-        return (self.stream, kind, place, attempt)
+    def _names(self, kind: str, place_BX: Ints, attempt_BX: Ints | None = None) -> Sequence[Sequence[Hashable]]:
+        attempts = np.full_like(place_BX, -1) if attempt_BX is None else attempt_BX
+        return [
+            [(self.stream, kind, place, attempt) for place, attempt in zip(*row, strict=True)]
+            for row in zip(place_BX.tolist(), attempts.tolist(), strict=True)
+        ]
 
     def uniform(self, purpose: Purpose, place_BX: Ints, attempt_BX: Ints | None = None) -> Tensor:
         """From the middle of what is still possible."""
         numbers, kind = torch.empty(place_BX.shape, dtype=torch.float64), purpose.name.lower().replace("accept", "coin")
-        for (row, column), place in np.ndenumerate(place_BX):
-            attempt = -1 if attempt_BX is None else int(attempt_BX[row, column])
-            box = self.lucks[row].box.get(self._name(kind, row, int(place), attempt), (0.0, 1.0))
-            numbers[row, column] = sum(box) / 2
+        for row, names in enumerate(self._names(kind, place_BX, attempt_BX)):
+            for column, name in enumerate(names):
+                numbers[row, column] = sum(self.lucks[row].box.get(name, (0.0, 1.0))) / 2
         return numbers
 
 
@@ -130,11 +133,10 @@ class IdealDice(Ways):
     def row(self, index: int) -> IdealDice:
         return IdealDice(self.dice.row(index), [self.lucks[index]])
 
-    def _name(self, kind: str, row: int, place: int, attempt: int) -> Hashable:
-        dice = self.dice.row(row)
+    def _names(self, kind: str, place_BX: Ints, attempt_BX: Ints | None = None) -> Sequence[Sequence[Hashable]]:
         purpose = Purpose.ACCEPT if kind == "coin" else Purpose.TOKEN
-        attempts = None if attempt < 0 else np.array([[attempt]])
-        return float(dice.uniform(purpose, np.array([[place]]), attempts))
+        names: list[list[float]] = self.dice.uniform(purpose, place_BX, attempt_BX).tolist()
+        return names
 
 
 def verification(tree: TokenTree, laws_BNV: Tensor, chance: Chance) -> Verdict:

@@ -9,6 +9,7 @@ from random import Random
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from forerun.chance import Chance
@@ -21,6 +22,9 @@ from forerun.nn.cache import Cache, CacheShape
 from forerun.nn.feed import Feed, Read
 from forerun.row import Row
 from forerun.tree import Drawn, TokenTree
+
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
 torch.set_num_threads(1)  # tables are tiny: threads would only wait for one another
 
@@ -64,19 +68,39 @@ class TableNetwork:
         keys, values = cache.append(0, feed, tokens, feed.positions_BN.double()[:, :, None, None])
         held, places = keys[..., 0, 0].long().numpy(), values[..., 0, 0].long().numpy()
         visible = None if feed.visible_BNS is None else feed.visible_BNS.numpy()
-        every, nowhere = np.arange(feed.span), torch.full((self.vocab_size,), float("nan"), dtype=self.dtype)
-        found = []
-        for row, positions in enumerate(feed.positions_BN.tolist()):
-            for node, last in enumerate(positions):
-                seen = slice(None) if visible is None else visible[row, node].nonzero()[0]
-                text, at = held[row, seen], places[row, seen]
-                if len(at) == last + 1 and not (ordered := (at == every[: last + 1]).all()):
-                    order = at.argsort()
-                    text, ordered = text[order], (at[order] == every[: last + 1]).all()
-                right = len(at) == last + 1 and ordered
-                found.append(self.logits(text[-self._order :].tolist()) if right else nowhere)
+        last_BN = feed.positions_BN.numpy()
+        nowhere = torch.full((self.vocab_size,), float("nan"), dtype=self.dtype)
+        texts = read_in_order(held, places, visible, last_BN, self._order)
+        found = [nowhere if text is None else self.logits(text) for text in texts]
         logits = torch.stack(found).view(*feed.tokens_BN.shape, self.vocab_size)
         return Read(feed.wanted(logits), dict.fromkeys(hidden_layers, logits))
+
+
+def read_in_order(
+    held_BS: Ints, places_BS: Ints, visible_BNS: Bools | None, last_BN: Ints, count: int
+) -> list[list[int] | None]:
+    """For every node the last `count` tokens up to its position, None unless it sees every position up to that once."""
+    (rows, nodes), span = last_BN.shape, held_BS.shape[1]
+    in_order_S = (places_BS == np.arange(span)).all(0)
+    if visible_BNS is None and in_order_S.all():
+        ends = held_BS[:, -count:].tolist()
+        return [ends[row] if last == span - 1 else None for (row, _), last in np.ndenumerate(last_BN)]
+    visible_BNS = np.ones((rows, nodes, span), bool) if visible_BNS is None else visible_BNS
+    in_order_S = np.append(in_order_S & visible_BNS.all((0, 1)), False)
+    begin = max(0, int(in_order_S.argmin()) - count)  # all see what lies before this, and its end is looked at
+    rest, last_BN = span - begin, last_BN - begin
+    row, node, entry = (visible_BNS := visible_BNS[:, :, begin:]).nonzero()
+    text_BNS = np.full((rows, nodes, rest + 1), -1)  # the last column takes what is out of place
+    place = places_BS[row, entry + begin] - begin
+    text_BNS[row, node, np.where((place >= 0) & (place < rest), place, rest)] = held_BS[row, entry + begin]
+    whole_BN = ((text_BNS[:, :, :rest] >= 0) | (np.arange(rest) > last_BN[:, :, None])).all(-1)
+    whole_BN &= visible_BNS.sum(-1) == last_BN + 1
+    whole, last = whole_BN.ravel().tolist(), last_BN.ravel().tolist()
+    texts = text_BNS.reshape(rows * nodes, rest + 1).tolist()
+    return [
+        text[max(0, end + 1 - count) : end + 1] if right else None
+        for text, end, right in zip(texts, last, whole, strict=True)
+    ]
 
 
 class Near(TableNetwork):

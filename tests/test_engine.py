@@ -130,8 +130,9 @@ def test_every_drafter_of_the_registry_is_tested_here() -> None:
 
 @every_drafter
 def test_greedy_text_is_that_of_plain_decoding(name: str) -> None:
-    (output,) = engine(name).generate([PROMPTS[1]], SamplingParams(max_new_tokens=1000))
-    assert output.token_ids == plain(tables()["target"], PROMPTS[1], 1000)
+    """Three hundred tokens; the thousand of the reference family are in test_reference.py."""
+    (output,) = engine(name).generate([PROMPTS[1]], SamplingParams(max_new_tokens=300))
+    assert output.token_ids == plain(tables()["target"], PROMPTS[1], 300)
     assert output.finish_reason == "length" and output.stats.exact
 
 
@@ -139,7 +140,7 @@ def test_greedy_text_is_that_of_plain_decoding(name: str) -> None:
 @pytest.mark.parametrize("max_rows", [8, 3])
 def test_rows_of_a_batch_say_what_they_say_alone(name: str, max_rows: int) -> None:
     """Eight prompts of different lengths that end at different times, with room for all or for three."""
-    counts = [1000, 1, 120, 40, 7, 60, 90, 2] if max_rows == 8 else [30, 1, 90, 40, 7, 9, 20, 2]
+    counts = [150, 1, 120, 40, 7, 60, 90, 2] if max_rows == 8 else [30, 1, 90, 40, 7, 9, 20, 2]
     outputs = engine(name, max_rows=max_rows).generate(
         PROMPTS, [SamplingParams(max_new_tokens=count) for count in counts]
     )

@@ -135,15 +135,15 @@ def cyclic(vocab: int = 16) -> Transformer:
 
 def greedy(network: Transformer, prompt: Sequence[int], count: int) -> list[int]:
     """Decoding without engine, cache or tree."""
-    return _greedy(network, tuple(prompt), count)[len(prompt) :]
-
-
-@lru_cache(maxsize=256)
-def _greedy(network: Transformer, prompt: tuple[int, ...], count: int) -> list[int]:
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(int((network.features(torch.tensor([tokens]))[0, -1] @ network.head.weight.T).argmax()))
-    return tokens
+        tokens.append(best_after(network, tuple(tokens)))
+    return tokens[len(prompt) :]
+
+
+@lru_cache(maxsize=20_000)
+def best_after(network: Transformer, tokens: tuple[int, ...]) -> int:
+    return int((network.features(torch.tensor([tokens]))[0, -1] @ network.head.weight.T).argmax())
 
 
 def on(network: Transformer, kernels: str) -> Network:

@@ -493,7 +493,7 @@ def slow_loss(module: AmphistaHeads, samples: Sequence[Sample]) -> float:
 @pytest.mark.parametrize("name", ["whole", "no stages", "no token", "one-way", "shared"])
 def test_the_loss_is_that_of_going_through_the_answers_by_hand(name: str) -> None:
     """With the preset's weights."""
-    module, samples = some(CONFIGS[name]), some_answers()[:4]
+    module, samples = some(CONFIGS[name]), [replace(one, answer=one.answer[:9]) for one in some_answers()[:3]]
     loss = objective(module, samples).loss_on(Batch.of(samples, 64))
     assert loss.item() == pytest.approx(slow_loss(module, samples), rel=1e-4)
 
@@ -506,7 +506,7 @@ def test_every_parameter_learns_and_the_target_stays_as_it_is(config: AmphistaCo
     module = AmphistaHeads(config).initialise(target.head.weight.detach())
     started = deepcopy(module.state_dict())
     one = objective(module, some_answers(), target)
-    for step in range(20):
+    for step in range(5):
         one.update(step)
     for name, value in module.state_dict().items():
         assert not torch.equal(value, started[name]), name
@@ -623,11 +623,10 @@ def tree_of(config: AmphistaConfig) -> RankTree:
 
 
 def test_rows_at_the_end_of_the_context_are_served() -> None:
-    prompts = [[1] * 250, [2] * 254, [3] * 255, [1, 2, 3]]
+    prompts = [[1] * 250, [2] * 254, [3] * 255, [1, 2, 3] * 60]
     outputs = Engine(lively(), drafter(some(), lively(), TREES["mc_sim"])).generate(prompts)
-    for prompt, output in zip(prompts[:3], outputs, strict=False):
+    for prompt, output in zip(prompts, outputs, strict=True):
         assert output.token_ids == greedy(lively(), prompt, 256 - len(prompt)) and output.finish_reason == "length"
-    assert len(outputs[3].token_ids) == 253
 
 
 @pytest.mark.parametrize("at", range(8))

@@ -31,7 +31,6 @@ from drafters.heading import (
 )
 from drafters.test_fallback import Bursts, in_turns
 from drafters.test_medusa import demand_law
-from drafters.test_medusa import every_wish as every_sampled
 from enumeration import distance, one_law, plain_law
 from fakes import TableNetwork
 from forerun.drafters.cascade import Cascade, Part
@@ -84,6 +83,7 @@ CONFIGS = {
     "eagle3.1": replace(THREE, sources_normed=True, output_normed=True, qk_norm=True),
 }
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+TOP_P = SamplingParams(temperature=1.0, top_p=0.7)
 TEXT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4]
 
 
@@ -249,13 +249,15 @@ def row_of(tokens: Sequence[int]) -> Row:
     return Row([*tokens], len(tokens), SamplingParams(max_new_tokens=40), key=0, limit=200)
 
 
-def following(config: EagleConfig, read: Sequence[Sequence[int]], target: Transformer | None = None) -> Pairs:
-    """Pairs that have followed these texts up to, but without, the last token, in pieces of a few tokens."""
+def following(
+    config: EagleConfig, read: Sequence[Sequence[int]], target: Transformer | None = None, piece: int = 3
+) -> Pairs:
+    """Pairs that have followed these texts up to, but without, the last token, in pieces of so many tokens."""
     pairs = Pairs(lent(eagle(config), target), 64)
     for text in read:
         pairs.admit(row_of(text[:2]), joined(config, text, target)[:, :1])
-    for begin in range(1, max(map(len, read)) - 1, 3):
-        pairs.observe([joined(config, text, target)[0, :-1][begin : begin + 3] for text in read])
+    for begin in range(1, max(map(len, read)) - 1, piece):
+        pairs.observe([joined(config, text, target)[0, :-1][begin : begin + piece] for text in read])
     return pairs
 
 
@@ -555,7 +557,7 @@ class Watching(EagleDrafter):
         pairs = self.pairs
         for slot, row in enumerate(context.rows):
             if tree.sizes[slot] > 1:
-                fresh = following(pairs.stack.form, [row.tokens], self.target)
+                fresh = following(pairs.stack.form, [row.tokens], self.target, len(row.tokens))
                 fresh.next_scores([row])
                 found, expected = (one.model.cache.entries(place) for one, place in ((pairs, slot), (fresh, 0)))
                 torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
@@ -615,8 +617,9 @@ def test_below_a_verified_model(config: EagleConfig, length: int, strength: floa
     crowded(inner, Verified(Model(relative(0, strength), inner.max_nodes + 1), inner, length))
 
 
-@both
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize(
+    ("config", "temperature"), [(ONE, 0.8), (CONFIGS["eagle3, part of the vocabulary"], 0.0)], ids=["eagle", "eagle3"]
+)
 def test_at_the_bottom_of_three_models(config: EagleConfig, temperature: float) -> None:
     inner = watching(config, relative(0, 0.3))
     lower = Verified(Model(relative(0, 0.3), inner.max_nodes + 1), inner, 2)
@@ -666,8 +669,14 @@ def test_a_row_of_which_more_was_taken_back_than_is_remembered_is_left_alone() -
     assert pairs.known(0) == -1
 
 
-@every_sampled
-@pytest.mark.parametrize(("fused", "layers"), [(False, 1), (False, 3), (True, 2)])
+@pytest.mark.parametrize(
+    ("fused", "layers", "wishes"),
+    [
+        (False, 1, SamplingParams(temperature=1.0)),
+        (True, 2, SamplingParams(temperature=0.6)),
+        *((fused, layers, TOP_P) for fused, layers in ((False, 1), (False, 3), (True, 2))),
+    ],
+)
 def test_the_law_of_the_output_is_that_of_plain_sampling(fused: bool, layers: int, wishes: SamplingParams) -> None:
     """Every outcome is enumerated, for a vocabulary of three, of which EAGLE-3 knows two."""
     target = TableNetwork(3, seed=3, order=2, sharpness=1.0)

@@ -19,7 +19,7 @@ from forerun.stores.automaton import ROOT, SEPARATOR, Cursor, SuffixAutomaton
 from forerun.stores.follower import PlainFollower
 from forerun.stores.growth import OWN_TEXT, STUDIED
 from forerun.stores.store import Limits
-from nn.kernel_oracles import some_examples
+from nn.kernel_oracles import EXAMPLES, some_examples
 
 if not library.is_there():
     pytest.skip("there are no native kernels here", allow_module_level=True)
@@ -79,7 +79,7 @@ def test_states_are_the_same(text: list[int], reach: int, probe: list[int]) -> N
     assert other.states <= max(1, 2 * len(text) - 1) + (len(text) == 1)
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(EXAMPLES))
 @pytest.mark.parametrize("kinds", [2, 4096])
 def test_long_texts_grown_in_pieces_are_the_same(kinds: int, seed: int) -> None:
     luck = random.Random(seed)

@@ -24,14 +24,17 @@ from nn.kernel_oracles import REASON
 
 ROOT = Path(__file__).parents[2]
 RUNTIMES = ("libasan.so", "libubsan.so")
+# Every kernel once per instruction set, every boundary of memory once. What does the same to the same places with other
+# numbers (bad ones, equal ones) is left out, and what is done in threads or in used memory runs on the best set alone.
 TESTS = {
-    "test_kernels.py": "not alone_and_in_any_company and not like_single_tokens and not (portable and shared_out)",
+    "test_kernels.py": "not alone_and_in_any_company and not like_single_tokens and not bad_ and not outweigh"
+    " and not ((portable or avx2) and shared_out)",
     "test_packed.py": "(odd or everything or pairs) and (company or grown or beside or long_text or no_trace)"
     " and not (everything and no_trace) and not (long_text and float32)",
     "test_packed_heads.py": "(every_node or company or another_tree or equal or trace or beside or anywhere)"
-    " and not (portable and trace)",
+    " and not ((portable or avx2) and (trace or equal))",
     "test_packed_block.py": "(readable or formats or bits or trace or bad or trees or equal or left or nodes or beside)"
-    " and not ((portable or avx2) and (bits or trace))",
+    " and not ((portable or avx2) and (bits or trace or trees_are))",
     "test_states.py": "pieces or beside or encodes",
     "test_native_automaton.py": "not memory and not 200_000",
     "test_native_sampling.py": "not without_the_kernels and not portable",
@@ -118,7 +121,7 @@ def test_nothing_is_read_or_written_out_of_place(sanitized: Path) -> None:
     assert run.returncode == 0, report(run)
     for name in TESTS:
         passed = len(re.findall(rf"^PASSED .*\b{Path(name).name}::", run.stdout, re.MULTILINE))
-        assert passed > 20, f"{name} was skipped: {run.stdout[-300:]}"  # a library that cannot be loaded
+        assert passed > 15, f"{name} was skipped: {run.stdout[-300:]}"  # a library that cannot be loaded
 
 
 def beside_the_best() -> str:

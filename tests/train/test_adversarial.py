@@ -418,8 +418,7 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], says:
 # ---- going on
 
 
-@pytest.mark.parametrize("kind", ["medusa", "hydra++", "eagle"])
-@pytest.mark.parametrize("sees", ["embedding", "token"])
+@pytest.mark.parametrize(("kind", "sees"), [("medusa", "embedding"), ("hydra++", "token"), ("eagle", "embedding")])
 def test_a_resumed_training_is_that_which_was_not_interrupted(kind: str, sees: str, tmp_path: Path) -> None:
     """Discriminator, its optimiser, the weight of its term, and whether it rests."""
     schedule = adam(50, save_every=7, parts=1)
