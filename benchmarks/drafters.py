@@ -122,12 +122,13 @@ def show(shards: Sequence[Shard], drafters: Sequence[str], title: str) -> None:
 
 
 def show_categories(shards: Sequence[Shard], drafters: Sequence[str], title: str) -> None:
-    """Tokens per step and speed over plain, by category."""
+    """Tokens per step and speed over plain, by category; of those that no shard lacks."""
     shown = Table(title=title)
     shown.add_column("drafter", overflow="fold")
-    for category in CATEGORIES:
-        shown.add_column(category, justify="right")
     by_category = {category: [shard.rows(category) for shard in shards] for category in CATEGORIES}
+    by_category = {category: each for category, each in by_category.items() if all(each)}
+    for category in by_category:
+        shown.add_column(category, justify="right")
     for drafter in drafters:
         cells = []
         for each in by_category.values():

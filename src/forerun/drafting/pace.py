@@ -36,6 +36,9 @@ OWN, ALL = 0.95, 0.99
 """How much of what is known survives a step: of one row, and of all rows together."""
 TRUST = 8.0
 """Steps of a row that count as much as what is known of all rows."""
+DOUBT = 3.0
+"""Proposals that are taken to have brought nothing: what was seen a few times was good luck in part, or would not have
+been chosen."""
 EVERY_ONE, EVERY = 4, 16
 """Steps between two plans, of one row and of several: planning must cost next to nothing."""
 SHARE, GRACE = 0.01, 1.0
@@ -150,10 +153,11 @@ class Yield:
             return None
         weight, nodes, tokens, hits = self.sums
         share = TRUST * self.unit / known  # of the rest, in units of what is known here
+        doubted = known / (known + DOUBT * rest.unit)
         total = weight[i] + TRUST * self.unit
         return Guess(
             (nodes[i] + share * rest.sums[1][i]) / total,
-            (tokens[i] + share * rest.sums[2][i]) / total,
+            (tokens[i] + share * doubted * rest.sums[2][i]) / total,
             (hits[i] + share * rest.sums[3][i]) / total,
         )
 
@@ -163,7 +167,9 @@ def _guesses(own: Sequence[Yield], rest: Yield) -> tuple[Floats, Floats]:
     sums_R4L = np.array([[[one / each.unit for one in sums] for sums in each.sums] for each in own])
     rest_4L = np.array(rest.sums)
     with np.errstate(invalid="ignore"):
-        mixed_R3L = sums_R4L[:, 1:] + TRUST * rest_4L[1:] / rest_4L[0]
+        typical_3L = rest_4L[1:] / rest_4L[0]
+    typical_3L[1] *= rest_4L[0] / (rest_4L[0] + DOUBT * rest.unit)
+    mixed_R3L = sums_R4L[:, 1:] + TRUST * typical_3L
     mixed_R3L /= sums_R4L[:, :1] + TRUST
     return mixed_R3L[:, 0], mixed_R3L[:, 1]
 
