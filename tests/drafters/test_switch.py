@@ -24,7 +24,7 @@ from forerun.drafters.small import DraftModel
 from forerun.drafters.switch import Switch
 from forerun.drafting.drafter import Context, Drafter
 from forerun.drafting.growth import Chain, Form, SampledTree, TopTree
-from forerun.drafting.pace import PLAIN, Choice, Outcome, Pace, Wish, Yield, levels_of
+from forerun.drafting.pace import PLAIN, Choice, Outcome, Pace, Wish, Yield, _guesses, levels_of
 from forerun.drafting.stopping import Fixed
 from forerun.errors import DrafterError
 from forerun.row import Row
@@ -87,6 +87,15 @@ def test_all_rows_speak_for_one_that_has_said_little() -> None:
         own.learn(Outcome(0, [0]), 2, 0)
     guess = own.guess(0, rest)
     assert guess is not None and guess == pytest.approx((1, 1, 0.5))
+
+
+@pytest.mark.parametrize(("seen", "believed"), [(2, 0.5), (6, 0.75), (198, 0.99)])
+def test_where_rows_run_together_a_few_good_proposals_are_doubted(seen: int, believed: float) -> None:
+    rest = Yield((2,), 1.0)
+    for _ in range(seen):
+        rest.learn(Outcome(2, [0, 1, 2]), 2, 0)
+    nodes_RL, tokens_RL = _guesses([Yield((2,), 1.0)], rest)
+    assert nodes_RL[0, 0] == pytest.approx(2) and tokens_RL[0, 0] == pytest.approx(2 * believed)
 
 
 # ---- the plan

@@ -36,9 +36,9 @@ OWN, ALL = 0.95, 0.99
 """How much of what is known survives a step: of one row, and of all rows together."""
 TRUST = 8.0
 """Steps of a row that count as much as what is known of all rows."""
-DOUBT = 3.0
-"""Proposals that are taken to have brought nothing: what was seen a few times was good luck in part, or would not have
-been chosen."""
+DOUBT = 2.0
+"""Proposals that are taken to have brought nothing before all others, where rows run together: a part that seems good
+after a few was lucky too, and a mistake would be made for all rows at once."""
 EVERY_ONE, EVERY = 4, 16
 """Steps between two plans, of one row and of several: planning must cost next to nothing."""
 SHARE, GRACE = 0.01, 1.0
@@ -108,15 +108,15 @@ class Yield:
     asked or not: what was true a while ago is doubted when it is tried again.
 
     sums: of weights, nodes, tokens and proposals that were one at all, by level. Not the old weights
-    fade; the new ones grow, and `unit` is that of now.
+    fade; the new ones grow, and `unit` is that of now. seen: proposals, none forgotten.
     """
 
-    __slots__ = ("_growth", "_step", "levels", "sums", "unit")
+    __slots__ = ("_growth", "_step", "levels", "seen", "sums", "unit")
 
     def __init__(self, levels: tuple[int, ...], fade: float):
         self.levels, self.unit = levels, 1.0
         self.sums: tuple[list[float], ...] = tuple([0.0] * len(levels) for _ in range(4))
-        self._growth, self._step = 1 / fade, 0
+        self._growth, self._step, self.seen = 1 / fade, 0, 0
 
     def learn(self, outcome: Outcome, budget: int, step: int) -> None:
         """A proposal tells of all smaller ones too: nodes come in the order of their promise, so
@@ -124,6 +124,7 @@ class Yield:
         drafted, path = outcome
         if step != self._step:
             self._grow(step)
+        self.seen += 1
         unit, (weights, nodes, tokens, hits) = self.unit, self.sums
         for i, level in enumerate(self.levels):
             if level > budget and drafted >= budget:
@@ -136,6 +137,7 @@ class Yield:
 
     def expect(self, expected: Expected) -> None:
         """As if the whole budget had been given a few times."""
+        self.seen = LONG_AGO
         for sums, value in zip(self.sums, (1.0, expected.nodes, expected.tokens, 1.0), strict=True):
             sums[-1] = TRUST * value
 
@@ -146,6 +148,11 @@ class Yield:
             self.sums = tuple([one / self.unit for one in each] for each in self.sums)
             self.unit = 1.0
 
+    @property
+    def trust(self) -> float:
+        """The share of what it has brought that may be expected of it."""
+        return self.seen / (self.seen + DOUBT)
+
     def guess(self, i: int, rest: Yield) -> Guess | None:
         """At the level i, where the rest speaks for what is not known here. None where nobody knows."""
         known = rest.sums[0][i]
@@ -153,11 +160,10 @@ class Yield:
             return None
         weight, nodes, tokens, hits = self.sums
         share = TRUST * self.unit / known  # of the rest, in units of what is known here
-        doubted = known / (known + DOUBT * rest.unit)
         total = weight[i] + TRUST * self.unit
         return Guess(
             (nodes[i] + share * rest.sums[1][i]) / total,
-            (tokens[i] + share * doubted * rest.sums[2][i]) / total,
+            (tokens[i] + share * rest.sums[2][i]) / total,
             (hits[i] + share * rest.sums[3][i]) / total,
         )
 
@@ -168,7 +174,7 @@ def _guesses(own: Sequence[Yield], rest: Yield) -> tuple[Floats, Floats]:
     rest_4L = np.array(rest.sums)
     with np.errstate(invalid="ignore"):
         typical_3L = rest_4L[1:] / rest_4L[0]
-    typical_3L[1] *= rest_4L[0] / (rest_4L[0] + DOUBT * rest.unit)
+    typical_3L[1] *= rest.trust
     mixed_R3L = sums_R4L[:, 1:] + TRUST * typical_3L
     mixed_R3L /= sums_R4L[:, :1] + TRUST
     return mixed_R3L[:, 0], mixed_R3L[:, 1]
