@@ -148,6 +148,18 @@ def test_rows_choose_for_themselves_and_parts_stand_side_by_side() -> None:
     assert [seat.choice.part for seat in pace.seats] == [0, 1, -1]
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_to_read_a_text_first_has_a_price(rows: int) -> None:
+    """What one row took at first is held against rows that have not been read, and not against the others."""
+    pace = pace_of([[(4, 4)]] * rows, 4)
+    costs = Table([(rows, 1.0), (2 * rows, 1.2), (5 * rows, 1.5)], rows)
+    for reading, chosen in ((1.0, [0] * rows), (1000.0, [-1] * (rows - 1) + [-1 if rows == 1 else 0])):
+        pace._parts[0].reading = reading
+        pace.seats[-1].known_to = {0} if rows > 1 else set()
+        pace._plan(costs, [Wish(9, frozenset([0]))] * rows)
+        assert [seat.choice.part for seat in pace.seats] == chosen
+
+
 def test_a_part_that_a_row_may_not_have_is_not_its_choice() -> None:
     pace = pace_of([[(4, 4), (3, 4)]], 4)
     costs = Table([(1, 1.0), (5, 1.2)])
@@ -238,10 +250,11 @@ def test_to_read_a_text_is_no_part_of_what_proposals_take() -> None:
         for seat in pace.seats:
             seat.before, seat.now = seat.now, Choice(0, 4)
         pace.drafted(0, step + 1, 9.0)
+        pace.learn([Outcome(0, [0])] * len(pace.seats))
     for seat in pace.seats:
         seat.before = seat.now
     pace.drafted(0, 3, 0.1)
-    assert pace._parts[0].draft(3) == 0.1
+    assert pace._parts[0].draft(3) == 0.1 and pace._parts[0].reading > 1
 
 
 def test_plain_decoding_is_what_wide_steps_are_compared_with() -> None:

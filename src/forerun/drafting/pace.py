@@ -45,6 +45,8 @@ SHARE, GRACE = 0.01, 1.0
 """What probes may lose: a share of all time, and so many plain steps more, with which everything begins."""
 BURST = 4
 """Steps of one probe. In the first a part may have to read what it has missed, so the others say what they take."""
+PAYBACK = 64
+"""Steps within which it must be worth while that a part has to read a row's text first."""
 MARGIN = 1.02
 """By so much a plan must promise to be faster than a simpler one: less is within what is not known exactly."""
 FRESH, UNSURE = 128, 16
@@ -187,12 +189,13 @@ def levels_of(most: int) -> tuple[int, ...]:
 
 @dataclass
 class _Part:
-    """One part. draft: seconds of its proposals by the rows that it is asked for. next: when it may be probed.
-    is_known: it need not be tried at any price."""
+    """One part. draft: seconds of its proposals by the rows that it is asked for. reading: what the first one for a
+    row takes more. next: when it may be probed. is_known: it need not be tried at any price."""
 
     levels: tuple[int, ...]
     brought: Yield
     draft: Table = field(default_factory=Table)
+    reading: float = 0.0
     next: int = 0
     is_known: bool = False
 
@@ -202,15 +205,22 @@ class _Part:
             self.draft.add(rows, seconds)
         self.is_known = True
 
+    def read(self, rows: int, new: int, seconds: float) -> None:
+        """It was asked for so many rows, of which some were new to it."""
+        usual = self.draft.near(rows, 1) if self.draft.points else 0.0
+        self.reading += (max(0.0, seconds - usual) / new - self.reading) * (0.5 if self.reading else 1.0)
+
 
 @dataclass
 class _Seat:
-    """One row: what each part has brought for it, who is to answer for it, who does now, and who did before."""
+    """One row: what each part has brought for it, who is to answer for it, who does now, who did before, and who has
+    ever."""
 
     brought: list[Yield]
     choice: Choice = PLAIN
     now: Choice = PLAIN
     before: Choice = PLAIN
+    known_to: set[int] = field(default_factory=set)
 
 
 @dataclass
@@ -280,10 +290,12 @@ class Pace:
     def drafted(self, part: int, rows: int, seconds: float) -> None:
         """A part was asked for so many rows. For a new one it may have had to read a whole text, once: that is not
         what proposals take."""
-        draft = self._parts[part].draft
-        has_read = all(seat.before.part == part for seat in self.seats if seat.now.part == part)
-        if has_read or not draft.points:
-            draft.add(rows, seconds)
+        one, asked = self._parts[part], [seat for seat in self.seats if seat.now.part == part]
+        new = sum(part not in seat.known_to for seat in asked)
+        if new:
+            one.read(rows, new, seconds)
+        if not one.draft.points or all(seat.before.part == part for seat in asked):
+            one.draft.add(rows, seconds)
 
     def learn(self, outcomes: Sequence[Outcome]) -> None:
         """What came of the proposals just chosen, of every row."""
@@ -292,6 +304,7 @@ class Pace:
             if part != NOBODY:
                 seat.brought[part].learn(outcome, budget, self._steps)
                 self._parts[part].brought.learn(outcome, budget, self._steps)
+                seat.known_to.add(part)
         if self._probe is not None and self._probe.left <= 0:
             self._until_plan = 0
 
@@ -366,6 +379,7 @@ class Pace:
         for number in wish.parts:
             part = self._parts[number]
             drafting = part.draft.near(1, 1) if part.draft.points else 0.0
+            drafting += 0.0 if number in seat.known_to else part.reading / PAYBACK
             for i, level in enumerate(part.levels):
                 guess = seat.brought[number].guess(i, part.brought)
                 if level > wish.budget:
@@ -412,7 +426,9 @@ class Pace:
         allowed_RL = (levels_L <= budgets_R[:, None]) & ~np.isnan(nodes_RL)
         if not allowed_RL.any():
             return plan
-        worth_RL = np.where(allowed_RL, tokens_RL / np.maximum(nodes_RL, TINY), -1)
+        reading_R = np.array([number not in seat.known_to for seat in self.seats]) * part.reading / PAYBACK
+        net_RL = tokens_RL - plan.speed * reading_R[:, None]
+        worth_RL = np.where(allowed_RL, net_RL / np.maximum(nodes_RL, TINY), -np.inf)
         order_RL = np.argsort(-worth_RL, axis=0, kind="stable")
         taken_RL = np.take_along_axis(allowed_RL, order_RL, 0)
         tokens_RL = plan.tokens + np.cumsum(np.take_along_axis(tokens_RL, order_RL, 0), 0)
@@ -420,7 +436,7 @@ class Pace:
         drafting_R = np.full(len(wishes), plan.drafting)
         if part.draft.points:
             drafting_R += part.draft.near_all(np.arange(1.0, len(wishes) + 1), 1)
-        seconds_RL = costs.near_all(nodes_RL, len(wishes)) + drafting_R[:, None]
+        seconds_RL = costs.near_all(nodes_RL, len(wishes)) + drafting_R[:, None] + np.cumsum(reading_R[order_RL], 0)
         row, level = np.unravel_index(np.argmax(np.where(taken_RL, tokens_RL / seconds_RL, -1)), taken_RL.shape)
         choices = list(plan.choices)
         for slot in order_RL[: row + 1, level].tolist():
