@@ -3,10 +3,12 @@
     python benchmarks/controlled.py models/target --drafter hierarchy --drafter small:models/small \\
         --json benchmarks/records/controlled.json --plot controlled.png
 
-Every arm answers the same held-out prompts; one round gives every arm one turn, in changing order. The last arm is a
-`switch` of the others. It begins every turn knowing nothing, as all drafters do: what it loses until it has learnt is
-in its figure. Ratios to plain decoding are taken round by round; the table shows their median and range. --noise:
-random prompts at temperature 5, where nothing can be drafted.
+Every arm answers the same held-out prompts, at least three for every row: where rows end one by one and nobody takes
+their places, a drafter that serves some faster than others looks slow. One round gives every arm one turn, in changing
+order. The last arm is a `switch` of the others. It begins every turn knowing nothing, as all drafters do: what it loses
+until it has learnt is in its figure. Ratios to plain decoding are taken round by round; the table shows their median
+and range. --noise: random prompts at temperature 5, where nothing can be looked up (a draft model's law is nearly the
+target's there).
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ from forerun.plots.style import Sheet, Theme, write
 PLAIN, CONTROLLED = "none", "controlled"
 COLOURS = {PLAIN: "plain", CONTROLLED: "accepted"}
 NOISE = 5.0
+WAVES = 3
+"""Requests for every row, at least."""
 
 
 @dataclass
@@ -152,7 +156,8 @@ def main(
     results = []
     for warmth in [NOISE] if noise else temperature or [0.0, 0.8]:
         for size in rows or [1, 8, 32]:
-            several = (texts * -(-size // len(texts)))[: max(size, len(texts))]
+            count = max(WAVES * size, len(texts))
+            several = (texts * -(-count // len(texts)))[:count]
             results.append(race.run(several, size, warmth, tokens, rounds))
             show(results[-1], Console(width=120))
     network = race.plain.target.network
