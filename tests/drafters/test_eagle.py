@@ -610,7 +610,7 @@ both = pytest.mark.parametrize("config", [ONE, CONFIGS["eagle3, part of the voca
 
 
 @both
-@pytest.mark.parametrize(("length", "strength"), [(1, 0.1), (4, 0.1), (4, 0.0), (9, 3.0)])
+@pytest.mark.parametrize(("length", "strength"), [(1, 0.1), (4, 0.1), (4, 0.0), (5, 3.0)])
 def test_below_a_verified_model(config: EagleConfig, length: int, strength: float) -> None:
     """States come later, or are taken back at every step, and tokens with them."""
     inner = watching(config, relative(0, strength))
