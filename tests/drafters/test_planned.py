@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,20 @@ def test_auto_begins_with_what_the_plan_promises(target: TableNetwork, tokens: f
         assert made.pace.seats[0].choice == (PaceChoice(0, 4) if tokens > 1 else PLAIN)
         made.pace.release(0)
         made.reset()
+
+
+@pytest.mark.parametrize(
+    "figures",
+    [{}, {"tokens_per_step": math.nan}, {"nodes_per_step": "many"}, {"name": ["a", "list"]}, {"tokens_per_step": -1.0}],
+    ids=repr,
+)
+def test_a_promise_that_makes_no_sense_is_none(target: TableNetwork, figures: dict[str, object]) -> None:
+    """The choice is used all the same, and tried like any other."""
+    sound = {"name": "a lookup", "nodes_per_step": 4.0, "tokens_per_step": 2.0} if figures else {}
+    choice = Choice(1, 0.0, {"drafter": "lookup", "nodes": 4}, {**sound, **figures})
+    plan_of(target, choices=[choice]).write(target.home / NAME)
+    made = auto(target)
+    assert names(made)[0] == ("lookup", 4) and not made.pace._expected
 
 
 def test_on_another_machine_choices_hold_and_costs_do_not(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -73,10 +74,12 @@ class Planned:
         try:
             nodes = fmean(float(one["nodes_per_step"]) - 1 for one in figures)
             tokens = fmean(float(one["tokens_per_step"]) - 1 for one in figures)
-            seconds = self.drafts.get(figures[0]["name"], {})
-            return Expected(nodes, tokens, {int(rows): float(value) for rows, value in seconds.items()})
+            drafts = self.drafts.get(figures[0]["name"], {})
+            seconds = {int(rows): float(value) for rows, value in drafts.items()}
         except (AttributeError, KeyError, TypeError, ValueError):
             return None
+        are_sound = all(isfinite(value) and value >= 0 for value in (nodes, tokens, *seconds.values()))
+        return Expected(nodes, tokens, seconds) if are_sound else None
 
     def write(self, path: Path) -> None:
         """At once. What drafters name is named as it lies from there. Raises OSError."""
