@@ -5,8 +5,9 @@
 
 Every arm answers the same held-out prompts, at least three for every row: where rows end one by one and nobody takes
 their places, a drafter that serves some faster than others looks slow. One round gives every arm one turn, in changing
-order. The last arm is a `switch` of the others. It begins every turn knowing nothing, as all drafters do: what it loses
-until it has learnt is in its figure. Ratios to plain decoding are taken round by round; the table shows their median
+order. `controlled` is a `switch` of the others. It begins every turn knowing nothing, as all drafters do: what it loses
+until it has learnt is in its figure. --plan: one arm more, `auto` with a plan of `forerun plan`, where every turn begins
+with what that promises. Ratios to plain decoding are taken round by round; the table shows their median
 and range. --noise: random prompts at temperature 5, where nothing can be looked up (a draft model's law is nearly the
 target's there).
 """
@@ -34,8 +35,8 @@ from forerun.engine.load import drafter_for
 from forerun.nn.machine import processor
 from forerun.plots.style import Sheet, Theme, write
 
-PLAIN, CONTROLLED = "none", "controlled"
-COLOURS = {PLAIN: "plain", CONTROLLED: "accepted"}
+PLAIN, CONTROLLED, PLANNED = "none", "controlled", "planned"
+COLOURS = {PLAIN: "plain", CONTROLLED: "accepted", PLANNED: "corpus"}
 NOISE = 5.0
 WAVES = 3
 """Requests for every row, at least."""
@@ -59,10 +60,12 @@ class Arm:
 class Race:
     """Engines on one target, an arm each."""
 
-    def __init__(self, target: Path, drafters: Sequence[str], dtype: str):
+    def __init__(self, target: Path, drafters: Sequence[str], dtype: str, plan: Path | None = None):
         self.plain = forerun.load(target, dtype=dtype)
         controlled = {"drafter": "switch", "parts": list(drafters)}
         specs: dict[str, Any] = {PLAIN: PLAIN, **{name: name for name in drafters}, CONTROLLED: controlled}
+        if plan is not None:
+            specs[PLANNED] = {"drafter": "auto", "checkpoint": str(plan)}
         words = self.plain.tokenizer
         self.drafters = {
             name: drafter_for(self.plain.target.network, spec, tokenizer=words) for name, spec in specs.items()
@@ -141,12 +144,13 @@ def main(
     tokens: int = 128,
     rounds: int = 3,
     dtype: str = "bf16",
+    plan: Annotated[Path | None, typer.Option(help="a plan that auto drafts by")] = None,
     noise: Annotated[bool, typer.Option("--noise", help="random prompts at temperature 5")] = False,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
     plot: Annotated[Path | None, typer.Option(help="a picture of the ratios, as PNG")] = None,
 ) -> None:
     """Time every arm at every number of rows; keep the raw rows."""
-    race = Race(target, drafter or ["hierarchy"], dtype)
+    race = Race(target, drafter or ["hierarchy"], dtype, plan)
     texts = [race.plain.encode(item.prompt) for item in spread(load_suite())[:prompts]]
     if noise:
         luck = torch.Generator().manual_seed(0)

@@ -20,6 +20,7 @@ from forerun.drafting.growth import Chain, Expander, Form, Frontier, SampledTree
 from forerun.drafting.stopping import LAST, Confidence, Drafted
 from forerun.errors import DrafterError
 from forerun.model import Model, Scores
+from forerun.nn.feed import Feed, Read
 from forerun.ranktree import RankTree
 from forerun.row import Row
 from forerun.sampling import SamplingParams
@@ -289,6 +290,38 @@ def test_rules_that_do_not_read_cost_no_forward_more() -> None:
     drafter = DraftModel.on(network, Chain(Confidence(1.0, 5)))
     drafter.admit(rows[0], {})
     assert drafter.propose(context_of(rows, [5])).nodes == 2 and drafter.model.passes == 1
+
+
+@pytest.mark.parametrize("depths", [[4, 0, 2], [0, 0, 3], [1, 4, 4]])
+@pytest.mark.parametrize(
+    "form", [Chain(Confidence(0.45, 4)), TopTree(2, 3, 5), SampledTree([2, 1])], ids=["chain", "best", "drawn"]
+)
+def test_a_draft_model_reads_the_nodes_that_get_children_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, form: Form, depths: list[int]
+) -> None:
+    """Not those of rows that nothing is asked for, nor of chains that have ended; what it says is the same."""
+    rows, alone = rows_of([3, 2, 6]), list[list[int]]()
+    for row, depth in zip(rows, depths, strict=True):
+        one = DraftModel.on(table(), form)
+        one.admit(row, {})
+        alone.append(list(one.propose(context_of([row], [depth])).tokens[0]))
+    network, read = table(), list[list[int]]()
+    forward = network.forward
+
+    def watched(feed: Feed, *rest: object) -> Read:
+        if len(feed.tokens_BN) == len(rows) and feed.last_B is None:
+            read.append([feed.tokens_BN.shape[1]] * len(rows) if feed.counts_B is None else feed.counts_B.tolist())
+        return forward(feed, *rest)
+
+    monkeypatch.setattr(network, "forward", watched)
+    drafter = DraftModel.on(network, form)
+    for row in rows:
+        drafter.admit(row, {})
+    tree = drafter.propose(context_of(rows, depths))
+    assert [list(tokens) for tokens in tree.tokens] == alone
+    for row, depth in enumerate(depths):
+        nodes = sum(counts[row] for counts in read)
+        assert nodes == max(0, len(alone[row]) - 2) if isinstance(form, Chain) else (nodes > 0) == (depth > 1)
 
 
 def test_a_rule_for_another_model_is_refused_with_a_sentence() -> None:

@@ -49,13 +49,14 @@ class Frontier:
 
     tokens_BW: int64, on the expander's device. depths_BW: steps below node 0. parents_BW: their
     parents' places in the frontier before this one (the first frontier's: 0). paths_BWJ: as
-    `Model.grow` wants them; None: a chain.
+    `Model.grow` wants them; None: a chain. counts_B: how many of W are no padding; None: all.
     """
 
     tokens_BW: Tensor
     depths_BW: Ints
     parents_BW: Ints
     paths_BWJ: Paths | None = None
+    counts_B: Ints | None = None
 
     @property
     def depth(self) -> int:
@@ -160,12 +161,12 @@ def tempered(expander: Expander, temperatures: Sequence[float]) -> Expander:
 
 class ModelExpander(Expander):
     """A draft model: the frontier goes into its scratch. layers: the hidden states that the form wants to know. asked:
-    the rows that anything is wanted for, all if not given; the others do not make it read what it has missed."""
+    the rows that anything is wanted for, all if not given; of the others it reads nothing."""
 
     def __init__(
         self, model: Model, rows: Sequence[Row], layers: Collection[int] = (), asked: Sequence[bool] | None = None
     ):
-        self._model, self._rows, self._asked = model, rows, asked
+        self._model, self._rows, self._asked = model, rows, None if asked is None or all(asked) else asked
         top = model.network.cache_shape.layers
         self._numbers = {layer: top if layer == LAST else layer for layer in layers}
         self._layers = tuple(self._numbers.values())
@@ -174,7 +175,11 @@ class ModelExpander(Expander):
         return self._called(self._model.next_scores(self._rows, self._layers, self._asked))
 
     def expand(self, frontier: Frontier) -> Scores:
-        return self._called(self._model.grow(frontier.tokens_BW, frontier.depths_BW, frontier.paths_BWJ, self._layers))
+        counts = frontier.counts_B
+        if self._asked is not None:
+            counts = np.where(self._asked, frontier.tokens_BW.shape[1] if counts is None else counts, 0)
+        read = self._model.grow(frontier.tokens_BW, frontier.depths_BW, frontier.paths_BWJ, self._layers, counts)
+        return self._called(read)
 
     def _called(self, scores: Scores) -> Scores:
         """With the states under the names that the form has for their layers."""
@@ -261,9 +266,10 @@ class Chain:
             watch.drawn(depth, scores, token_B1)
             if depth >= watch.longest:
                 break
-            scores = expander.expand(Frontier(token_B1, np.full((len(rows), 1), depth), parents))
+            going_on = np.array([size > depth + 1 for size in watch.sizes], np.int64)
+            scores = expander.expand(Frontier(token_B1, np.full((len(rows), 1), depth), parents, counts_B=going_on))
         tokens = [chain[:size] for chain, size in zip(chains, watch.sizes, strict=True)]
-        entries = [[-1, *range(size - 1)] for size in watch.sizes]
+        entries = [[-1, *range(size - 2), -1][:size] for size in watch.sizes]
         return Grown(pen.tree(tokens), entries)
 
 
@@ -402,7 +408,8 @@ class _Grove:
                 parents[index, offset] = path[-2] - self._above if len(path) > 1 else 0
                 paths[index, offset, : len(path)] = path
         self._above, self._held = held, held + width
-        return Frontier(torch.from_numpy(tokens).to(self._device), depths, parents, paths)
+        counts = np.array([len(nodes) for nodes in chosen], np.int64)
+        return Frontier(torch.from_numpy(tokens).to(self._device), depths, parents, paths, counts)
 
 
 @dataclass(frozen=True)
@@ -435,11 +442,11 @@ class TopTree:
             log_probs, best = expander.top(scores.logits_BNV, min(self.width, scores.logits_BNV.shape[-1]))
             values, tokens = log_probs.tolist(), best.tolist()
             for index, tree in enumerate(grove.trees):
+                grown: list[int] = []
                 if level <= depths[index]:
                     grown = self._extend(tree, frontiers[index], values[index], tokens[index])
-                    frontiers[index] = [node for node in grown if tree.scores[node] >= least[index]]
-                else:
-                    frontiers[index] = []
+                goes_on = level < depths[index]
+                frontiers[index] = [node for node in grown if goes_on and tree.scores[node] >= least[index]]
             if not any(frontiers):
                 break
             if level < deepest:

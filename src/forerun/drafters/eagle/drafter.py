@@ -139,7 +139,8 @@ class Pairs:
 
     def grow(self, frontier: Frontier, states_BWD: Tensor) -> Scores:
         """What may follow these nodes, and with which states (LAST). states_BWD: what was said at their parents."""
-        scores = self.model.grow(frontier.tokens_BW, frontier.depths_BW, frontier.paths_BWJ, self._layers, states_BWD)
+        where = frontier.depths_BW, frontier.paths_BWJ
+        scores = self.model.grow(frontier.tokens_BW, *where, self._layers, frontier.counts_B, states_BWD)
         return Scores(scores.logits_BNV, {LAST: scores.hidden[self._layers[0]]})
 
     def _end(self, slot: int, tokens: Sequence[int], end: int) -> int:
