@@ -39,6 +39,10 @@ def tell_tensorboard() -> None:
     Events(Path("board"))
 
 
+def serve() -> None:
+    importlib.import_module("forerun.cli.serve").demand_packages()
+
+
 def evaluate() -> None:
     importlib.import_module("forerun.integrations.lm_eval")
 
@@ -48,6 +52,7 @@ ASKS: dict[str, tuple[str, Callable[[], None]]] = {
     "plots": ("matplotlib", draw_a_picture),
     "tensorboard": ("tensorboardX", tell_tensorboard),
     "gguf": ("gguf", read_a_gguf),
+    "serve": ("fastapi", serve),
     "eval": ("lm_eval", evaluate),
 }
 

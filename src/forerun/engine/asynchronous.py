@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
 from typing import Any, Self
 
 from forerun.engine.engine import Engine
@@ -78,15 +78,24 @@ class AsyncEngine:
 
     async def stream(
         self, prompts: Prompts, params: Wishes = None, text: bool = True, **wishes: Any
-    ) -> AsyncIterator[Piece]:
+    ) -> AsyncGenerator[Piece]:
         """As `Engine.stream`."""
+        async with aclosing(self.bursts(prompts, params, text, **wishes)) as bursts:
+            async for burst in bursts:
+                for piece in burst:
+                    yield piece
+
+    async def bursts(
+        self, prompts: Prompts, params: Wishes = None, text: bool = True, **wishes: Any
+    ) -> AsyncGenerator[list[Piece]]:
+        """As `stream`, but all that has come by then at once: who is slower than the engine has less to do then."""
         asked, mail = wanted(params, wishes), _Mail()
         session = await asyncio.to_thread(Session, self.engine, prompts, asked, text, mail)
         self._drive_for(mail)
         try:
             while not session.is_over:
                 await mail.arrived()
-                yield next(session)
+                yield [next(session) for _ in range(len(mail))]
         finally:
             self._open.pop(id(mail), None)
             session.close()

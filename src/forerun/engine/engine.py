@@ -17,7 +17,7 @@ import secrets
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import count
 from typing import Any, Self
@@ -166,10 +166,14 @@ class Engine:
             self._waiting.update((request.number, request) for request in requests)
         return [request.number for request in requests]
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """The token ids of a prompt of any form. RequestError for what is none, or is outside the vocabulary."""
+    def encode(self, prompt: Prompt, template: Mapping[str, Any] | None = None) -> list[int]:
+        """The token ids of a prompt of any form. RequestError for what is none, or is outside the vocabulary.
+
+        template: what else a chat template is told (tools, for instance); "chat_template": one to use instead of the
+        model's own.
+        """
         with self._spelling:
-            tokens = tokens_of(prompt, self.tokenizer)
+            tokens = tokens_of(prompt, self.tokenizer, template)
         outside = next((token for token in tokens if not 0 <= token < self.target.vocab_size), None)
         if outside is not None:
             raise RequestError(f"token id {outside} is outside the vocabulary of {self.target.vocab_size}")
@@ -246,6 +250,12 @@ class Engine:
         """Some request is left."""
         with self._turn:
             return bool(self._requests())
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """How many requests run or are being read, and how many wait."""
+        with self._turn:
+            return len(self._running) + bool(self._reading), len(self._waiting)
 
     def _requests(self) -> list[Request]:
         return [*self._waiting.values(), *([self._reading] if self._reading else []), *self._running]

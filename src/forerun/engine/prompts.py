@@ -57,8 +57,13 @@ def separate(prompts: Prompts) -> list[Prompt]:
     return [_alone(item) for item in items]
 
 
-def tokens_of(prompt: Prompt, tokenizer: HuggingFaceTokenizer | None) -> list[int]:
-    """The token ids of one prompt. RequestError if it is none, empty, or needs what the model does not have."""
+def tokens_of(
+    prompt: Prompt, tokenizer: HuggingFaceTokenizer | None, template: Mapping[str, Any] | None = None
+) -> list[int]:
+    """The token ids of one prompt. RequestError if it is none, empty, or needs what the model does not have.
+
+    template: what a chat template is told beside the messages, as `Engine.encode` says.
+    """
     one: Any = _alone(prompt)
     if isinstance(one, str):
         if tokenizer is None:
@@ -66,7 +71,7 @@ def tokens_of(prompt: Prompt, tokenizer: HuggingFaceTokenizer | None) -> list[in
         demand_characters(one)
         one = tokenizer(one)["input_ids"]
     elif one and _is_message(one[0]):
-        one = _through_template(one, tokenizer)
+        one = _through_template(one, tokenizer, template or {})
     if not one:
         raise RequestError("the prompt is empty: give at least one token")
     return [int(token) for token in one]
@@ -156,9 +161,9 @@ def _unpadded(ids: list[int], mask: list[int]) -> list[int]:
     return ids[seen[0] : seen[-1] + 1]
 
 
-def _through_template(messages: Sequence[Message], tokenizer: Any) -> list[int]:
+def _through_template(messages: Sequence[Message], tokenizer: Any, told: Mapping[str, Any]) -> list[int]:
     """With the beginning of the answer behind it; where the last message is the assistant's own, it is gone on with."""
-    if not getattr(tokenizer, "chat_template", None):
+    if not (told.get("chat_template") or getattr(tokenizer, "chat_template", None)):
         raise RequestError("this model has no chat template: give the prompt as text, or load one with a template")
     for message in messages:
         if message.get("content") is None and not message.get("tool_calls"):
@@ -172,6 +177,7 @@ def _through_template(messages: Sequence[Message], tokenizer: Any) -> list[int]:
             continue_final_message=goes_on,
             tokenize=True,
             return_dict=True,
+            **told,
         )
     except Exception as error:  # a template raises what its author, Jinja or Python like
         raise RequestError(

@@ -106,7 +106,8 @@ class Piece:
 
     origins[i]: who thought of token i, the drafter's part of that name (and the target agreed), or
     "", the target itself. A request's last piece says why it ended and carries its output. That of a request which was
-    cancelled adds no token; error: what went wrong in the step that ended it.
+    cancelled adds no token; error: what went wrong in the step that ended it. proposed: how many tokens were drafted in
+    this step. logprobs: of its tokens, where they were asked for.
     """
 
     request: int
@@ -118,6 +119,8 @@ class Piece:
     finish_reason: str | None = None
     output: Output | None = None
     error: Exception | None = None
+    proposed: int = 0
+    logprobs: Sequence[TokenLogprob] = ()
 
     @property
     def drafted(self) -> list[bool]:
@@ -187,7 +190,7 @@ class Request:
         stats.accepted_tokens += min(len(accepted), count)
         stats.new_tokens += count
         stats.seconds = time.perf_counter() - self.started
-        self._hand_out(tokens, [*accepted, ""][:count], texts)
+        self._hand_out(tokens, [*accepted, ""][:count], texts, proposed=drafted)
 
     def begin(self) -> None:
         """It is its turn, for the first time or again."""
@@ -200,7 +203,7 @@ class Request:
         self.finish_reason = "interrupted"
         if self.started:
             self.stats.seconds = time.perf_counter() - self.started
-        self._hand_out([], [], [], error)
+        self._hand_out([], [], [], error=error)
 
     def _rewind(self) -> None:
         """Back to what has been told."""
@@ -217,11 +220,12 @@ class Request:
         self.is_told = True
 
     def _hand_out(
-        self, tokens: list[int], origins: list[str], texts: list[str], error: Exception | None = None
+        self, tokens: list[int], origins: list[str], texts: list[str], proposed: int = 0, error: Exception | None = None
     ) -> None:
         output = self._output(self.finish_reason) if self.finish_reason else None
         place = self.number, self.prompt_index, self.sample
-        self.inbox.append(Piece(*place, tokens, origins, texts, self.finish_reason, output, error))
+        logprobs = self.logprobs[-len(tokens) :] if tokens and self.logprobs else ()
+        self.inbox.append(Piece(*place, tokens, origins, texts, self.finish_reason, output, error, proposed, logprobs))
         self.is_over = output is not None
 
     def _output(self, finish_reason: str) -> Output:
