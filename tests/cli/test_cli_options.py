@@ -31,6 +31,9 @@ OPTIONS = {
     " --compare --revision --num-speculative-tokens --speculative-config",
     "chat": f"{SAMPLING} {MACHINE} --system --chat-template --template --raw --compare --drafter --acceptance"
     " --revision --num-speculative-tokens --speculative-config",
+    "serve": f"{MACHINE} --host --port --served-model-name --api-key --api-keys --cors-origin --drafter"
+    " --num-speculative-tokens --speculative-config --acceptance --chat-template --template --max-rows --batch-size"
+    " --max-waiting --max-prompt-tokens --max-output-tokens --max-seconds --max-body-bytes --drain-seconds --revision",
     "check": f"{SAMPLING} {MACHINE} {PROMPTS} {CHAT} --drafter --tokens --rows --batch-size --samples --json --revision"
     " --num-speculative-tokens --speculative-config",
     "index": "--tokenizer --out",

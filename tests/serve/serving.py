@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import textwrap
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,11 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from forerun.drafters.none import Nothing
+from forerun.drafting.drafter import Context
 from forerun.serve.app import Service
 from forerun.serve.desk import Desk
+from forerun.tree import TokenTree
 
 TEMPLATE = (
     "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}"
@@ -106,3 +111,47 @@ class Serving:
         frames = response.text.removesuffix("\n\n").split("\n\n")
         assert all(frame.startswith("data: ") for frame in frames) and frames.pop() == "data: [DONE]"
         return [json.loads(frame[6:]) for frame in frames]
+
+
+class Steps(Nothing):
+    """Plain decoding whose steps are let through one by one."""
+
+    def __init__(self) -> None:
+        self._open = threading.Semaphore(0)
+        self.made = 0
+
+    def let(self, count: int = 1) -> None:
+        self._open.release(count)
+
+    def propose(self, context: Context) -> TokenTree:
+        assert self._open.acquire(timeout=20), "nobody lets a step through"
+        self.made += 1
+        return super().propose(context)
+
+
+class Client:
+    """One request by hand, whose client may go away, and may not read before it likes to; what it was sent."""
+
+    def __init__(self, app: Any, path: str, reads: asyncio.Event | None = None, **asked: Any):
+        self._reads = reads
+        self._body: bytes | None = json.dumps({"model": "tiny", **asked}).encode()
+        self.went, self.sent = asyncio.Event(), bytearray()
+        self.arrived = asyncio.Event()
+        scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b""}
+        scope |= {"headers": [(b"content-type", b"application/json")], "http_version": "1.1", "root_path": ""}
+        scope |= {"scheme": "http", "server": ("test", 80), "client": ("test", 1)}
+        self.answer = asyncio.create_task(app(scope, self._receive, self._send))
+
+    async def _receive(self) -> dict[str, Any]:
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body}
+        await self.went.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: dict[str, Any]) -> None:
+        if self._reads:
+            await self._reads.wait()
+        self.sent += message.get("body", b"")
+        if self.sent:
+            self.arrived.set()

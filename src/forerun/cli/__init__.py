@@ -26,6 +26,7 @@ COMMANDS = {
     "demo": "Plain decoding and every drafter at hand, side by side.",
     "generate": "What a model says to prompts, faster.",
     "chat": "Talk to a model, and see which words were drafted.",
+    "serve": "A model behind the endpoints of OpenAI's clients.",
     "check": "Prove that a drafter changes nothing.",
     "inspect": "What this machine, a model, heads, a store or a file is.",
     "distill": "The model's own answers, to train draft heads on.",

@@ -85,9 +85,12 @@ class Asked(Body):
     def wants_running_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
+    usual: ClassVar[int | None] = None
+    """New tokens at most, if nothing is said about it; None: as many as there is room for."""
+
     @property
     def longest(self) -> int | None:
-        """New tokens at most, if anything was said about it."""
+        """New tokens at most, if anything is said about it."""
         raise NotImplementedError
 
     @property
@@ -106,13 +109,15 @@ class Asked(Body):
         if self.logit_bias:
             given["logit_bias"] = _biases(self.logit_bias)
         longest = self.longest
-        if longest is not None and most is not None and longest > most:
+        if longest is None:
+            longest = most if self.usual is None or most is None else min(self.usual, most)
+        elif most is not None and longest > most:
             raise RefusalError(
                 400, f"{longest} new tokens are asked for, and this server gives {most} at most", "max_tokens"
             )
         try:
             return SamplingParams(
-                max_new_tokens=most if longest is None else longest,
+                max_new_tokens=longest,
                 temperature=temperature,
                 logprobs=self.alternatives,
                 tenant=tenant,
@@ -130,9 +135,12 @@ class Completion(Asked):
     logprobs: int | None = None
     best_of: int | None = None
     suffix: str | None = None
+    usual: ClassVar[int | None] = SHORT
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
+        if self.prompt == []:
+            raise RefusalError(400, "the prompt is empty: give at least one token", "prompt")
         if self.best_of not in (None, 1):
             raise RefusalError(400, "best_of is not here, it would hide what n shows: ask for n and choose", "best_of")
         if self.suffix:
@@ -145,7 +153,7 @@ class Completion(Asked):
 
     @property
     def longest(self) -> int | None:
-        return SHORT if self.max_tokens is None else self.max_tokens
+        return self.max_tokens
 
     @property
     def alternatives(self) -> int | None:
