@@ -39,6 +39,12 @@ def tell_tensorboard() -> None:
     Events(Path("board"))
 
 
+def ask_a_server() -> None:
+    from forerun.bench.traffic import demand_httpx
+
+    demand_httpx()
+
+
 def evaluate() -> None:
     importlib.import_module("forerun.integrations.lm_eval")
 
@@ -48,6 +54,7 @@ ASKS: dict[str, tuple[str, Callable[[], None]]] = {
     "plots": ("matplotlib", draw_a_picture),
     "tensorboard": ("tensorboardX", tell_tensorboard),
     "gguf": ("gguf", read_a_gguf),
+    "serve": ("httpx", ask_a_server),
     "eval": ("lm_eval", evaluate),
 }
 
