@@ -43,27 +43,35 @@ def serve() -> None:
     importlib.import_module("forerun.cli.serve").demand_packages()
 
 
+def ask_a_server() -> None:
+    from forerun.bench.traffic import demand_httpx
+
+    demand_httpx()
+
+
 def evaluate() -> None:
     importlib.import_module("forerun.integrations.lm_eval")
 
 
-ASKS: dict[str, tuple[str, Callable[[], None]]] = {
-    "train": ("sentencepiece", train_a_tokenizer),
-    "plots": ("matplotlib", draw_a_picture),
-    "tensorboard": ("tensorboardX", tell_tensorboard),
-    "gguf": ("gguf", read_a_gguf),
-    "serve": ("fastapi", serve),
-    "eval": ("lm_eval", evaluate),
-}
+ASKS: list[tuple[str, str, Callable[[], None]]] = [
+    ("train", "sentencepiece", train_a_tokenizer),
+    ("plots", "matplotlib", draw_a_picture),
+    ("tensorboard", "tensorboardX", tell_tensorboard),
+    ("gguf", "gguf", read_a_gguf),
+    ("serve", "fastapi", serve),
+    ("serve", "httpx", ask_a_server),
+    ("eval", "lm_eval", evaluate),
+]
 
 
 def test_every_extra_is_known_here() -> None:
-    assert EXTRAS.keys() - {"dev", "docs"} == ASKS.keys()
+    assert EXTRAS.keys() - {"dev", "docs"} == {extra for extra, *_ in ASKS}
 
 
-@pytest.mark.parametrize("extra", ASKS)
-def test_without_its_package_the_sentence_names_the_extra(extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    package, ask = ASKS[extra]
+@pytest.mark.parametrize(("extra", "package", "ask"), ASKS)
+def test_without_its_package_the_sentence_names_the_extra(
+    extra: str, package: str, ask: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in [one for one in sys.modules if one.split(".")[0] == package]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, package, None)
@@ -72,8 +80,7 @@ def test_without_its_package_the_sentence_names_the_extra(extra: str, monkeypatc
         ask()
 
 
-@pytest.mark.parametrize("extra", ASKS)
-def test_an_extra_brings_what_is_imported(extra: str) -> None:
-    package, _ = ASKS[extra]
+@pytest.mark.parametrize(("extra", "package"), [named[:2] for named in ASKS])
+def test_an_extra_brings_what_is_imported(extra: str, package: str) -> None:
     assert any(requirement.startswith(package) for requirement in EXTRAS[extra])
     pytest.importorskip(package, reason=f"{package} is not installed: pip install 'forerun[{extra}]'")

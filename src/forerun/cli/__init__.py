@@ -34,6 +34,7 @@ COMMANDS = {
     "plan": "Which drafter is fastest for a model on this machine.",
     "calibrate": "The tree of drafts that is fastest on this machine.",
     "design": "The draft model to train for a model of yours, on this machine.",
+    "bench": "What a server brings under load.",
     "convert": "Draft heads from and to the layouts of other engines.",
     "index": "Texts into a store that drafters copy from.",
 }
