@@ -210,7 +210,7 @@ def test_a_chat_without_a_length_goes_on_to_the_context(served):
 
 def test_what_speculation_did_is_told_to_whoever_asks(served):
     async def work(serving: Serving) -> Any:
-        asked = {"temperature": 0, "max_tokens": 60, "ignore_eos": True, "metrics": True}
+        asked = {"temperature": 0, "max_tokens": 60, "ignore_eos": True, "forerun": {"metrics": True}}
         events = await serving.events(COMPLETIONS, prompt="a a a a a a", **asked)
         return await serving.complete("a a a a a a", **asked), events
 
@@ -235,6 +235,28 @@ def test_usage_can_run_along(served):
 
     counts = [event["usage"]["completion_tokens"] for event in served(work)]
     assert counts == sorted(counts) and counts[-1] == 9
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHATS])
+def test_a_stream_tells_its_steps_to_whoever_asks(served, offline, path):
+    asked = {"prompt": "a a a a a a"} if path == COMPLETIONS else {"messages": [{"role": "user", "content": "a a a"}]}
+
+    async def work(serving: Serving) -> Any:
+        told = {"steps": True, "metrics": True}
+        return await serving.events(path, temperature=0, max_tokens=60, ignore_eos=True, forerun=told, **asked)
+
+    *events, last = served(work)
+    steps = [choice["forerun"] for event in events for choice in event["choices"] if "forerun" in choice]
+    tokens = [token for step in steps for token in step["tokens"]]
+    prompt = asked.get("prompt", "<user>a a a<assistant>")
+    assert (
+        "".join(token["text"] for token in tokens)
+        == offline.generate(prompt, max_new_tokens=60, ignore_eos=True)[0].text
+    )
+    assert len(tokens) == 60 and all(step["drafted"] >= sum(bool(t["by"]) for t in step["tokens"]) for step in steps)
+    speculation = last["metrics"]["speculative_decoding"]
+    assert sum(step["drafted"] for step in steps) == speculation["num_draft_tokens"]
+    assert sum(bool(token["by"]) for token in tokens) == speculation["num_accepted_draft_tokens"] > 0
 
 
 def test_words_and_ids(served, offline):

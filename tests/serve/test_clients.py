@@ -83,7 +83,7 @@ def test_chats_with_our_own_parameters(client, offline):
         seed=1,
         logprobs=True,
         top_logprobs=2,
-        extra_body={"top_k": 5, "metrics": True},
+        extra_body={"top_k": 5, "forerun": {"metrics": True}},
     )
     expected = offline.chat("Hi", max_new_tokens=7, seed=1, temperature=1, top_k=5)[0]
     assert found.choices[0].message.content == expected.text

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import re
 import signal
 import threading
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,6 +21,7 @@ from forerun.serve.desk import Limits
 from forerun.serve.keys import Keys
 from forerun.serve.run import Server, bound
 
+NAMES = re.compile(r"forerun:\w+")
 LONG = {"max_tokens": 400, "ignore_eos": True}
 
 
@@ -110,7 +114,7 @@ def test_tenants_share_nothing(served, made):
     keys = Keys([("a", "anna"), ("b", "berta")])
 
     async def work(serving: Serving) -> list[dict[str, Any]]:
-        body = {"model": "tiny", "prompt": "def main", "max_tokens": 40, "seed": 1, "metrics": True}
+        body = {"model": "tiny", "prompt": "def main", "max_tokens": 40, "seed": 1, "forerun": {"metrics": True}}
         found = []
         for key in "aab":
             answer = await serving.post("/v1/completions", body, authorization=f"Bearer {key}")
@@ -222,8 +226,11 @@ def samples(serving: Serving, name: str) -> list[Any]:
 
 def test_metrics_have_the_names_that_dashboards_know(served):
     async def work(serving: Serving) -> None:
-        one = await serving.complete("a a a a a", max_tokens=40, temperature=0, ignore_eos=True, metrics=True)
-        two = await serving.chat(n=2, seed=1, max_tokens=5, ignore_eos=True, metrics=True)
+        one = await serving.complete(
+            "a a a a a", max_tokens=40, temperature=0, ignore_eos=True, forerun={"metrics": True}
+        )
+        two = await serving.chat(n=2, seed=1, max_tokens=5, ignore_eos=True, forerun={"metrics": True})
+        await until(lambda: serving.service.engine.is_idle)
         told = [answer["metrics"]["speculative_decoding"] for answer in (one, two)]
         text = (await serving.client.get("/metrics")).text
         values = {
@@ -268,3 +275,16 @@ def test_what_runs_and_waits_is_told(served, offline):
         await client.answer
 
     served(work, engine)
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are(served):
+    board = json.loads((Path(__file__).parents[2] / "deploy" / "grafana.json").read_text())
+    asked = {name for panel in board["panels"] for one in panel["targets"] for name in NAMES.findall(one["expr"])}
+
+    async def work(serving: Serving) -> set[str]:
+        await serving.complete("a a a a", max_tokens=9, temperature=0, ignore_eos=True)
+        await serving.client.get("/health")
+        families = list(text_string_to_metric_families(serving.desk.figures.text().decode()))
+        return {sample.name for family in families for sample in family.samples}
+
+    assert asked and asked <= served(work)

@@ -121,8 +121,16 @@ def _telling(app: FastAPI, service: Service, desk: Desk, figures: Figures) -> No
     born = int(time.time())
 
     def card() -> dict[str, Any]:
-        context = service.engine.target.max_length
-        return {"id": service.name, "object": "model", "created": born, "owned_by": "forerun", "max_model_len": context}
+        engine = service.engine
+        can_chat = bool(service.template or getattr(engine.tokenizer, "chat_template", None))
+        return {
+            "id": service.name,
+            "object": "model",
+            "created": born,
+            "owned_by": "forerun",
+            "max_model_len": engine.target.max_length,
+            "forerun": {"target": service.name, "drafter": engine.drafter.name, "chat": can_chat},
+        }
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -218,8 +226,9 @@ class Clerk:
             return {"usage": job.usage} if asked.wants_running_usage else nothing
 
         bursts = self._desk.bursts(job)
+        told = chunks(envelope, bursts, job.params.n, usage, asked.forerun.steps)
         try:
-            async with aclosing(bursts), aclosing(chunks(envelope, bursts, job.params.n, usage)) as events:
+            async with aclosing(bursts), aclosing(told) as events:
                 async for event, ended in events:
                     outputs += ended
                     if event:
@@ -239,7 +248,7 @@ class Clerk:
 
     @staticmethod
     def _metrics(asked: Asked, job: Job, outputs: Sequence[Output]) -> dict[str, object] | None:
-        return job.watch.speculation.as_dict(outputs[0].stats) if asked.metrics and outputs else None
+        return job.watch.speculation.as_dict(outputs[0].stats) if asked.forerun.metrics and outputs else None
 
 
 def _reserved(tokenizer: Any) -> set[str]:

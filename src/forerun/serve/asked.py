@@ -34,6 +34,14 @@ class StreamOptions(Body):
     continuous_usage_stats: bool = False
 
 
+class Ours(Body):
+    """What is told beside OpenAI's fields. metrics: what speculation did. steps: each event of a stream is one step,
+    and says who proposed its tokens."""
+
+    metrics: bool = False
+    steps: bool = False
+
+
 class Asked(Body):
     """What both endpoints take. The second part is ours: parameters of forerun that OpenAI does not have."""
 
@@ -56,7 +64,7 @@ class Asked(Body):
     repetition_penalty: float | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
-    metrics: bool | None = Field(None, description="Tell in the answer what speculation did.")
+    forerun: Ours = Field(default_factory=Ours)
 
     OURS: ClassVar[str] = (
         "n seed presence_penalty frequency_penalty repetition_penalty stop_token_ids ignore_eos top_p top_k min_p stop"
@@ -75,6 +83,8 @@ class Asked(Body):
             raise RefusalError(
                 400, "stream_options are for streams: leave them out, or set stream to true", "stream_options"
             )
+        if self.forerun.steps and not self.stream:
+            raise RefusalError(400, "steps are told in streams: leave them out, or set stream to true", "forerun")
         return self
 
     @property

@@ -115,7 +115,7 @@ class Chats:
         yield self._piece(index, {"role": "assistant", "content": ""}, None, None)
 
     def delta(self, index: int, text: str, logprobs: Sequence[TokenLogprob], end: str | None) -> Iterator[Choice]:
-        if text or logprobs:
+        if text or logprobs or not end:
             yield self._piece(index, {"content": text}, self._logprobs(logprobs) if logprobs else None, None)
         if end:
             yield self._piece(index, {}, None, end)
@@ -188,30 +188,45 @@ def error_event(refusal: RefusalError) -> bytes:
 
 
 async def chunks(
-    envelope: Envelope, bursts: AsyncIterator[list[Piece]], n: int, running_usage: Any
+    envelope: Envelope, bursts: AsyncIterator[list[Piece]], n: int, running_usage: Any, by_step: bool = False
 ) -> AsyncGenerator[tuple[bytes, list[Output]]]:
     """Events for every burst, and the outputs that ended in it. What came at once for a sample is one event.
-    running_usage: makes what every event says of usage, as a mapping of fields."""
+    running_usage: makes what every event says of usage, as a mapping of fields. by_step: every step is an event, and
+    told."""
     begun: set[int] = set()
     endpoint = envelope.endpoint
     async for burst in bursts:
         choices: list[Choice] = []
-        for index, pieces in _by_sample(burst, n).items():
+        for index, pieces in _singly(burst, n) if by_step else _by_sample(burst, n):
             if index not in begun:
                 begun.add(index)
                 choices += endpoint.begin(index)
             text = "".join(piece.text for piece in pieces)
             logprobs = [one for piece in pieces for one in piece.logprobs]
             end = pieces[-1].finish_reason
-            if text or logprobs or end:
+            if by_step:
+                first, *others = endpoint.delta(index, text, logprobs, end)
+                choices += [first | {"forerun": _step(pieces[0])}, *others]
+            elif text or logprobs or end:
                 choices += endpoint.delta(index, text, logprobs, end)
         more = running_usage()
         events = b"".join(envelope.chunk([choice], **more) for choice in choices)
         yield events, [piece.output for piece in burst if piece.output]
 
 
-def _by_sample(burst: Sequence[Piece], n: int) -> dict[int, list[Piece]]:
-    found: dict[int, list[Piece]] = {}
+def _step(piece: Piece) -> dict[str, Any]:
+    """Who proposed the tokens of a step ("": the target itself), and how many were drafted."""
+    tokens = [{"text": text, "by": by} for text, by in zip(piece.texts, piece.origins, strict=True)]
+    return {"tokens": tokens, "drafted": piece.proposed}
+
+
+def _singly(burst: Sequence[Piece], n: int) -> Iterator[tuple[int, list[Piece]]]:
     for piece in burst:
-        found.setdefault(piece.prompt_index * n + piece.sample, []).append(piece)
-    return found
+        yield piece.prompt_index * n + piece.sample, [piece]
+
+
+def _by_sample(burst: Sequence[Piece], n: int) -> Iterable[tuple[int, list[Piece]]]:
+    found: dict[int, list[Piece]] = {}
+    for index, pieces in _singly(burst, n):
+        found.setdefault(index, []).extend(pieces)
+    return found.items()
