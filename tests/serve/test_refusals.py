@@ -147,6 +147,19 @@ def test_bodies_that_are_too_large(served):
     served(work, limits=Limits(body_bytes=2000))
 
 
+def test_a_body_that_does_not_come(served):
+    async def drip() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.sleep(20)
+
+    async def work(serving: Serving) -> None:
+        headers = {"content-type": "application/json"}
+        response = await serving.client.post("/v1/completions", content=drip(), headers=headers)
+        assert response.status_code == 408 and "takes too long" in response.json()["error"]["message"]
+
+    served(work, limits=Limits(seconds=0.02))
+
+
 def test_keys(served, tmp_path):
     file = tmp_path / "keys"
     file.write_text("# who may ask\nsesame anna\n\nmellon\n")

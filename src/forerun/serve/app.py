@@ -31,6 +31,9 @@ from forerun.serve.said import DONE, Chats, Completions, Endpoint, Envelope, Spe
 
 T = TypeVar("T")
 
+AT_ONCE = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+"""Proxies are to keep nothing of a stream back."""
+
 REFUSED = {
     400: "what is asked for makes no sense, or does not fit into the context",
     401: "the API key is missing or wrong",
@@ -213,7 +216,7 @@ class Clerk:
         envelope = Envelope(endpoint, self._name, self._fingerprint)
         if asked.stream:
             events = self._events(asked, job, envelope, request.state.call)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+            return StreamingResponse(events, media_type="text/event-stream", headers=AT_ONCE)
         outputs = await unless_gone(request, self._desk.outputs(job))
         return answer(envelope.whole(outputs, job.usage, self._metrics(asked, job, outputs)))
 

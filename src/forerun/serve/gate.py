@@ -5,6 +5,7 @@ Logged are ids, counts and seconds; never a text, nor a path or a message, which
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -42,7 +43,7 @@ class Gate:
         given = headers.get(HEADER, "")
         call = Call(given if NAME.fullmatch(given) else token_hex(8))
         scope.setdefault("state", {})["call"] = call
-        wire = Wire(call, receive, send, self._limits.body_bytes)
+        wire = Wire(call, receive, send, self._limits)
         try:
             self._demand_entrance(scope, headers, call)
             await self._app(scope, wire.receive, wire.send)
@@ -92,26 +93,36 @@ class Gate:
 
 
 class Wire:
-    """What goes to and fro: bodies up to their limit, and the request's id with every answer."""
+    """What goes to and fro: bodies up to their limits, and the request's id with every answer."""
 
-    def __init__(self, call: Call, receive: Receive, send: Send, most: int):
-        self._call, self._receive, self._send, self._left, self._most = call, receive, send, most, most
+    def __init__(self, call: Call, receive: Receive, send: Send, limits: Limits):
+        self._call, self._receive, self._send, self._limits = call, receive, send, limits
+        self._left = limits.body_bytes
+        self._is_read = False
         self.is_begun = self.is_over = self.is_gone = False
 
     async def receive(self) -> Message:
-        message = await self._receive()
+        message = await (self._receive() if self._is_read else self._in_time())
         if message["type"] == "http.disconnect":
             self.is_gone = True
+        self._is_read = self._is_read or not message.get("more_body")
         self._left -= len(message.get("body", b""))
         if self._left < 0:
-            raise HTTPException(413, too_large(self._most))
+            raise HTTPException(413, too_large(self._limits.body_bytes))
         return message
+
+    async def _in_time(self) -> Message:
+        try:
+            async with asyncio.timeout(self._call.begun + self._limits.seconds - time.perf_counter()):
+                return await self._receive()
+        except TimeoutError:
+            raise HTTPException(408, "the body takes too long to come: send it at once") from None
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.is_begun, self._call.status = True, message["status"]
             MutableHeaders(scope=message)[HEADER] = self._call.name
-        elif not message.get("more_body"):
+        elif not message.get("more_body") and not self.is_gone:
             self.is_over = True
         await self._send(message)
 

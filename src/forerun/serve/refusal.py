@@ -61,14 +61,13 @@ def misfit(errors: Sequence[Any]) -> RefusalError:
     """What a body was refused for, of pydantic's complaints the first."""
     error = errors[0]
     place = [str(part) for part in error["loc"] if part != "body"]
-    name = place[0] if place else None
-    if error["type"] == "json_invalid":
-        return RefusalError(400, "the body is not JSON: send an object as application/json")
+    name = next(iter(place), None)
+    if error["type"] == "json_invalid" or not place:
+        return RefusalError(400, "the body is no JSON object: send one as application/json")
     if error["type"] == "extra_forbidden":
         return RefusalError(
             400, f"Unrecognized request argument supplied: {'.'.join(place)}", name, "unknown_parameter"
         )
     if error["type"] == "missing":
-        what = f"{'.'.join(place)} is missing: give it" if place else "the body is missing: send a JSON object"
-        return RefusalError(400, what, name, "missing_required_parameter")
-    return RefusalError(400, f"{name or 'the body'} makes no sense: {error['msg']}", name, "invalid_value")
+        return RefusalError(400, f"{'.'.join(place)} is missing: give it", name, "missing_required_parameter")
+    return RefusalError(400, f"{name} makes no sense: {error['msg']}", name, "invalid_value")
