@@ -42,7 +42,7 @@ class Grammars:
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos: Collection[int]):
-        self._given, self._vocab_size, self._eos = tokenizer, vocab_size, eos
+        self._given, self._vocab_size, self._eos = tokenizer, vocab_size, frozenset(eos)
         self._tokenizer: LLTokenizer | None = None
         self._compiled = lru_cache(KNOWN)(self._compile)
         self._lock = Lock()
@@ -54,7 +54,8 @@ class Grammars:
             return self._follower(self._compiled(constraint), ends)
 
     def _follower(self, compiled: LLMatcher, ends: Collection[int]) -> _Follower:
-        return _Follower(compiled.deep_copy, self._vocab_size, self._eos, ends)
+        never = self._eos | {self._spelling().eos_token}  # ours may have an id that the model has, though no token
+        return _Follower(compiled.deep_copy, self._vocab_size, never, ends)
 
     def _compile(self, constraint: Constraint) -> LLMatcher:
         library = _library()
@@ -130,10 +131,10 @@ class _Follower:
     remembered until the row has gone on.
     """
 
-    def __init__(self, begin: Callable[[], LLMatcher], vocab_size: int, eos: Collection[int], ends: Collection[int]):
+    def __init__(self, begin: Callable[[], LLMatcher], vocab_size: int, never: Collection[int], ends: Collection[int]):
         self._begin, self._now, self._said = begin, begin(), list[int]()
         self._vocab_size = vocab_size
-        self._eos, self._ends = ([token for token in ids if 0 <= token < vocab_size] for ids in (eos, ends))
+        self._never, self._ends = ([token for token in ids if 0 <= token < vocab_size] for ids in (never, ends))
         self._answers: dict[tuple[int, ...], _Answer] = {}
         self.problem = ""
 
@@ -169,7 +170,7 @@ class _Follower:
         if self._gave_up():
             return None, False
         may = np.unpackbits(bits, count=self._vocab_size, bitorder="little")
-        may[self._eos] = 0
+        may[self._never] = 0
         goes_on, accepts = bool(may.any()), self._now.is_accepting()
         if not goes_on:
             return None, accepts

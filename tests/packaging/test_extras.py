@@ -39,6 +39,15 @@ def tell_tensorboard() -> None:
     Events(Path("board"))
 
 
+def constrain() -> None:
+    from tokenizers import Tokenizer, models
+
+    from forerun.constraint import Constraint
+    from forerun.grammar import Grammars
+
+    Grammars(Tokenizer(models.BPE()), 1, []).matcher(Constraint.regex("a"), [])
+
+
 def evaluate() -> None:
     importlib.import_module("forerun.integrations.lm_eval")
 
@@ -48,6 +57,7 @@ ASKS: dict[str, tuple[str, Callable[[], None]]] = {
     "plots": ("matplotlib", draw_a_picture),
     "tensorboard": ("tensorboardX", tell_tensorboard),
     "gguf": ("gguf", read_a_gguf),
+    "grammar": ("llguidance", constrain),
     "eval": ("lm_eval", evaluate),
 }
 
