@@ -155,8 +155,7 @@ class _Follower:
 
     def _go(self, said: tuple[int, ...]) -> bool:
         """Stand behind this text; False if the constraint does not allow it."""
-        shared = next((n for n, pair in enumerate(zip(self._said, said, strict=False)) if pair[0] != pair[1]), None)
-        shared = min(len(self._said), len(said)) if shared is None else shared
+        shared = _shared(self._said, list(said))
         if shared < len(self._said):
             self._now.rollback(len(self._said) - shared)
             del self._said[shared:]
@@ -185,6 +184,15 @@ class _Follower:
         self.problem = _sentence(self._now.get_error())
         self._now, self._said = self._begin(), []
         return True
+
+
+def _shared(one: list[int], other: list[int]) -> int:
+    """How many tokens two texts begin with alike. By halves: lists are compared faster than their items."""
+    known, end = 0, min(len(one), len(other))
+    while known < end:
+        middle = (known + end + 1) // 2
+        known, end = (middle, end) if one[known:middle] == other[known:middle] else (known, middle - 1)
+    return known
 
 
 _Answer = tuple[NDArray[np.uint8] | None, bool]
