@@ -388,6 +388,7 @@ def test_what_is_no_constraint_is_refused(given: Any, says: str) -> None:
     ("constraint", "says"),
     [
         (Constraint.regex("(ab"), "unclosed group"),
+        (Constraint.regex("(" * 5000), r"\( \.\.\. .*error"),
         (Constraint.regex("(?=a)b"), "look-around"),
         (Constraint.regex("c"), "allows no text that the tokenizer can spell"),
         (Constraint.regex("(a|b){0}"), "allows nothing but the empty text"),

@@ -27,6 +27,9 @@ END = "<|the text is complete|>"
 KNOWN = 64
 """Constraints that stay compiled."""
 
+LONGEST = 240
+"""Characters of a complaint of llguidance's, which may quote the whole grammar."""
+
 OPTIONS = '\n%llguidance {"no_forcing": true}\n'
 """Otherwise, where one text alone can follow, it allows that text's usual spelling alone; the model is to choose."""
 
@@ -85,7 +88,7 @@ class Grammars:
             except ValueError as error:
                 raise RequestError(
                     "a constraint needs to know the bytes of every token, and this model's tokenizer does not tell them"
-                    f" ({_sentence(str(error))[:80]}): use processors"
+                    f" ({_sentence(str(error))}): use processors"
                 ) from None
         return self._tokenizer
 
@@ -114,9 +117,10 @@ def _lark(constraint: Constraint) -> str:
 
 
 def _sentence(error: str) -> str:
-    """Without the pictures of where it is wrong."""
+    """Without the pictures of where it is wrong, and not without end."""
     lines = [line.strip(" ^~") for line in re.split(r"\n\s+\d+ \|", error)[0].splitlines()]
-    return " ".join(line for line in lines if line).removesuffix("<non-verbose/>").strip()
+    told = " ".join(line for line in lines if line).removesuffix("<non-verbose/>").strip()
+    return told if len(told) <= LONGEST else f"{told[: LONGEST // 2]} ... {told[-LONGEST // 2 :]}"
 
 
 def _refusal(constraint: Constraint, wrong: str, mend: str) -> RequestError:
