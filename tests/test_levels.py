@@ -13,8 +13,8 @@ SOURCE = Path(__file__).parents[1] / "src"
 LEVELS = (
     ("errors",),
     ("native",),  # the kernels as a library, which words may be computed with
-    ("files", "tree", "ranktree", "chance", "sampling", "row", "slots", "cost"),  # words
-    ("accept", "sources"),  # mechanisms
+    ("files", "tree", "ranktree", "chance", "constraint", "sampling", "row", "slots", "cost"),  # words
+    ("accept", "grammar", "sources"),  # mechanisms
     ("nn", "stores"),
     ("model",),  # the two actors
     ("drafting",),

@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from forerun.constraint import Constraint
     from forerun.engine.asynchronous import AsyncEngine
     from forerun.engine.engine import Engine
     from forerun.engine.load import load
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AsyncEngine",
     "CheckpointError",
+    "Constraint",
     "DrafterError",
     "Engine",
     "ForerunError",
@@ -40,6 +42,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "load": "engine.load",
     "SamplingParams": "sampling",
+    "Constraint": "constraint",
     "AsyncEngine": "engine.asynchronous",
     "Engine": "engine.engine",
     **dict.fromkeys(("Output", "Piece", "Stats", "TokenLogprob"), "engine.requests"),

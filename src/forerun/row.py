@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from forerun.chance import Dice, draft_dice, final_dice
+from forerun.constraint import Matcher
 from forerun.sampling import Prefix, SamplingParams
 from forerun.tree import TokenTree
 
@@ -18,6 +19,7 @@ class Row:
     progress and may be taken back; outside such a drafter there are none. limit: the total length
     at which the row must end. key: where its random streams start (`chance.key_of`). step: how many
     steps it has made. ends: tokens that end the text: nothing need be drafted behind them.
+    matcher: what its constraint says, if it has one.
     """
 
     tokens: list[int]
@@ -28,6 +30,7 @@ class Row:
     step: int = 0
     tentative: int = 0
     ends: frozenset[int] = frozenset()
+    matcher: Matcher | None = None
 
     @property
     def remaining(self) -> int:

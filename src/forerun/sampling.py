@@ -1,7 +1,7 @@
 """From logits to the law that a request asked for: the one place for temperature, filters, penalties, bias, processors.
 
-The order is that of transformers: bias, then penalties, then the user's processors, then
-temperature, top-k, top-p, min-p. Everything is applied at every node of a tree with that node's own
+The order is that of transformers: bias, then penalties, then the user's processors, then the
+constraint, then temperature, top-k, top-p, min-p. Everything is applied at every node of a tree with that node's own
 prefix.
 """
 
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from forerun.constraint import Constraint, Matcher
 from forerun.errors import RequestError
 from forerun.native import sampling as native
 
@@ -64,6 +65,7 @@ _KINDS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("stop_token_ids", "token ids", lambda ids: _are(ids, _is_whole)),
     ("tenant", "a name", lambda tenant: isinstance(tenant, str)),
     ("processors", "functions of (input_ids, scores)", lambda processors: _are(processors, callable)),
+    ("constraint", "a Constraint or None", lambda given: given is None or isinstance(given, Constraint | Mapping)),
 )
 """Parameters, what kind of value they want, and how to tell."""
 
@@ -80,8 +82,11 @@ class SamplingParams:
     draws one. n: samples per prompt. stop: strings that end the text (not part of it).
     stop_token_ids: tokens that end it. ignore_eos: go on after end-of-sequence. logprobs: how many
     alternatives to report beside each token (0: the token alone; None: none); natural logarithms of
-    the model's own law, before any of the above. tenant: whose memory a drafter may use: what the
-    model said to one tenant is never proposed to another.
+    the model's own law, before any of the above. constraint: what the answer must be, a
+    `Constraint` or a mapping such as {"regex": "[0-9]+"}: tokens with which it cannot become so are
+    impossible, its end is possible where the constraint accepts it, and it ends where nothing else
+    may follow. tenant: whose memory a drafter may use: what the model said to one tenant is never
+    proposed to another.
     """
 
     max_new_tokens: int | None = 256
@@ -100,6 +105,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    constraint: Constraint | Mapping[str, Any] | None = None
     tenant: str = ""
 
     def __post_init__(self) -> None:
@@ -107,6 +113,8 @@ class SamplingParams:
             raise RequestError(wrong)
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        if self.constraint is not None:
+            object.__setattr__(self, "constraint", Constraint.of(self.constraint))
         if not all(self.stop):
             raise RequestError("a stop string is empty: it would end every text at once; leave it out")
 
@@ -184,12 +192,13 @@ class SamplingParams:
             or self.frequency_penalty
             or self.logit_bias
             or self.processors
+            or self.constraint
         )
 
     @property
     def forbids(self) -> bool:
-        """Some tokens may be made impossible by a bias or a processor."""
-        return bool(self.processors or self.logit_bias)
+        """Some tokens may be made impossible by a bias, a processor or a constraint."""
+        return bool(self.processors or self.logit_bias or self.constraint)
 
     @property
     def filter(self) -> native.Filter:
@@ -222,29 +231,39 @@ class Prefix:
 
 @dataclass(frozen=True)
 class Edits:
-    """scores_NV: of every node, edited. ends: nodes behind which processors forbid every token; what
-    stands there, and below, is not edited, so that it is a law whoever looks at it."""
+    """scores_NV: of every node, edited. ends: nodes behind which processors and constraint forbid
+    every token; what stands there, and below, is not edited, so that it is a law whoever looks at it."""
 
     scores_NV: Tensor
     ends: frozenset[int]
 
 
 def edited(
-    scores_NV: Tensor, params: SamplingParams, prefixes: Sequence[Prefix], parents: Sequence[int] = ()
+    scores_NV: Tensor,
+    params: SamplingParams,
+    prefixes: Sequence[Prefix],
+    parents: Sequence[int] = (),
+    matcher: Matcher | None = None,
 ) -> Tensor:
     """The scores of `edits_of`."""
-    return edits_of(scores_NV, params, prefixes, parents).scores_NV
+    return edits_of(scores_NV, params, prefixes, parents, matcher).scores_NV
 
 
 def edits_of(
-    scores_NV: Tensor, params: SamplingParams, prefixes: Sequence[Prefix], parents: Sequence[int] = ()
+    scores_NV: Tensor,
+    params: SamplingParams,
+    prefixes: Sequence[Prefix],
+    parents: Sequence[int] = (),
+    matcher: Matcher | None = None,
 ) -> Edits:
-    """Bias, penalties and processors for the nodes of one row; `prefixes[n]` is node n's own prefix (itself included).
+    """Bias, penalties, processors and constraint for the nodes of one row; `prefixes[n]` is node n's own prefix
+    (itself included).
 
-    parents: of the nodes, if they form a tree. What is forbidden at a node leads nowhere:
-    everything below it stays as it is, for a grammar may not know what to say there. RequestError
-    for a processor that gives back what is no law.
+    parents: of the nodes, if they form a tree. matcher: of the constraint, if there is one. What is
+    forbidden at a node leads nowhere: everything below it stays as it is, for a grammar may not
+    know what to say there. RequestError for a processor that gives back what is no law.
     """
+    assert (matcher is None) == (params.constraint is None), "whoever makes a row of a constraint gives it a matcher"
     given_NV, scores_NV = scores_NV, scores_NV.clone()
     nowhere, ends = set[int](), set[int]()
     for node, prefix in enumerate(prefixes):
@@ -259,11 +278,21 @@ def edits_of(
         _penalise(scores, params, prefix)
         if params.processors:
             scores_NV[node] = _processed(scores, params.processors, prefix)
-            if float(scores_NV[node].max()) == -math.inf:
-                scores_NV[node] = given_NV[node]
-                nowhere.add(node)
-                ends.add(node)
+        if matcher:
+            _constrain(scores, matcher, prefix)
+        if (params.processors or matcher) and float(scores.max()) == -math.inf:
+            scores_NV[node] = given_NV[node]
+            nowhere.add(node)
+            ends.add(node)
     return Edits(scores_NV, frozenset(ends))
+
+
+def _constrain(scores_V: Tensor, matcher: Matcher, prefix: Prefix) -> None:
+    allowed = matcher.allowed(prefix.tokens[prefix.prompt_length :])
+    if allowed is None:
+        scores_V.fill_(-math.inf)
+    else:
+        scores_V.masked_fill_(torch.from_numpy(~allowed).to(scores_V.device), -math.inf)
 
 
 def _processed(scores_V: Tensor, processors: Sequence[Processor], prefix: Prefix) -> Tensor:

@@ -28,7 +28,7 @@ OPTIONS = {
     " --picture",
     "generate": f"{SAMPLING} {MACHINE} {PROMPTS} {CHAT} --acceptance --drafter --repetition-penalty"
     " --presence-penalty --frequency-penalty --n --stop --ignore-eos --max-rows --batch-size --logprobs --json --out"
-    " --compare --revision --num-speculative-tokens --speculative-config",
+    " --compare --revision --num-speculative-tokens --speculative-config --json-schema --regex --choice --lark",
     "chat": f"{SAMPLING} {MACHINE} --system --chat-template --template --raw --compare --drafter --acceptance"
     " --revision --num-speculative-tokens --speculative-config",
     "serve": f"{MACHINE} --host --port --served-model-name --api-key --api-keys --cors-origin --drafter"

@@ -49,6 +49,15 @@ def ask_a_server() -> None:
     demand_httpx()
 
 
+def constrain() -> None:
+    from tokenizers import Tokenizer, models
+
+    from forerun.constraint import Constraint
+    from forerun.grammar import Grammars
+
+    Grammars(Tokenizer(models.BPE()), 1, []).matcher(Constraint.regex("a"), [])
+
+
 def evaluate() -> None:
     importlib.import_module("forerun.integrations.lm_eval")
 
@@ -60,6 +69,7 @@ ASKS: list[tuple[str, str, Callable[[], None]]] = [
     ("gguf", "gguf", read_a_gguf),
     ("serve", "fastapi", serve),
     ("serve", "httpx", ask_a_server),
+    ("grammar", "llguidance", constrain),
     ("eval", "lm_eval", evaluate),
 ]
 

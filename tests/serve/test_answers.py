@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
+import re
 from typing import Any
 
 import pytest
@@ -306,3 +308,22 @@ def test_everything_at_once_is_what_it_is_alone(served, made, offline):
 
     whole, streamed = served(work, made("hierarchy", 3))
     assert whole == expected[::2] and streamed == expected[1::2]
+
+
+SCHEMA = {"type": "object", "properties": {"n": {"enum": [1, 22]}}, "required": ["n"], "additionalProperties": False}
+
+
+def test_answers_have_the_form_that_is_asked_for(served):
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, "strict": True}}
+    asked = {"response_format": form, "max_tokens": 60, "seed": 1}
+
+    async def work(serving: Serving) -> None:
+        [choice] = (await serving.chat(**asked))["choices"]
+        assert json.loads(choice["message"]["content"])["n"] in (1, 22) and choice["finish_reason"] == "stop"
+        events = await serving.events(CHATS, messages=[{"role": "user", "content": "Hi"}], **asked)
+        text = "".join(one["choices"][0]["delta"].get("content") or "" for one in events if one["choices"])
+        assert text == choice["message"]["content"]
+        for one in (await serving.complete("x", constraint={"regex": "[ab]{3}"}, max_tokens=9, n=2))["choices"]:
+            assert re.fullmatch("[ab]{3}", one["text"]) and one["finish_reason"] == "stop"
+
+    served(work)

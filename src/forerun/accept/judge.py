@@ -45,8 +45,8 @@ class Judgement:
     """The verdict, the rule that gave it, and the model's laws [B, N, V] of the nodes kept and perhaps of others (None
     where nobody needed any).
 
-    is_over: per row, whether its processors forbid every next token of the text so far; the verdict then means
-    nothing. Empty: of no row.
+    is_over: per row, whether its processors and its constraint forbid every next token of the text so far; the verdict
+    then means nothing. Empty: of no row.
     """
 
     verdict: Verdict
@@ -136,7 +136,7 @@ def _leniently(tree: TokenTree, scores_BNV: Tensor, rows: Sequence[Row], chance:
 
 
 def node_scores(tree: TokenTree, logits_BNV: Tensor, rows: Sequence[Row]) -> Tensor:
-    """The logits with each row's bias, penalties and processors applied at every node with that node's own prefix."""
+    """The logits with each row's edits (`edits_of`) made at every node with that node's own prefix."""
     return _edits(tree, logits_BNV, rows)[0]
 
 
@@ -150,6 +150,6 @@ def _edits(tree: TokenTree, logits_BNV: Tensor, rows: Sequence[Row]) -> tuple[Te
         if row.params.edits_scores:
             parents = tree.topology.parents[index]
             size = len(parents)
-            edits = edits_of(scores[index, :size], row.params, row.prefixes(tree, index), parents)
+            edits = edits_of(scores[index, :size], row.params, row.prefixes(tree, index), parents, row.matcher)
             scores[index, :size], ends[index] = edits.scores_NV, edits.ends
     return scores, ends

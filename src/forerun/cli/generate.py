@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from forerun.cli import openings, options, speculation
+from forerun.cli import constraining, openings, options, speculation
 from forerun.cli.openings import Opening
 
 if TYPE_CHECKING:
@@ -103,6 +103,10 @@ def generate(
     n: N = 1,
     stop: Stop = None,
     ignore_eos: IgnoreEos = False,
+    json_schema: constraining.JsonSchema = None,
+    regex: constraining.Regex = None,
+    choice: constraining.Choice = None,
+    lark: constraining.Lark = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     kernels: options.Kernels = "auto",
@@ -136,6 +140,7 @@ def generate(
         stop=stop or (),
         ignore_eos=ignore_eos,
         logprobs=logprobs,
+        constraint=constraining.chosen(json_schema, regex, choice, lark),
     )
     _demand_sense(out, compare, as_json, logprobs)
     spec = speculation.chosen(drafter, speculative_config, num_speculative_tokens, "auto")
@@ -298,6 +303,7 @@ def _settings(
     """All that a row depends on; the drafter and the machine too, on which its statistics depend."""
     from dataclasses import fields
 
+    from forerun.constraint import Constraint
     from forerun.sampling import SamplingParams
     from forerun.sources.fingerprint import digest
     from forerun.sources.source import Source
@@ -305,6 +311,7 @@ def _settings(
     source, usual = Source.of(model), SamplingParams()
     network = engine.target.network
     sampling = {one.name: getattr(params, one.name) for one in fields(params)}
+    sampling["constraint"] = Constraint.of(params.constraint).as_dict() if params.constraint else None
     changed = {name: value for name, value in sampling.items() if value != getattr(usual, name)}
     return {
         "model": source.name,

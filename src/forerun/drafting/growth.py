@@ -335,7 +335,8 @@ def draft_laws(logits_BNV: Tensor, rows: Sequence[Row], drafted: Sequence[Sequen
     for index, row in enumerate(rows):
         if row.params.edits_scores:
             prefixes = [Prefix([*row.tokens, *path], row.prompt_length) for path in drafted[index]]
-            scores[index, : len(prefixes)] = edited(scores[index, : len(prefixes)], row.params, prefixes)
+            edits = edited(scores[index, : len(prefixes)], row.params, prefixes, matcher=row.matcher)
+            scores[index, : len(prefixes)] = edits
     return laws(scores, [row.params for row in rows])
 
 

@@ -17,17 +17,17 @@ import secrets
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import count
 from typing import Any, Self
 
 import torch
 
-from forerun.accept.exact import Verdict
-from forerun.accept.judge import is_exact, judge, rule_of
+from forerun.accept.judge import Judgement, is_exact, judge, rule_of
 from forerun.accept.lossy import Lossy
 from forerun.chance import key_of
+from forerun.constraint import Constraint, Matcher
 from forerun.cost import NodePrice, Step, Table
 from forerun.drafting.drafter import Context, Drafter
 from forerun.engine.prompts import Prompt, Prompts, conversations, tokens_of
@@ -35,6 +35,7 @@ from forerun.engine.requests import Output, Piece, Request, Stats, TokenLogprob
 from forerun.engine.session import Session, Wish, Wishes, wanted
 from forerun.engine.text import TextStream
 from forerun.errors import RequestError
+from forerun.grammar import Grammars
 from forerun.model import Model, Scores
 from forerun.nn.network import Network
 from forerun.row import Row, final_chance
@@ -79,6 +80,7 @@ class Engine:
         self.target = Model(network, drafter.max_nodes + 1)
         self.drafter, self.tokenizer, self.lossy = drafter, tokenizer, lossy
         self.eos = frozenset(eos)
+        self._grammars = Grammars(tokenizer.backend_tokenizer, network.vocab_size, self.eos) if tokenizer else None
         self.max_rows = max_rows
         self.costs = Table()
         self.costs.know(drafter.known_costs)
@@ -100,7 +102,9 @@ class Engine:
     def beside(self, drafter: Drafter, max_rows: int | None = None) -> Engine:
         """An engine on the same network with a cache and a drafter of its own. max_rows: as here, if not given."""
         rows = self.max_rows if max_rows is None else max_rows
-        return Engine(self.target.network, drafter, self.tokenizer, self.eos, rows, self.lossy)
+        other = Engine(self.target.network, drafter, self.tokenizer, self.eos, rows, self.lossy)
+        other._grammars = self._grammars
+        return other
 
     # ---- for callers
 
@@ -158,7 +162,8 @@ class Engine:
         box = self._inbox if inbox is None else inbox
         requests = []
         for sample in range(params.n):
-            row = Row(list(tokens), len(tokens), params, key_of(seed, sample), limit, ends=ends)
+            matcher = self._matcher(params, ends)
+            row = Row(list(tokens), len(tokens), params, key_of(seed, sample), limit, ends=ends, matcher=matcher)
             stats = Stats(self.drafter.name, exact=is_exact(self.lossy, row))
             requests.append(Request(next(self._numbers), prompt_index, sample, row, stats, box, spell))
         with self._turn:
@@ -193,7 +198,16 @@ class Engine:
             )
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this model has none: use stop_token_ids")
+        self._matcher(params, ())
         return min(context, len(tokens) + params.max_new_tokens) if params.max_new_tokens else context
+
+    def _matcher(self, params: SamplingParams, ends: Collection[int]) -> Matcher | None:
+        """For a row with these ends. RequestError for a constraint that cannot be followed."""
+        if params.constraint is None:
+            return None
+        if self._grammars is None:
+            raise RequestError("a constraint needs a tokenizer, and this model has none: use processors")
+        return self._grammars.matcher(Constraint.of(params.constraint), ends)
 
     def reserve(self, rows: int, length: int) -> None:
         """Allocate the target's cache once, before the next step, instead of with every admission."""
@@ -343,8 +357,6 @@ class Engine:
         judgement = judge(
             tree, scores.logits_BNV, rows, final_chance(rows), scores.best_BN, self.lossy, tells_laws=False
         )
-        if any(judgement.is_over):
-            raise RequestError("the processors forbid every token at once: leave one, such as the end of the text")
         kept = judgement.verdict.kept
         self.target.keep(kept)
         judged = time.perf_counter()
@@ -366,7 +378,7 @@ class Engine:
             request.stats.add(step)
             if tree.nodes > 1 or not request.stats.rule:
                 request.stats.rule = rule_of(judgement, request.row)
-        self._emit(tree, scores, judgement.verdict, origins)
+        self._emit(tree, scores, judgement, origins)
 
     def _context(self, rows: Sequence[Row]) -> Context:
         """A lossy rule lets proposals show in the text, so there the clock has no say in them."""
@@ -380,8 +392,12 @@ class Engine:
             costs=self.costs if self.lossy is None else None,
         )
 
-    def _emit(self, tree: TokenTree, scores: Scores, verdict: Verdict, origins: Sequence[Sequence[str]]) -> None:
+    def _emit(self, tree: TokenTree, scores: Scores, judgement: Judgement, origins: Sequence[Sequence[str]]) -> None:
+        verdict, is_over = judgement.verdict, judgement.is_over
         for index, request in enumerate(self._running):
+            if is_over and is_over[index]:
+                request.interrupt(_nothing_left(request.row))
+                continue
             path = verdict.kept[index]
             said = [*(tree.tokens[index][node] for node in path[1:]), verdict.next_tokens[index]]
             texts = request.commit(said)
@@ -512,3 +528,15 @@ class Engine:
                 if self._waiting.pop(number, None):
                     request.interrupt(error)
         return bool(held)
+
+
+def _nothing_left(row: Row) -> RequestError:
+    """Why no token may follow a row's text."""
+    if row.matcher and row.matcher.problem:
+        return RequestError(
+            f"the constraint cannot be followed any further ({row.matcher.problem}): give a simpler one"
+        )
+    constraint = "the constraint, " if row.matcher else ""
+    return RequestError(
+        f"{constraint}the processors and the bias forbid every token at once: leave one, such as the end of the text"
+    )

@@ -88,7 +88,8 @@ class Stats:
 class Output:
     """One finished sample. token_ids: the new tokens, the ending one included. text: None without a tokenizer.
 
-    finish_reason: "stop" (end of sequence, stop token or stop string), "length", or "interrupted".
+    finish_reason: "stop" (end of sequence, stop token, stop string, or a constraint behind which nothing may follow),
+    "length", or "interrupted".
     """
 
     text: str | None
@@ -177,6 +178,8 @@ class Request:
         if token in self.row.ends:
             return "stop"
         if self.stream and self.stream.stopped:
+            return "stop"
+        if self.row.matcher and self.row.matcher.is_complete(self.row.tokens[self.row.prompt_length :]):
             return "stop"
         return "length" if self.row.remaining <= 0 else None
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from forerun.constraint import of_response_format
 from forerun.errors import RequestError
 from forerun.sampling import SamplingParams
 from forerun.serve.refusal import RefusalError
@@ -57,8 +58,10 @@ class Asked(Body):
     logit_bias: dict[str, float] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
+    response_format: dict[str, Any] | None = None
     user: str | None = None
 
+    constraint: dict[str, Any] | None = None
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
@@ -79,6 +82,8 @@ class Asked(Body):
             )
         if len(self.logit_bias or ()) > MOST_BIASES:
             raise RefusalError(400, f"give logit_bias at most {MOST_BIASES} tokens", "logit_bias")
+        if self.response_format is not None and self.constraint is not None:
+            raise RefusalError(400, "response_format and constraint say the same: give one of them", "constraint")
         if self.stream_options is not None and not self.stream:
             raise RefusalError(
                 400, "stream_options are for streams: leave them out, or set stream to true", "stream_options"
@@ -131,6 +136,7 @@ class Asked(Body):
                 temperature=temperature,
                 logprobs=self.alternatives,
                 tenant=tenant,
+                constraint=self.constraint or of_response_format(self.response_format),
                 **given,
             )
         except RequestError as error:
@@ -199,7 +205,6 @@ class Chat(Asked):
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    response_format: dict[str, Any] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     max_completion_tokens: int | None = None
@@ -232,10 +237,6 @@ class Chat(Asked):
     def alternatives(self) -> int | None:
         return self.top_logprobs or 0 if self.logprobs else None
 
-    def params(self, tenant: str, most: int | None) -> SamplingParams:
-        demand_plain_text(self.response_format)
-        return super().params(tenant, most)
-
     @property
     def talk(self) -> list[dict[str, Any]]:
         """The messages as chat templates want them."""
@@ -246,13 +247,6 @@ class Chat(Asked):
         """What the template is told beside the messages."""
         tools = self.tools if self.tools and self.tool_choice != "none" else None
         return dict(self.chat_template_kwargs or {}) | ({"tools": tools} if tools else {})
-
-
-def demand_plain_text(response_format: Mapping[str, Any] | None) -> None:
-    """The one place where a form of the answer is asked for: a grammar's sampling parameters will come from here."""
-    kind = "text" if response_format is None else response_format.get("type")
-    if kind != "text":
-        raise RefusalError(400, f"response_format {kind!r} is not supported yet: leave it out", "response_format")
 
 
 class Tokenize(Body):
