@@ -63,6 +63,7 @@ _KINDS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ),
     ("stop", "a string or several", lambda stop: isinstance(stop, str) or _are(stop, lambda one: isinstance(one, str))),
     ("stop_token_ids", "token ids", lambda ids: _are(ids, _is_whole)),
+    ("drafts", "True or False", lambda drafts: isinstance(drafts, bool)),
     ("tenant", "a name", lambda tenant: isinstance(tenant, str)),
     ("processors", "functions of (input_ids, scores)", lambda processors: _are(processors, callable)),
     ("constraint", "a Constraint or None", lambda given: given is None or isinstance(given, Constraint | Mapping)),
@@ -86,7 +87,8 @@ class SamplingParams:
     `Constraint` or a mapping such as {"regex": "[0-9]+"}: tokens with which it cannot become so are
     impossible, its end is possible where the constraint accepts it, and it ends where nothing else
     may follow. tenant: whose memory a drafter may use: what the model said to one tenant is never
-    proposed to another.
+    proposed to another. drafts: whether anything is proposed at all; False decodes plainly, beside
+    rows for which it is.
     """
 
     max_new_tokens: int | None = 256
@@ -107,6 +109,7 @@ class SamplingParams:
     logprobs: int | None = None
     constraint: Constraint | Mapping[str, Any] | None = None
     tenant: str = ""
+    drafts: bool = True
 
     def __post_init__(self) -> None:
         for wrong in self._misfits() or self._complaints():

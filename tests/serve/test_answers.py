@@ -327,3 +327,28 @@ def test_answers_have_the_form_that_is_asked_for(served):
             assert re.fullmatch("[ab]{3}", one["text"]) and one["finish_reason"] == "stop"
 
     served(work)
+
+
+def test_a_request_may_decode_plainly_beside_others(served, made):
+    """Nothing is proposed for it, and its text is the same."""
+
+    async def work(serving: Serving) -> None:
+        asked = {"max_tokens": 40, "temperature": 0}
+        plain, drafted = await asyncio.gather(
+            serving.complete("def main", forerun={"drafts": False, "metrics": True}, **asked),
+            serving.complete("def main", forerun={"metrics": True}, **asked),
+        )
+        assert plain["choices"] == drafted["choices"]
+        steps = [one["metrics"]["speculative_decoding"]["num_spec_steps"] for one in (plain, drafted)]
+        assert steps[0] == 0 < steps[1]
+
+    served(work, made("maxgram"))
+
+
+def test_the_page_asks_nobody_else(served):
+    async def work(serving: Serving) -> None:
+        found = await serving.client.get("/")
+        assert found.status_code == 200 and "connect-src 'self'" in found.headers["content-security-policy"]
+        assert not re.search(r"""(src|href)=["'](?!data:)|https?://(?!www\.w3\.org/)""", found.text)
+
+    served(work)

@@ -386,7 +386,7 @@ class Engine:
         return Context(
             rows=rows,
             budgets=[self.drafter.max_nodes] * len(rows),
-            depths=[row.remaining - 1 for row in rows],
+            depths=[row.remaining - 1 if row.params.drafts else 0 for row in rows],
             device=self.target.device,
             prices=None if price is None else [price] * len(rows),
             costs=self.costs if self.lossy is None else None,

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from importlib import resources
 from inspect import signature
 from typing import Any, TypeVar
 
@@ -30,6 +31,13 @@ from forerun.serve.refusal import GONE, RefusalError, answer, misfit
 from forerun.serve.said import DONE, Chats, Completions, Endpoint, Envelope, Spelling, chunks, error_event
 
 T = TypeVar("T")
+
+PAGE = {
+    "content-security-policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline';"
+    " img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "referrer-policy": "no-referrer",
+}
+"""The page asks this server and nobody else, and stands in no other page."""
 
 AT_ONCE = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 """Proxies are to keep nothing of a stream back."""
@@ -134,6 +142,12 @@ def _telling(app: FastAPI, service: Service, desk: Desk, figures: Figures) -> No
             "max_model_len": engine.target.max_length,
             "forerun": {"target": service.name, "drafter": engine.drafter.name, "chat": can_chat},
         }
+
+    page = resources.files("forerun.serve").joinpath("page.html").read_bytes()
+
+    @app.get("/", include_in_schema=False)
+    async def watch() -> Response:
+        return Response(page, media_type="text/html", headers=PAGE)
 
     @app.get("/v1/models")
     async def models() -> Response:

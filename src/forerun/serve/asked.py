@@ -37,10 +37,11 @@ class StreamOptions(Body):
 
 class Ours(Body):
     """What is told beside OpenAI's fields. metrics: what speculation did. steps: each event of a stream is one step,
-    and says who proposed its tokens."""
+    and says who proposed its tokens. drafts: False decodes plainly."""
 
     metrics: bool = False
     steps: bool = False
+    drafts: bool = True
 
 
 class Asked(Body):
@@ -136,6 +137,7 @@ class Asked(Body):
                 temperature=temperature,
                 logprobs=self.alternatives,
                 tenant=tenant,
+                drafts=self.forerun.drafts,
                 constraint=self.constraint or of_response_format(self.response_format),
                 **given,
             )

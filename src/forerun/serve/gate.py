@@ -23,8 +23,8 @@ from forerun.serve.refusal import GONE, RefusalError
 
 log = logging.getLogger(__name__)
 
-OPEN = frozenset(("/health", "/version", "/metrics"))
-"""Asked by machines that have no key; they tell nothing of anybody's texts."""
+OPEN = frozenset(("/", "/health", "/version", "/metrics"))
+"""Asked without a key: by machines that have none, and the page, which asks for one. They tell nothing of texts."""
 NAME = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 HEADER = "x-request-id"
 
