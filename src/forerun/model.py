@@ -111,6 +111,13 @@ class Model:
     def max_length(self) -> int:
         return self.network.max_length
 
+    @property
+    def grain(self) -> int:
+        """A text that was read up to a multiple of so many tokens, from its start and by `prefill`,
+        may be gone on with by whoever has a copy, and nobody finds other bits than if it had been
+        read at once. 1: any text may, however it was read."""
+        return 1 if self.network.backend.keeps_bits else CHUNK
+
     def reserve(self, rows: int, length: int) -> None:
         """Allocate for so many rows of so many tokens at once, instead of growing with every admission."""
         self.cache.reserve(rows, length + self.scratch + SHORT)
