@@ -6,8 +6,8 @@
 Every arm answers the same held-out prompts, at least three for every row: where rows end one by one and nobody takes
 their places, a drafter that serves some faster than others looks slow. One round gives every arm one turn, in changing
 order. `controlled` is a `switch` of the others. It begins every turn knowing nothing, as all drafters do: what it loses
-until it has learnt is in its figure. --plan: one arm more, `auto` with a plan of `forerun plan`, where every turn begins
-with what that promises. Ratios to plain decoding are taken round by round; the table shows their median
+until it has learnt is in its figure. --plan: one arm more, `auto` with a plan of `forerun plan`, where every turn
+begins with what that promises. Ratios to plain decoding are taken round by round; the table shows their median
 and range. --noise: random prompts at temperature 5, where nothing can be looked up (a draft model's law is nearly the
 target's there).
 """
@@ -61,7 +61,7 @@ class Race:
     """Engines on one target, an arm each."""
 
     def __init__(self, target: Path, drafters: Sequence[str], dtype: str, plan: Path | None = None):
-        self.plain = forerun.load(target, dtype=dtype)
+        self.plain = forerun.load(target, dtype=dtype, prefix_cache=0)
         controlled = {"drafter": "switch", "parts": list(drafters)}
         specs: dict[str, Any] = {PLAIN: PLAIN, **{name: name for name in drafters}, CONTROLLED: controlled}
         if plan is not None:

@@ -28,9 +28,9 @@ OPTIONS = {
     " --picture",
     "generate": f"{SAMPLING} {MACHINE} {PROMPTS} {CHAT} --acceptance --drafter --repetition-penalty"
     " --presence-penalty --frequency-penalty --n --stop --ignore-eos --max-rows --batch-size --logprobs --json --out"
-    " --compare --revision --num-speculative-tokens --speculative-config",
+    " --compare --prefix-cache --revision --num-speculative-tokens --speculative-config",
     "chat": f"{SAMPLING} {MACHINE} --system --chat-template --template --raw --compare --drafter --acceptance"
-    " --revision --num-speculative-tokens --speculative-config",
+    " --prefix-cache --revision --num-speculative-tokens --speculative-config",
     "check": f"{SAMPLING} {MACHINE} {PROMPTS} {CHAT} --drafter --tokens --rows --batch-size --samples --json --revision"
     " --num-speculative-tokens --speculative-config",
     "index": "--tokenizer --out",

@@ -147,7 +147,10 @@ class Seen:
 
     def joined(self) -> dict[int, Tensor]:
         """[1, n, D] per layer; {} where nothing was read."""
-        return {layer: torch.cat(parts, 1) for layer, parts in self._parts.items()}
+        self._parts = {
+            layer: [torch.cat(parts, 1)] if len(parts) > 1 else parts for layer, parts in self._parts.items()
+        }
+        return {layer: whole for layer, (whole,) in self._parts.items()}
 
     def forget(self, number: int) -> None:
         """The states of the tokens before this one."""
