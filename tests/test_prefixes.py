@@ -175,6 +175,23 @@ def test_samples_of_a_prompt_read_it_once_side_by_side() -> None:
     assert outputs[0].stats.as_dict()["cached_tokens"] == 0
 
 
+@pytest.mark.parametrize("keeps_bits", [True, False])
+def test_draft_models_share_the_memory_and_read_less_too(keeps_bits: bool) -> None:
+    """Every one of a hierarchy; what they draft is in tests/drafters/test_conformance.py."""
+    target, bound, prompt = Table(keeps_bits), 3 * 20 * CHUNK * 16, text(1, 40)
+    one = engine_of(target, "verified:a(small:b)", {"a": Table(keeps_bits), "b": Table(keeps_bits)}, prefix_cache=bound)
+    passes = []
+    for _ in range(2):
+        before = [model.passes for model in one.drafter.models]
+        assert only(one, prompt, max_new_tokens=9).token_ids == plain(target, prompt, 9)
+        passes.append([model.passes - count for model, count in zip(one.drafter.models, before, strict=True)])
+    assert len(one.drafter.models) == 2 and all(less < more for more, less in zip(*passes, strict=True))
+    kept = [model.prefixes for model in (one.target, *one.drafter.models)]
+    assert sum(part.bound for part in kept) <= bound and all(0 < part.nbytes <= part.bound for part in kept)
+    one.drafter.reset()
+    assert [part.nbytes for part in kept[1:]] == [0, 0] and kept[0].nbytes
+
+
 def test_without_memory_everything_is_read() -> None:
     one, prompt = engine_of(Table()), text(1, 30)
     assert [only(one, prompt).stats.cached_tokens for _ in range(2)] == [0, 0] and one.prefixes.nbytes == 0
@@ -322,7 +339,7 @@ def store() -> Iterator[tuple[Prefixes, Callable[[Sequence[int]], None], Callabl
 
     def known(tokens: Sequence[int]) -> int:
         slot = cache.admit()
-        kept.recall("", [*tokens, 0], slot)
+        kept.recall("", tokens, slot)
         found = cache.entries(slot)[0, 0, :, 0, 0].tolist()
         assert found == list(tokens[: len(found)])
         cache.release(slot)
@@ -383,5 +400,5 @@ def test_a_model_of_a_folder_remembers_and_one_in_memory_does_not(tmp_path: Path
     assert forerun.load(model, kernels="torch").prefixes.bound == 0
     assert forerun.load(model, kernels="torch", prefix_cache=5).prefixes.bound == 5
     one = forerun.load(saved(model, tmp_path))
-    assert 16 * one.prefixes.bound == pytest.approx(machine.memory(one.target.device), abs=16)
-    assert one.beside(one.drafter).prefixes.bound == one.prefixes.bound
+    assert 16 * one.prefix_cache == pytest.approx(machine.memory(one.target.device), abs=16)
+    assert one.beside(one.drafter).prefixes.bound == one.prefixes.bound == one.prefix_cache

@@ -102,7 +102,7 @@ class Around(Drafter):
 
     def __init__(self, inner: Drafter):
         self.inner, self.name = inner, inner.name
-        self.reads, self.max_nodes = inner.reads, inner.max_nodes
+        self.reads, self.max_nodes, self.models = inner.reads, inner.max_nodes, inner.models
         self.admit, self.release = inner.admit, inner.release  # type: ignore[method-assign]
         self.steps = count()
 

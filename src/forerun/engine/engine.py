@@ -56,8 +56,8 @@ class Engine:
     wait; it may be changed while the engine is idle. eos: token ids that end a text unless a
     request ignores them. lossy: judge requests by this rule; the statistics of those that it
     touches then say that they are not exact. prefix_cache: bytes for what has been read already,
-    so that prompts that begin alike are read once (`prefixes`; 0: all is read anew); texts are the
-    same, bit for bit. Use `forerun.load` to make one from a model folder.
+    so that prompts that begin alike are read once, by the target and by draft models (0: all is
+    read anew); texts are the same, bit for bit. Use `forerun.load` to make one from a model folder.
 
     Who may call it: any thread may call `generate`, `stream`, `chat`, `add`, `cancel`, `clear`,
     `close`, `drive` and `step` at any time, but not from within a step (a logits processor cannot
@@ -81,10 +81,11 @@ class Engine:
         prefix_cache: int = 0,
     ):
         self.target = Model(network, drafter.max_nodes + 1)
-        self.prefixes = Prefixes(self.target.cache, self.target.grain, prefix_cache, drafter.reads)
+        self.prefix_cache = prefix_cache
         self.drafter, self.tokenizer, self.lossy = drafter, tokenizer, lossy
         self.eos = frozenset(eos)
         self.max_rows = max_rows
+        self._share_memory()
         self.costs = Table()
         self.costs.know(drafter.known_costs)
         self._price = NodePrice(self.costs)
@@ -105,7 +106,20 @@ class Engine:
     def beside(self, drafter: Drafter, max_rows: int | None = None) -> Engine:
         """An engine on the same network with a cache and a drafter of its own. max_rows: as here, if not given."""
         rows = self.max_rows if max_rows is None else max_rows
-        return Engine(self.target.network, drafter, self.tokenizer, self.eos, rows, self.lossy, self.prefixes.bound)
+        return Engine(self.target.network, drafter, self.tokenizer, self.eos, rows, self.lossy, self.prefix_cache)
+
+    def _share_memory(self) -> None:
+        """Every model remembers about as many tokens."""
+        models = [self.target, *self.drafter.models]
+        whole = sum(model.cache.token_bytes for model in models)
+        for model in models:
+            model.remember(self.prefix_cache * model.cache.token_bytes // whole)
+        self.target.remember(self.target.prefixes.bound, self.drafter.reads)
+
+    @property
+    def prefixes(self) -> Prefixes:
+        """What the target has read and may be asked to read again."""
+        return self.target.prefixes
 
     # ---- for callers
 
@@ -447,7 +461,7 @@ class Engine:
         """One chunk of a prompt into the slot behind the ready rows; True when all but the newest token is read."""
         row, slot, lengths = request.row, len(self._running), self.target.cache.lengths
         if not lengths[slot]:
-            request.seen.append(self.prefixes.recall(row.params.tenant, row.tokens, slot))
+            request.seen.append(self.prefixes.recall(row.params.tenant, row.tokens[:-1], slot))
             if not request.stats.prefill_seconds:  # else a step has broken off, and it begins again
                 request.stats.cached_tokens = lengths[slot]
         request.seen.append(self.target.prefill(row, slot, self.drafter.reads) or {})

@@ -44,6 +44,11 @@ class Cache:
         self._store: Tensor | None = None
 
     @property
+    def token_bytes(self) -> int:
+        """Of one token's keys and values."""
+        return 2 * self.shape.layers * self.shape.kv_heads * self.shape.head_dim * self.dtype.itemsize
+
+    @property
     def nbytes(self) -> int:
         return 0 if self._store is None else self._store.nbytes
 

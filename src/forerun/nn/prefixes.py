@@ -77,10 +77,10 @@ class Prefixes:
         return length // self._length * self._length
 
     def recall(self, tenant: str, tokens: Sequence[int], slot: int) -> dict[int, Tensor]:
-        """Put into an empty slot what is known of a text but for its newest token, as if it had been read there.
+        """Put into an empty slot what is known of a text that is to be read, as if it had been read there.
         Returns the states of that, [1, n, D] per layer; {} where nothing is known."""
         path: list[Place] = []
-        for place in self._places(tenant, tokens, len(tokens) - 1):
+        for place in self._places(tenant, tokens, len(tokens)):
             if place not in self._blocks:
                 break
             path.append(place)
