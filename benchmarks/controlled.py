@@ -61,7 +61,7 @@ class Race:
     """Engines on one target, an arm each."""
 
     def __init__(self, target: Path, drafters: Sequence[str], dtype: str, plan: Path | None = None):
-        self.plain = forerun.load(target, dtype=dtype)
+        self.plain = forerun.load(target, dtype=dtype, prefix_cache=0)
         controlled = {"drafter": "switch", "parts": list(drafters)}
         specs: dict[str, Any] = {PLAIN: PLAIN, **{name: name for name in drafters}, CONTROLLED: controlled}
         if plan is not None:

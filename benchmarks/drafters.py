@@ -56,7 +56,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
     """Measure every drafter on every shard at every temperature; keep the raw rows."""
-    plain = forerun.load(target, weights=weights)
+    plain = forerun.load(target, weights=weights, prefix_cache=0)
     engines = {"none": plain}
     for spec in drafter:
         made = assembly.drafter_for(plain.target.network, spec, weights=weights, tokenizer=plain.tokenizer)

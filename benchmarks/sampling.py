@@ -75,7 +75,7 @@ def main(
 ) -> None:
     """Time the sampled path of every drafter."""
     counts = [int(count) for count in rows.split(",")]
-    plain = forerun.load(target)
+    plain = forerun.load(target, prefix_cache=0)
     torch.set_num_threads(1)
     made = {
         name: assembly.drafter_for(plain.target.network, spec, tokenizer=plain.tokenizer)

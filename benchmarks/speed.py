@@ -83,7 +83,7 @@ class Ours:
 
     def __init__(self, path: Path, drafter: str, dtype: str, temperature: float = 0.0):
         self._params = forerun.SamplingParams(temperature=temperature, seed=0, ignore_eos=True)
-        self.engine = forerun.load(path, drafter=drafter, dtype=dtype)
+        self.engine = forerun.load(path, drafter=drafter, dtype=dtype, prefix_cache=0)
         self.stats: list[forerun.Stats] = []
         self.clocks: list[Clocked] = []
         models = [self.engine.target, *_models(self.engine.drafter)]

@@ -159,7 +159,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
     """Time every way at every temperature; keep the raw rows."""
-    plain = forerun.load(target, dtype=dtype)
+    plain = forerun.load(target, dtype=dtype, prefix_cache=0)
     rules = ways(head, length or [1, 2, 3, 4, 5, 6, 8], threshold or [0.3, 0.5, 0.7, 0.8, 0.9])
     engines, chosen = engines_for(plain, small, rules), spread(load_suite())[:prompts]
     texts, categories = [plain.encode(one.prompt) for one in chosen], [one.category for one in chosen]

@@ -27,7 +27,7 @@ class Forerun:
         if instructions and not library.use_isa(given.kernels):
             raise SystemExit(f"this processor has no {given.kernels}")
         options: dict[str, Any] = {} if given.kernels is None or instructions else {"kernels": given.kernels}
-        self._engine = forerun.load(given.model, dtype="bf16", device="cpu", **options)
+        self._engine = forerun.load(given.model, dtype="bf16", device="cpu", prefix_cache=0, **options)
         self._engine.tokenizer = None
         self._params = forerun.SamplingParams(temperature=0.0, ignore_eos=True)
         self.about = {

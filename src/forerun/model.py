@@ -21,6 +21,7 @@ from forerun.chance import Ints
 from forerun.nn.cache import Cache
 from forerun.nn.feed import Feed, Read
 from forerun.nn.network import Network
+from forerun.nn.prefixes import Prefixes
 from forerun.row import Row
 from forerun.tree import Paths, TokenTree, Topology
 
@@ -98,6 +99,8 @@ class Model:
         self._leads: list[int] = []  # committed tokens that were read together with a tree, in front of it
         self.passes = 0
         """Forwards so far, whatever they read."""
+        self.prefixes = Prefixes(self.cache, 1, 0)
+        """What it need not read again: nothing, until somebody allows it memory (`remember`)."""
 
     @property
     def device(self) -> torch.device:
@@ -110,6 +113,19 @@ class Model:
     @property
     def max_length(self) -> int:
         return self.network.max_length
+
+    def remember(self, nbytes: int, layers: Collection[int] = ()) -> None:
+        """Share what rows that begin alike have read, within so many bytes. It is done where a model catches up
+        with a new row and no states are asked for; whoever calls `prefill` does it himself, with the states of
+        these layers."""
+        self.prefixes = Prefixes(self.cache, self.grain, nbytes, layers)
+
+    @property
+    def grain(self) -> int:
+        """A text that was read up to a multiple of so many tokens, from its start in chunks,
+        may be gone on with by whoever has a copy, and nobody finds other bits than if it had been
+        read at once. 1: any text may, however it was read."""
+        return 1 if self.network.backend.keeps_bits else CHUNK
 
     def reserve(self, rows: int, length: int) -> None:
         """Allocate for so many rows of so many tokens at once, instead of growing with every admission."""
@@ -191,7 +207,7 @@ class Model:
         """
         self._align(rows)
         texts = [row.tokens[:-1] if self._behind(row, slot, SHORT) else None for slot, row in enumerate(rows)]
-        read = self._catch_up(texts, layers=layers)
+        read = self._catch_up(rows, texts, layers=layers)
         missing = [row.tokens[self.cache.lengths[slot] : -1] for slot, row in enumerate(rows)]
         if not any(missing):
             logits, hidden, best = self._read_tree(tree.tokens_BN, tree.topology, layers)
@@ -242,7 +258,7 @@ class Model:
             row.tokens if one and self._behind(row, slot, SHORT) else None
             for slot, (row, one) in enumerate(zip(rows, asked, strict=True))
         ]
-        before = self._catch_up(texts, SHORT, layers)
+        before = self._catch_up(rows, texts, SHORT, layers)
         parts = [
             row.tokens[self.cache.lengths[slot] :] if one else []
             for slot, (row, one) in enumerate(zip(rows, asked, strict=True))
@@ -302,18 +318,27 @@ class Model:
         return len(row.tokens) - self.cache.lengths[slot] > allowed
 
     def _catch_up(
-        self, texts: Sequence[list[int] | None], leave: int = 0, layers: Collection[int] = ()
+        self,
+        rows: Sequence[Row],
+        texts: Sequence[list[int] | None],
+        leave: int = 0,
+        layers: Collection[int] = (),
     ) -> dict[int, list[Tensor]]:
-        """Read what is missing of these texts (None: nothing), one row at a time, leaving at most
-        `leave` tokens unread. Returns the hidden states asked for, [n, D] per layer and row, if
+        """Read what is missing of these texts of rows (None: nothing), one row at a time, leaving at
+        most `leave` tokens unread. Returns the hidden states asked for, [n, D] per layer and row, if
         anything was read."""
         parts: dict[int, list[list[Tensor]]] = {layer: [[] for _ in texts] for layer in layers}
         for slot, text in enumerate(texts):
+            is_new = text is not None and not self.cache.lengths[slot] and not layers
+            if text and is_new:
+                self.prefixes.recall(rows[slot].params.tenant, text[: len(text) - leave], slot)
             while text is not None and (missing := len(text) - leave - self.cache.lengths[slot]) > 0:
                 start = self.cache.lengths[slot]
                 read = self._commit([text[start : start + min(CHUNK, missing)]], slot, layers)
                 for layer, states in read.hidden.items():
                     parts[layer][slot].append(states[0])
+            if text and is_new:
+                self.prefixes.remember(rows[slot].params.tenant, text, slot, {})
         some = {layer: next((part for row in rows for part in row), None) for layer, rows in parts.items()}
         return {
             layer: [torch.cat(row) if row else first[:0] for row in parts[layer]]

@@ -28,12 +28,14 @@ OPTIONS = {
     " --picture",
     "generate": f"{SAMPLING} {MACHINE} {PROMPTS} {CHAT} --acceptance --drafter --repetition-penalty"
     " --presence-penalty --frequency-penalty --n --stop --ignore-eos --max-rows --batch-size --logprobs --json --out"
-    " --compare --revision --num-speculative-tokens --speculative-config --json-schema --regex --choice --lark",
+    " --compare --prefix-cache --revision --num-speculative-tokens --speculative-config"
+    " --json-schema --regex --choice --lark",
     "chat": f"{SAMPLING} {MACHINE} --system --chat-template --template --raw --compare --drafter --acceptance"
-    " --revision --num-speculative-tokens --speculative-config",
+    " --prefix-cache --revision --num-speculative-tokens --speculative-config",
     "serve": f"{MACHINE} --host --port --served-model-name --api-key --api-keys --cors-origin --drafter"
     " --num-speculative-tokens --speculative-config --acceptance --chat-template --template --max-rows --batch-size"
-    " --max-waiting --max-prompt-tokens --max-output-tokens --max-seconds --max-body-bytes --drain-seconds --revision",
+    " --max-waiting --max-prompt-tokens --max-output-tokens --max-seconds --max-body-bytes --drain-seconds"
+    " --revision --prefix-cache",
     "check": f"{SAMPLING} {MACHINE} {PROMPTS} {CHAT} --drafter --tokens --rows --batch-size --samples --json --revision"
     " --num-speculative-tokens --speculative-config",
     "index": "--tokenizer --out",

@@ -22,7 +22,7 @@ import pytest
 import torch
 import yaml
 
-from drafters.heading import PROMPTS, filled, greedy, lively, relative
+from drafters.heading import PROMPTS, every_kernel, filled, greedy, lively, on, relative
 from enumeration import distance, plain_law
 from fakes import Near, TableNetwork
 from forerun.accept.exact import Verdict
@@ -102,7 +102,7 @@ class Around(Drafter):
 
     def __init__(self, inner: Drafter):
         self.inner, self.name = inner, inner.name
-        self.reads, self.max_nodes = inner.reads, inner.max_nodes
+        self.reads, self.max_nodes, self.models = inner.reads, inner.max_nodes, inner.models
         self.admit, self.release = inner.admit, inner.release  # type: ignore[method-assign]
         self.steps = count()
 
@@ -240,6 +240,33 @@ def test_reset_is_as_just_built(name: str, preset: str, made: Drafter, monkeypat
         recorded.trees = []
         recorded.reset()
         assert not any(tally.asked or tally.drafted or tally.passes for tally in made.tallies())
+    assert seen[0] == seen[1]
+
+
+@every_case
+@every_kernel
+def test_a_beginning_that_is_known_changes_nothing(
+    name: str, preset: str, kernels: str, heads: Callable[[str, str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither what is said nor what is drafted, where the clock says the same: a conversation that
+    goes on, the same again with luck, and another one that begins alike."""
+    monkeypatch.setattr("forerun.model.CHUNK", 8)
+    monkeypatch.setattr("forerun.nn.prefixes.BLOCK", 4)
+    network, seen = on(lively(), kernels), []
+    for memory in (0, 1 << 20):
+        workshop = Workshop(Model(network, 1), {MODEL: on(relative(), kernels)}.__getitem__)
+        recorded = Recorded(build(example(METHODS[name], heads(name, preset) if preset else ""), workshop))
+        one = Engine(network, recorded, prefix_cache=memory)
+        monkeypatch.setattr("time.perf_counter", partial(next, count()))
+        text, said, cached = PROMPTS[3] * 2, [], []
+        for luck, more in ((0.0, [5, 6]), (0.0, [7, 8]), (0.9, []), (0.9, [])):
+            (output,) = one.generate([text], SamplingParams(max_new_tokens=15, temperature=luck, seed=3))
+            said.append(output.token_ids)
+            cached.append(output.stats.cached_tokens)
+            text = [*text, *output.token_ids, *more] if more else [*text[:21], 1, 2, 3]
+        seen.append((said, recorded.trees))
+        known = [0, 32, 48, 20] if kernels == "native" else [0, 16, 32, 16]
+        assert cached == (known if memory else [0] * 4)
     assert seen[0] == seen[1]
 
 

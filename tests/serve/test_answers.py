@@ -352,3 +352,16 @@ def test_the_page_asks_nobody_else(served):
         assert not re.search(r"""(src|href)=["'](?!data:)|https?://(?!www\.w3\.org/)""", found.text)
 
     served(work)
+
+
+def test_what_was_read_is_not_read_again_and_said_to_be_so(served, offline):
+    prompt = "def main():\n    " * 30
+
+    async def work(serving: Serving) -> None:
+        found = [await serving.complete(prompt, max_tokens=5, temperature=0) for _ in range(2)]
+        cached = [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in found]
+        assert cached[0] == 0 < cached[1] < found[1]["usage"]["prompt_tokens"]
+        assert found[0]["choices"] == found[1]["choices"]
+        assert found[0]["choices"][0]["text"] == offline.generate(prompt, max_new_tokens=5)[0].text
+
+    served(work)

@@ -110,6 +110,7 @@ def _runs(
             return
         for engine in engines.values():
             engine.drafter.reset()  # what an earlier round said is the very answer that is asked for again
+            engine.prefixes.clear()
         for index, prompt in enumerate(prompts):
             for name, engine in engines.items():
                 (output,) = engine.generate([prompt], params)

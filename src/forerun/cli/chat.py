@@ -78,6 +78,7 @@ def chat(
     kernels: options.Kernels = "auto",
     weights: options.Weights = "auto",
     threads: options.Threads = None,
+    prefix_cache: options.PrefixCache = None,
     revision: options.Revision = None,
 ) -> None:
     """Talk to a model. Answers stream; what a drafter proposed is coloured, a colour for each.
@@ -96,7 +97,8 @@ def chat(
     spec = speculation.chosen(drafter, speculative_config, num_speculative_tokens, DRAFTER)
     manner = openings.Manner.of(True, system, chat_template)
     machine = engines.Machine(dtype, device, kernels, weights, threads)
-    engine = engines.load(options.at(model, revision), spec, machine, max_rows=1, acceptance=acceptance)
+    model = options.at(model, revision)
+    engine = engines.load(model, spec, machine, 1, acceptance, options.bytes_of(prefix_cache))
     reader = openings.Reader(engine, manner)
     if engine.tokenizer is None:
         raise RequestError(f"{model} has no tokenizer, and nobody talks in token ids: use forerun generate")

@@ -39,6 +39,7 @@ def warm(plain: Engine, drafted: Engine, ids: list[int]) -> None:
     for engine in (plain, drafted):
         engine.generate([ids], params)
         engine.drafter.reset()
+        engine.prefixes.clear()
 
 
 def verdict(plain: Side, drafted: Side, engine: Engine) -> str:

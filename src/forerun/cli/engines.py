@@ -31,13 +31,19 @@ class Machine:
 
 
 def load(
-    model: str, drafter: str | Description, machine: Machine, max_rows: int = 16, acceptance: str = "exact"
+    model: str,
+    drafter: str | Description,
+    machine: Machine,
+    max_rows: int = 16,
+    acceptance: str = "exact",
+    prefix_cache: int | None = 0,
 ) -> Engine:
-    """As `forerun.load`; a wrong drafter is found before the model is read."""
+    """As `forerun.load`; a wrong drafter is found before the model is read. What measures reads every prompt."""
     describe(drafter)
     lossy_of(acceptance)
     quiet()
-    return assembly.load(model, drafter=drafter, max_rows=max_rows, acceptance=acceptance, **asdict(machine))
+    words = asdict(machine)
+    return assembly.load(model, drafter, max_rows=max_rows, acceptance=acceptance, prefix_cache=prefix_cache, **words)
 
 
 def machine_of(network: Network) -> str:

@@ -113,6 +113,7 @@ def generate(
     weights: options.Weights = "auto",
     threads: options.Threads = None,
     max_rows: MaxRows = 16,
+    prefix_cache: options.PrefixCache = None,
     revision: options.Revision = None,
     logprobs: Logprobs = None,
     out: Out = None,
@@ -146,7 +147,7 @@ def generate(
     spec = speculation.chosen(drafter, speculative_config, num_speculative_tokens, "auto")
     asked, manner = _asked(prompts or [], prompt_file or []), openings.Manner.of(chat, system, chat_template)
     machine, model = engines.Machine(dtype, device, kernels, weights, threads), options.at(model, revision)
-    engine = engines.load(model, spec, machine, max_rows, acceptance)
+    engine = engines.load(model, spec, machine, max_rows, acceptance, options.bytes_of(prefix_cache))
     reader = openings.Reader(engine, manner)
     job = Job(engine, asked, reader.all_ids(asked), params)
     if out:

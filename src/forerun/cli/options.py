@@ -138,11 +138,26 @@ Acceptance = Annotated[
         rich_help_panel=ADVANCED,
     ),
 ]
+PrefixCache = Annotated[
+    float | None,
+    typer.Option(
+        metavar="MB",
+        min=0,
+        help="Memory for what was read already, so that prompts that begin alike are read once; 0: none.",
+        rich_help_panel=ADVANCED,
+        show_default="a sixteenth of all",
+    ),
+]
 Revision = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Of a hub id: a branch, tag or commit.", rich_help_panel=ADVANCED),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.", rich_help_panel=OUTPUT)]
+
+
+def bytes_of(megabytes: float | None) -> int | None:
+    """None stays what it is: the library's own choice."""
+    return None if megabytes is None else int(megabytes * 1e6)
 
 
 def at(model: str, revision: str | None) -> str:

@@ -133,6 +133,7 @@ def serve(
     weights: options.Weights = "auto",
     threads: options.Threads = None,
     revision: options.Revision = None,
+    prefix_cache: options.PrefixCache = None,
 ) -> None:
     """Serve a model to OpenAI's clients: /v1/completions, /v1/chat/completions, /metrics and others.
 
@@ -151,7 +152,8 @@ def serve(
     template = openings.text_of(chat_template, "chat template") if chat_template else None
     with bound(host, port) as listening:  # a port that is taken is found out before a model is read
         machine = engines.Machine(dtype, device, kernels, weights, threads)
-        engine = engines.load(options.at(model, revision), spec, machine, max_rows, acceptance)
+        room = options.bytes_of(prefix_cache)
+        engine = engines.load(options.at(model, revision), spec, machine, max_rows, acceptance, room)
         if engine.tokenizer is None:
             raise RequestError(f"{model} has no tokenizer, and clients send text: put its tokenizer.json there")
         name = served_model_name or _called(model)

@@ -72,6 +72,7 @@ class Cascade(Drafter):
                 " tokens that are not verified: put it alone, or behind a fallback"
             )
         self.parts = list(parts)
+        self.models = [model for part in parts for model in part.drafter.models]
         before = [0, *(part.until for part in parts)]
         self.max_nodes = max(
             max(part.until, start) - 1 + part.drafter.max_nodes for start, part in zip(before, parts, strict=False)

@@ -43,6 +43,7 @@ class DraftModel(Drafter):
         if outside:
             raise DrafterError(f"the stopping rule reads layer {outside[0]}, and the draft model has {layers}")
         self.model, self.form = model, form
+        self.models = (model,)
         self.max_nodes = form.max_nodes
         self._entries: Sequence[
             Sequence[int]
@@ -69,6 +70,9 @@ class DraftModel(Drafter):
             kept = [[entries[n] for n in path[1:]] for entries, path in zip(self._entries, verdict.kept, strict=True)]
             self.model.keep([[entry for entry in row if entry >= 0] for row in kept])
         self._entries = []
+
+    def reset(self) -> None:
+        self.model.prefixes.clear()
 
     def retract(self, lengths: Sequence[int]) -> None:
         for slot, length in enumerate(lengths):

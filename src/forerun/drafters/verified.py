@@ -49,6 +49,7 @@ class Verified(Drafter):
 
     def __init__(self, model: Model, inner: Drafter, length: int, lenient: Lenient | None = None):
         self.model, self.inner, self.length, self.lenient = model, inner, length, lenient
+        self.models = (model, *inner.models)
         self.max_nodes = length + inner.max_nodes
         self._tally = self._new_tally()
         self._origins: list[list[str]] = []
@@ -151,6 +152,7 @@ class Verified(Drafter):
     def reset(self) -> None:
         self.inner.reset()
         self._tally, self.model.passes = self._new_tally(), 0
+        self.model.prefixes.clear()
 
     def tallies(self) -> list[Tally]:
         """asked: rounds, each of which has an answer. drafted: tokens said."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from forerun.accept.exact import Verdict
 from forerun.chance import Dice
 from forerun.cost import Table
-from forerun.model import Scores
+from forerun.model import Model, Scores
 from forerun.row import Row, draft_chance
 from forerun.tree import TokenTree
 
@@ -95,6 +95,8 @@ class Drafter:
     """Which hidden states of the target it wants, numbered as transformers numbers them."""
     max_nodes: int = 0
     """The most nodes it ever proposes, node 0 not counted: the target's cache keeps room for them."""
+    models: Sequence[Model] = ()
+    """Those of its models that read the rows' own texts: they may be allowed to remember what they have read."""
     known_costs: Sequence[tuple[int, float, int]] = ()
     """What the target's steps are known to cost here before any was made, as `cost.Table.add` takes it."""
 

@@ -32,6 +32,7 @@ class Several(Drafter):
     def __init__(self, parts: Sequence[Drafter], name: str):
         self.parts, self.name = list(parts), name
         self.reads = frozenset().union(*(part.reads for part in parts))
+        self.models = [model for part in parts for model in part.models]
         self.max_nodes = max(part.max_nodes for part in parts)
         self._chosen: list[int] = []
         self._trees: dict[int, TokenTree] = {}

@@ -38,6 +38,7 @@ from forerun.errors import RequestError
 from forerun.grammar import Grammars
 from forerun.model import Model, Scores
 from forerun.nn.network import Network
+from forerun.nn.prefixes import Prefixes
 from forerun.row import Row, final_chance
 from forerun.sampling import SamplingParams
 from forerun.slots import Slots
@@ -55,7 +56,9 @@ class Engine:
     engine's alone, because it knows the rows. max_rows: how many requests run side by side; others
     wait; it may be changed while the engine is idle. eos: token ids that end a text unless a
     request ignores them. lossy: judge requests by this rule; the statistics of those that it
-    touches then say that they are not exact. Use `forerun.load` to make one from a model folder.
+    touches then say that they are not exact. prefix_cache: bytes for what has been read already,
+    so that prompts that begin alike are read once, by the target and by draft models (0: all is
+    read anew); texts are the same, bit for bit. Use `forerun.load` to make one from a model folder.
 
     Who may call it: any thread may call `generate`, `stream`, `chat`, `add`, `cancel`, `clear`,
     `close`, `drive` and `step` at any time, but not from within a step (a logits processor cannot
@@ -76,12 +79,15 @@ class Engine:
         eos: Iterable[int] = (),
         max_rows: int = 16,
         lossy: Lossy | None = None,
+        prefix_cache: int = 0,
     ):
         self.target = Model(network, drafter.max_nodes + 1)
+        self.prefix_cache = prefix_cache
         self.drafter, self.tokenizer, self.lossy = drafter, tokenizer, lossy
         self.eos = frozenset(eos)
         self._grammars = Grammars(tokenizer.backend_tokenizer, network.vocab_size, self.eos) if tokenizer else None
         self.max_rows = max_rows
+        self._share_memory()
         self.costs = Table()
         self.costs.know(drafter.known_costs)
         self._price = NodePrice(self.costs)
@@ -102,9 +108,22 @@ class Engine:
     def beside(self, drafter: Drafter, max_rows: int | None = None) -> Engine:
         """An engine on the same network with a cache and a drafter of its own. max_rows: as here, if not given."""
         rows = self.max_rows if max_rows is None else max_rows
-        other = Engine(self.target.network, drafter, self.tokenizer, self.eos, rows, self.lossy)
+        other = Engine(self.target.network, drafter, self.tokenizer, self.eos, rows, self.lossy, self.prefix_cache)
         other._grammars = self._grammars
         return other
+
+    def _share_memory(self) -> None:
+        """Every model remembers about as many tokens."""
+        models = [self.target, *self.drafter.models]
+        whole = sum(model.cache.token_bytes for model in models)
+        for model in models:
+            model.remember(self.prefix_cache * model.cache.token_bytes // whole)
+        self.target.remember(self.target.prefixes.bound, self.drafter.reads)
+
+    @property
+    def prefixes(self) -> Prefixes:
+        """What the target has read and may be asked to read again."""
+        return self.target.prefixes
 
     # ---- for callers
 
@@ -378,6 +397,11 @@ class Engine:
             request.stats.add(step)
             if tree.nodes > 1 or not request.stats.rule:
                 request.stats.rule = rule_of(judgement, request.row)
+        if self._remembers_answers:
+            for index, request in enumerate(self._running):
+                request.seen.append(
+                    {layer: part[index : index + 1, kept[index]] for layer, part in scores.hidden.items()}
+                )
         self._emit(tree, scores, judgement, origins)
 
     def _context(self, rows: Sequence[Row]) -> Context:
@@ -423,6 +447,8 @@ class Engine:
 
     def _release(self, slot: int) -> None:
         """Close a slot; the last row takes its place, in every part alike."""
+        if self._remembers_answers:
+            self._remember(slot)
         self.target.release(slot, len(self._running))
         self.drafter.release(slot)
         self._running.release(slot)
@@ -459,16 +485,34 @@ class Engine:
 
     def _read_chunk(self, request: Request) -> bool:
         """One chunk of a prompt into the slot behind the ready rows; True when all but the newest token is read."""
-        states = self.target.prefill(request.row, len(self._running), self.drafter.reads)
-        for layer, part in (states or {}).items():
-            request.hidden.setdefault(layer, []).append(part)
-        return self.target.cache.lengths[len(self._running)] >= len(request.row.tokens) - 1
+        row, slot, lengths = request.row, len(self._running), self.target.cache.lengths
+        if not lengths[slot]:
+            request.seen.append(self.prefixes.recall(row.params.tenant, row.tokens[:-1], slot))
+            if not request.stats.prefill_seconds:  # else a step has broken off, and it begins again
+                request.stats.cached_tokens = lengths[slot]
+        request.seen.append(self.target.prefill(row, slot, self.drafter.reads) or {})
+        return lengths[slot] >= len(row.tokens) - 1
 
     def _join(self, request: Request) -> None:
         self._running.append(request)
         self._reading = None
-        self.drafter.admit(request.row, {layer: torch.cat(parts, 1) for layer, parts in request.hidden.items()})
-        request.hidden.clear()
+        self.drafter.admit(request.row, request.seen.joined())
+        self._remember(len(self._running) - 1)
+        if self._remembers_answers:
+            request.seen.forget(self.prefixes.whole(len(request.row.tokens) - 1))
+        else:
+            request.seen.clear()
+
+    def _remember(self, slot: int) -> None:
+        """Keep what the target has read of a row's text for others that begin alike."""
+        row, seen = self._running[slot].row, self._running[slot].seen
+        states = {layer: part[0] for layer, part in seen.joined().items()}
+        self.prefixes.remember(row.params.tenant, row.tokens, slot, states, seen.since)
+
+    @property
+    def _remembers_answers(self) -> bool:
+        """What was read a few tokens at a time is as good as prompts, which are read in chunks."""
+        return self.prefixes.bound > 0 and self.target.grain == 1
 
     # ---- those who leave before their end
 

@@ -22,12 +22,16 @@ from forerun.errors import CheckpointError, DrafterError
 from forerun.model import Model
 from forerun.nn.dtype import device_of, dtype_of
 from forerun.nn.load import load_network
+from forerun.nn.machine import memory
 from forerun.nn.memory import network_of
 from forerun.nn.network import Network
 from forerun.sources.source import Source
 from forerun.sources.tokenizer import HuggingFaceTokenizer, end_tokens_of, fast, fingerprint_of, ids_without_tokens
 
 log = logging.getLogger(__name__)
+
+SHARE = 16
+"""Of so much memory, one part is for prefixes."""
 
 
 def load(
@@ -41,6 +45,7 @@ def load(
     acceptance: str = "exact",
     threads: int | None = None,
     tokenizer: Any = None,
+    prefix_cache: int | None = None,
 ) -> Engine:
     """An engine for a model and a drafter.
 
@@ -64,6 +69,9 @@ def load(
             or as torch has it. A warning is logged where a busy machine leaves too few processors for them.
         tokenizer: a fast tokenizer of transformers; None: the one beside the weights, and none for a
             model in memory, whose prompts and outputs are token ids then.
+        prefix_cache: bytes in which the engine remembers what it has read, so that prompts that begin alike are read
+            once, with the same output bit for bit; 0: none. None: a sixteenth of the memory that there is, and none
+            for a model in memory, whose weights may change (`engine.prefixes.clear()` forgets what others have read).
 
     Raises:
         CheckpointError: a checkpoint that is missing, broken or of an unsupported kind.
@@ -79,7 +87,9 @@ def load(
     forbid_what_is_no_token(target, words, ends)
     made = drafter_for(target, drafter, kernels, weights, words)
     log.debug("drafter %s: at most %d tokens ahead, %s", made.name, made.max_nodes, drafter)
-    return Engine(target, made, words, ends, max_rows, lossy)
+    if prefix_cache is None:
+        prefix_cache = memory(target.device) // SHARE if isinstance(model, str | os.PathLike) else 0
+    return Engine(target, made, words, ends, max_rows, lossy, prefix_cache)
 
 
 def _target(

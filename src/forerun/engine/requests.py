@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from forerun.cost import Step
@@ -27,7 +28,9 @@ class TokenLogprob:
 class Stats:
     """What a request cost. Seconds count from its admission; a step is shared by the rows that make it together.
 
-    accepted: mean surviving draft tokens per step. tokens_per_step: new tokens per step, what a user feels.
+    accepted: mean surviving draft tokens per step. tokens_per_step: new tokens per step, what a user
+    feels. cached_tokens: those of the prompt that the target did not have to read, because another
+    request's text began with them.
     """
 
     drafter: str
@@ -35,6 +38,7 @@ class Stats:
     exact: bool = True
     steps: int = 0
     new_tokens: int = 0
+    cached_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     seconds: float = 0.0
@@ -79,7 +83,7 @@ class Stats:
         names = (
             "steps new_tokens tokens_per_step accepted seconds prefill_seconds draft_seconds verify_seconds"
             " other_seconds"
-            " tokens_per_second drafted_tokens accepted_tokens drafter rule exact"
+            " tokens_per_second drafted_tokens accepted_tokens cached_tokens drafter rule exact"
         )
         return {name: getattr(self, name) for name in names.split()}
 
@@ -133,13 +137,42 @@ class Piece:
         return "".join(self.texts)
 
 
+class Seen:
+    """The target's states of what has been read of a row, from token `since` on."""
+
+    def __init__(self) -> None:
+        self.since = 0
+        self._parts: dict[int, list[Tensor]] = {}
+
+    def append(self, states: Mapping[int, Tensor]) -> None:
+        """Of the tokens that come next, [1, n, D] per layer."""
+        for layer, part in states.items():
+            self._parts.setdefault(layer, []).append(part)
+
+    def joined(self) -> dict[int, Tensor]:
+        """[1, n, D] per layer; {} where nothing was read."""
+        self._parts = {
+            layer: [torch.cat(parts, 1)] if len(parts) > 1 else parts for layer, parts in self._parts.items()
+        }
+        return {layer: whole for layer, (whole,) in self._parts.items()}
+
+    def forget(self, number: int) -> None:
+        """The states of the tokens before this one."""
+        self._parts = {layer: [part[:, number - self.since :].clone()] for layer, part in self.joined().items()}
+        self.since = number
+
+    def clear(self) -> None:
+        self.since = 0
+        self._parts.clear()
+
+
 @dataclass(eq=False)
 class Request:
     """A row and everything the engine alone needs to know about it.
 
     inbox: where its pieces go. spell: makes the stream of its text from the start; None where
-    nobody wants text. hidden: the target's states of what has been read so far, until the row
-    joins. is_over: its last piece has been told. is_told: the row holds nothing but what was told; a
+    nobody wants text. seen: states of what has been read, for the drafter and for whoever begins
+    alike. is_over: its last piece has been told. is_told: the row holds nothing but what was told; a
     step that broke off may have added more.
     """
 
@@ -153,7 +186,7 @@ class Request:
     stream: TextStream | None = None
     started: float = 0.0
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    hidden: dict[int, list[Tensor]] = field(default_factory=dict)
+    seen: Seen = field(default_factory=Seen)
     finish_reason: str | None = None
     is_over: bool = False
     is_told: bool = True
@@ -215,7 +248,7 @@ class Request:
         row, told = self.row, self.stats.new_tokens
         del row.tokens[row.prompt_length + told :], self.logprobs[told:]
         self.finish_reason = None
-        self.hidden.clear()
+        self.seen.clear()
         if self.spell:
             self.stream = self.spell()
             for token in row.tokens[row.prompt_length :]:

@@ -44,6 +44,11 @@ class Cache:
         self._store: Tensor | None = None
 
     @property
+    def token_bytes(self) -> int:
+        """Of one token's keys and values."""
+        return 2 * self.shape.layers * self.shape.kv_heads * self.shape.head_dim * self.dtype.itemsize
+
+    @property
     def nbytes(self) -> int:
         return 0 if self._store is None else self._store.nbytes
 
@@ -101,6 +106,12 @@ class Cache:
             keys[rows, feed.at_BN], values[rows, feed.at_BN] = k_BNHE.to(keys.dtype), v_BNHE.to(values.dtype)
         return keys[:, : feed.span], values[:, : feed.span]
 
+    def extend(self, slot: int, entries: Tensor) -> None:
+        """Commit these entries behind those of a slot, [layers, 2, n, kv_heads, head_dim]."""
+        length = self.lengths[slot]
+        self.store[:, :, slot, length : length + entries.shape[2]] = entries
+        self.lengths[slot] = length + entries.shape[2]
+
     def keep(self, slot: int, scratch: list[int]) -> None:
         """Commit these scratch entries of a slot, in order, and forget the others. `scratch` ascends."""
         length = self.lengths[slot]
@@ -122,6 +133,6 @@ class Cache:
         return self._store
 
     def entries(self, slot: int) -> Tensor:
-        """The committed entries of a slot, [layers, 2, length, kv_heads, head_dim] (a view; for tests and tools)."""
+        """The committed entries of a slot, [layers, 2, length, kv_heads, head_dim] (a view)."""
         assert self._store is not None
         return self._store[:, :, slot, : self.lengths[slot]]

@@ -27,12 +27,6 @@ DEEPEST = 32
 """Positions of a draft that have a counter of their own; what is accepted behind them is counted at the last."""
 
 
-def cached_tokens(stats: Stats) -> int:
-    """Tokens of the prompt that were not read, because they were known. The one place that says so: nothing is known
-    before a prompt is read."""
-    return 0
-
-
 class Figures:
     """The metrics of one server. model: its name, a label of every one."""
 
@@ -177,7 +171,7 @@ class Watch:
 
     def _end(self, output: Output, sample: int, now: float) -> None:
         figures, count = self._figures, len(output.token_ids)
-        cached = cached_tokens(output.stats)
+        cached = output.stats.cached_tokens
         self.cached_tokens += cached
         figures.cached_tokens.inc(cached)
         figures.ended("abort" if output.finish_reason == "interrupted" else output.finish_reason)
