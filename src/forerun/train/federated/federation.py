@@ -90,7 +90,7 @@ class Federation:
         there = [name for name in chosen if rng.random() >= plan.dropout]
         loss = 0.0
         if plan.method.server:
-            loss = self.server.train_public(rng, plan.schedule.rate(round))
+            loss = self.server.train_public(luck(plan.seed, 3, round), plan.schedule.rate(round))
         message = self._said(ids)
         down = message.bytes * len(chosen) if self._speaks else 0
         self._counts |= {"asked": len(chosen), "failed": len(chosen) - len(there), "down_bytes": down}
@@ -133,7 +133,7 @@ class Federation:
                 sound[name] = answer
             except TrainingError as error:
                 log.warning("the answer of %s counts for nothing: %s", name, error)
-        late = {name for name in sorted(sound) if rng.random() < self.plan.late}
+        late = [name for name in sorted(sound) if rng.random() < self.plan.late]
         taken = self._late | {name: answer for name, answer in sound.items() if name not in late}
         self._late = {name: sound[name] for name in late}
         self._counts["failed"] += len(opening.names) - len(sound)
@@ -205,4 +205,4 @@ def means(clients: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 def _tensors(message: Message, prefix: str) -> dict[str, Tensor]:
     rows = {prefix + name: torch.from_numpy(rows) for name, rows in message.rows.items()}
-    return {prefix + "ids": torch.from_numpy(message.ids), **rows}
+    return {prefix + "ids": torch.from_numpy(message.ids).clone(), **rows}  # ids may be shared, which files cannot
