@@ -39,6 +39,12 @@ def tell_tensorboard() -> None:
     Events(Path("board"))
 
 
+def look_at_a_picture() -> None:
+    from forerun.train.federated.folders import image
+
+    image(Path("picture.png"), 8)
+
+
 def evaluate() -> None:
     importlib.import_module("forerun.integrations.lm_eval")
 
@@ -48,8 +54,11 @@ ASKS: dict[str, tuple[str, Callable[[], None]]] = {
     "plots": ("matplotlib", draw_a_picture),
     "tensorboard": ("tensorboardX", tell_tensorboard),
     "gguf": ("gguf", read_a_gguf),
+    "images": ("PIL", look_at_a_picture),
     "eval": ("lm_eval", evaluate),
 }
+NAMES = {"PIL": "pillow"}
+"""Packages that are called otherwise where they are installed from."""
 
 
 def test_every_extra_is_known_here() -> None:
@@ -70,5 +79,5 @@ def test_without_its_package_the_sentence_names_the_extra(extra: str, monkeypatc
 @pytest.mark.parametrize("extra", ASKS)
 def test_an_extra_brings_what_is_imported(extra: str) -> None:
     package, _ = ASKS[extra]
-    assert any(requirement.startswith(package) for requirement in EXTRAS[extra])
+    assert any(requirement.startswith(NAMES.get(package, package)) for requirement in EXTRAS[extra])
     pytest.importorskip(package, reason=f"{package} is not installed: pip install 'forerun[{extra}]'")

@@ -37,7 +37,11 @@ class Learner:
 
     def __post_init__(self) -> None:
         whole: dict[str, Images | Sequence[str]] = {IMAGE: self.public.images, TEXT: self.public.texts}
-        self.inputs = {name: inputs_of(whole[name], self.towers.words) for name in self.modalities}
+        words, known = self.towers.words, self.public.encoded
+        for name in self.modalities:
+            if (name, words.known) not in known:
+                known[name, words.known] = inputs_of(whole[name], words)
+        self.inputs = {name: known[name, words.known] for name in self.modalities}
 
     @property
     def modalities(self) -> tuple[str, ...]:

@@ -63,12 +63,12 @@ def split(text: str) -> list[str]:
 
 
 class Convolutions(nn.Module):
-    """Images [B, 3, H, W] of bytes, halved after every convolution."""
+    """Images [B, 3, H, W] of bytes, halved by every convolution."""
 
     def __init__(self, widths: Sequence[int], width: int):
         super().__init__()
         pairs = zip((3, *widths), widths, strict=False)
-        self.convolutions = nn.ModuleList(nn.Conv2d(before, after, 3, padding=1) for before, after in pairs)
+        self.convolutions = nn.ModuleList(nn.Conv2d(before, after, 3, stride=2, padding=1) for before, after in pairs)
         self.norms = nn.ModuleList(nn.GroupNorm(max(1, after // 8), after) for after in widths)
         self.out = nn.Linear(widths[-1] * CORNERS**2, width)
 
@@ -76,8 +76,6 @@ class Convolutions(nn.Module):
         hidden = images.float() / 127.5 - 1
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             hidden = F.relu(norm(convolution(hidden)))
-            if min(hidden.shape[-2:]) > CORNERS:
-                hidden = F.max_pool2d(hidden, 2)
         out: Tensor = self.out(F.adaptive_avg_pool2d(hidden, CORNERS).flatten(1))
         return out
 

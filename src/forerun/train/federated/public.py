@@ -43,6 +43,11 @@ class PublicSet:
             )
 
     @cached_property
+    def encoded(self) -> dict[Any, Tensor]:
+        """Its inputs as parties need them, each of them once, for whoever shares this process."""
+        return {}
+
+    @cached_property
     def version(self) -> str:
         """A digest of all items, in whatever order: who has another one speaks of other things."""
         digest = hashlib.sha256()

@@ -23,7 +23,7 @@ from forerun.train.federated.public import IMAGE, TEXT
 from forerun.train.federated.server import Gathering, Server
 from forerun.train.federated.settings import Settings
 from forerun.train.federated.tasks import Classify, Labelled, Pairs, Retrieve, Task
-from forerun.train.federated.world import Shares, World, drawn, split
+from forerun.train.federated.world import Folders, Shares, World, drawn, of_digits, of_folders, split
 from forerun.train.run import Record, Run
 from forerun.train.schedule import Schedule
 
@@ -57,9 +57,14 @@ class Federating:
 def world_of(settings: Settings) -> World:
     """The data that the settings name. TrainingError where it cannot be read."""
     data = settings.data
-    if data.kind == "shapes":
-        return drawn(data.public, data.test, data.own, data.paired, settings.seed)
-    raise TrainingError(f"{data.kind} is not known here")
+    sizes = (data.public, data.test, data.own, data.paired, settings.seed)
+    if data.kind != "folders":
+        return drawn(*sizes) if data.kind == "shapes" else of_digits(*sizes)
+    missing = [name for name in ("pairs", "images", "texts") if not getattr(data, name)]
+    if missing:
+        raise TrainingError(f"data.{missing[0]} is not said: with kind: folders, name the folder that it lies in")
+    private = Path(data.private_pairs) if data.private_pairs else None
+    return of_folders(Folders(Path(data.pairs), private, Path(data.images), Path(data.texts), data.size), *sizes)
 
 
 def prepare(settings: Settings) -> Federating:

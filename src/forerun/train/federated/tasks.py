@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -25,6 +26,11 @@ class Pairs:
     images: Images
     texts: Sequence[str]
     image_of: NDArray[np.int64]
+
+    @cached_property
+    def encoded(self) -> dict[tuple[str, ...], Encoded]:
+        """As encoders take them, once for each vocabulary: many clients may share a test."""
+        return {}
 
     def part(self, numbers: NDArray[np.int64]) -> Pairs:
         """These texts with their images."""
@@ -132,4 +138,7 @@ class Encoded:
 
     @classmethod
     def of(cls, pairs: Pairs, words: Words) -> Encoded:
-        return cls(torch.from_numpy(pairs.images), words.encode(pairs.texts), torch.from_numpy(pairs.image_of))
+        if words.known not in pairs.encoded:
+            texts, image_of = words.encode(pairs.texts), torch.from_numpy(pairs.image_of)
+            pairs.encoded[words.known] = cls(torch.from_numpy(pairs.images), texts, image_of)
+        return pairs.encoded[words.known]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from forerun.errors import TrainingError
-from forerun.train.federated import shapes
+from forerun.train.federated import digits, shapes
+from forerun.train.federated.folders import ag_news, captioned, cifar100
 from forerun.train.federated.partition import dirichlet_partition, shard_partition
 from forerun.train.federated.public import PublicSet
 from forerun.train.federated.tasks import Labelled, Pairs
@@ -77,6 +79,56 @@ def _by_corner(count: int, rng: np.random.Generator) -> Pairs:
     seen = sorted(shapes.scenes(count, rng), key=lambda scene: scene.position)
     texts = [shapes.caption(scene, int(rng.integers(5)), rng) for scene in seen]
     return Pairs(shapes.pictures(seen, rng), texts, np.arange(count))
+
+
+def of_digits(public: int, test: int, own: int, paired: int, seed: int) -> World:
+    """Handwritten digits, each image in one part alone. Clients of one modality learn which digit it is."""
+    found = digits.parts({"public": public, "test": test, "own": own, "paired": paired}, seed)
+    pairs, images, texts = zip(*found.values(), strict=True)
+    return World(
+        _published(pairs[0], seed), pairs[1], (images[2], images[1]), (texts[2], texts[1]), _once(pairs[3], seed)
+    )
+
+
+@dataclass(frozen=True)
+class Folders:
+    """pairs: COCO or Flickr30k style, for the public set and the test; private_pairs: for clients that have both, else
+    what the public set leaves. images: CIFAR-100. texts: AG News. The last two are read where somebody needs them."""
+
+    pairs: Path
+    private_pairs: Path | None
+    images: Path
+    texts: Path
+    size: int
+
+
+def of_folders(folders: Folders, public: int, test: int, own: int, paired: int, seed: int) -> World:
+    """Sizes as for `drawn`; 0: all there are."""
+    if folders.private_pairs is None:
+        whole = captioned(folders.pairs, "train", folders.size, public + paired if public and paired else 0)
+        is_public = whole.image_of < (public or len(whole.images) // 2)
+        seen, rest = (whole.part(np.flatnonzero(which)) for which in (is_public, ~is_public))
+    else:
+        seen = captioned(folders.pairs, "train", folders.size, public)
+        rest = captioned(folders.private_pairs, "train", folders.size, paired)
+    tested = captioned(folders.pairs, "test", folders.size, test)
+    images = cifar100(folders.images, "train", own), cifar100(folders.images, "test")
+    texts = ag_news(folders.texts, "train", own), ag_news(folders.texts, "test")
+    return World(_published(seen, seed), tested, images, texts, rest)
+
+
+def _published(pairs: Pairs, seed: int) -> PublicSet:
+    """A caption of each image."""
+    once = _once(pairs, seed)
+    return PublicSet(np.arange(len(once.texts)), once.images[once.image_of], once.texts)
+
+
+def _once(pairs: Pairs, seed: int) -> Pairs:
+    """One caption of each image, at random."""
+    rng = np.random.default_rng([seed, 79])
+    first = np.flatnonzero(np.diff(pairs.image_of, prepend=-1))
+    counts = np.diff(first, append=len(pairs.image_of))
+    return pairs.part(first + (rng.random(len(first)) * counts).astype(np.int64))
 
 
 def split(world: World, counts: Mapping[str, int], shares: Shares, seed: int) -> dict[str, Labelled | Pairs]:
