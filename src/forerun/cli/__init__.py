@@ -34,6 +34,7 @@ COMMANDS = {
     "calibrate": "The tree of drafts that is fastest on this machine.",
     "design": "The draft model to train for a model of yours, on this machine.",
     "convert": "Draft heads from and to the layouts of other engines.",
+    "federated": "An image-text model that parties learn together.",
     "index": "Texts into a store that drafters copy from.",
 }
 EXAMPLES = """

@@ -179,7 +179,7 @@ def test_a_missing_picture_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize("private", [True, False])
 def test_a_world_of_folders(private: bool, tmp_path: Path) -> None:
     coco(tmp_path / "pairs"), coco(tmp_path / "pairs", "val", 2)
-    other = flickr(tmp_path / "flickr") if private else None if (tmp_path / "flickr").mkdir() is None else None
+    other = flickr(tmp_path / "flickr") if private else None
     folders = Folders(tmp_path / "pairs", other, cifar(tmp_path / "c"), news(tmp_path / "n"), 4)
     found = of_folders(folders, 4, 0, 0, 0 if private else 2, 0)
     assert len(found.public.ids) == 4 and len(found.test.images) == 2 and len(found.test.texts) == 4

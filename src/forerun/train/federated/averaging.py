@@ -50,9 +50,9 @@ class Averaging(Federation):
         for name in opening.names:
             client = self._clients[name]
             moved += self._give(client)
-            rng, optimiser = luck(self.plan.seed, 1, client.number, step), client.optimiser()
+            rng, adams = luck(self.plan.seed, 1, client.number, step), client.optimisers()
             for _ in range(self.plan.lesson.epochs):
-                client.learn_task(optimiser, rng, share)
+                client.learn_task(adams[0], rng, share)
             weight = client.size * (self.plan.method.multimodal if len(client.modalities) > 1 else 1)
             for modality, architecture in client.towers.architectures.items():
                 gathered.setdefault(architecture, []).append((weight, _copy(client.towers.encoders[modality])))

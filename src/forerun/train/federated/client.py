@@ -54,20 +54,20 @@ class Client(Learner):
         """Epochs of its task, each followed by one of the public set; the last mean loss of the task."""
         ids, g_all = _sound(heard)
         before = self.represent(ids)  # the frozen copy of the model is asked for nothing else
-        optimiser, loss = self.optimiser(), 0.0
+        adams, loss = self.optimisers(), 0.0
         places = torch.from_numpy(self.public.places(ids))
 
         def public_loss(index_B: Tensor) -> Tensor:
             z = {name: self.seen(name, places[index_B]) for name in self.modalities if name in g_all}
             if lesson.regress:
-                return lesson.gamma * sum((kd_loss(z[n], g_all[n][index_B], "l2") for n in z), torch.zeros(()))
+                return sum((kd_loss(z[n], g_all[n][index_B], "l2") for n in z), torch.zeros(()))
             o = {name: before[name][index_B] for name in z}
-            return lesson.gamma * contrast(z, g_all, o, index_B, (lesson.inter, lesson.intra), lesson.tau)
+            return contrast(z, g_all, o, index_B, (lesson.inter, lesson.intra), lesson.tau)
 
         for _ in range(lesson.epochs):
-            loss = self.learn_task(optimiser, rng, share)
+            loss = self.learn_task(adams[0], rng, share)
             if g_all and (lesson.inter or lesson.intra or lesson.regress):
-                self.learn(public_loss, len(ids), optimiser, rng, share)
+                self.learn_public(public_loss, len(ids), adams, rng, share, lesson.gamma)
         return loss
 
 

@@ -17,11 +17,20 @@ from forerun.train.federated.tasks import Task, inputs_of
 
 @dataclass(frozen=True)
 class Pace:
-    """How a learner goes through data. rate: of Adam; batch: samples of a step; clip: the longest gradient."""
+    """How a learner goes through data. rate: of Adam; batch: samples of a step; clip: the longest gradient.
+
+    shared: one Adam takes all steps, as in the authors' code. Else those on the public set have an Adam of their own,
+    and the weight of their loss is one of the rate: Adam would not notice that of a loss. With one Adam an epoch of
+    distillation, whose gradients are small, makes it forget where the epoch before was going.
+    """
 
     rate: float = 1e-3
     batch: int = 64
     clip: float = 2.0
+    shared: bool = False
+
+
+Adams = tuple[torch.optim.Adam, torch.optim.Adam]
 
 
 @dataclass
@@ -60,8 +69,10 @@ class Learner:
         """Samples of its own."""
         return self.task.size if self.task is not None else 0
 
-    def optimiser(self) -> torch.optim.Adam:
-        return torch.optim.Adam(self.modules.parameters(), lr=self.pace.rate)
+    def optimisers(self) -> Adams:
+        """For its task, and for what others say of the public set: one and the same where it is shared."""
+        own = torch.optim.Adam(self.modules.parameters(), lr=self.pace.rate)
+        return own, own if self.pace.shared else torch.optim.Adam(self.towers.parameters(), lr=self.pace.rate)
 
     def represent(self, ids: Ids) -> dict[str, Tensor]:
         """Unit rows [N, D] of these public items, for the modalities it has."""
@@ -72,6 +83,20 @@ class Learner:
         """Rows of public items, by their places, with gradients."""
         rows_BD: Tensor = self.towers(name, self.inputs[name][places_B])
         return rows_BD
+
+    def learn_public(
+        self,
+        loss: Callable[[Tensor], Tensor],
+        size: int,
+        adams: Adams,
+        rng: np.random.Generator,
+        share: float = 1.0,
+        weight: float = 1.0,
+    ) -> float:
+        """One pass over so many public items with a loss of this weight; the sum of all losses."""
+        if self.pace.shared:
+            return self.learn(lambda index_B: weight * loss(index_B), size, adams[1], rng, share)
+        return self.learn(loss, size, adams[1], rng, share * weight)
 
     def learn_task(self, optimiser: torch.optim.Optimizer, rng: np.random.Generator, share: float = 1.0) -> float:
         """One pass over its own data; the mean loss of a sample."""

@@ -118,7 +118,7 @@ def counts_of(settings: Settings) -> dict[str, int]:
 
 
 def pace_of(settings: Settings) -> Pace:
-    return Pace(settings.rate, settings.batch, settings.clip)
+    return Pace(settings.rate, settings.batch, settings.clip, settings.shared_adam)
 
 
 def server_of(settings: Settings, world: World, words: Words) -> Server:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from forerun.train.federated.aggregation import gca_aggregate, weights_of
 from forerun.train.federated.client import Lesson
-from forerun.train.federated.learner import Learner
+from forerun.train.federated.learner import Adams, Learner
 from forerun.train.federated.losses import kd_loss
 from forerun.train.federated.public import OTHER, Ids, Message
 from forerun.train.objectives.descent import load_memories, memories
@@ -67,19 +67,19 @@ def aggregate(answers: Mapping[str, Message], said: Message, how: Gathering) -> 
 
 @dataclass
 class Server(Learner):
-    """Its optimiser stays from round to round. kd: the weight of distillation; kd_kind: its loss."""
+    """Its optimisers stay from round to round. kd: the weight of distillation; kd_kind: its loss."""
 
     kd: float = 0.3
     kd_kind: str = "mse"
-    adam: torch.optim.Adam = field(init=False)
+    adams: Adams = field(init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.adam = self.optimiser()
+        self.adams = self.optimisers()
 
     def train_public(self, rng: np.random.Generator, share: float = 1.0) -> float:
         """One pass over the public set with the retrieval loss; the mean loss of a pair."""
-        return self.learn_task(self.adam, rng, share)
+        return self.learn_task(self.adams[0], rng, share)
 
     def message(self, ids: Ids, lesson: Lesson) -> Message:
         """What it says of these items, in both modalities."""
@@ -99,15 +99,15 @@ class Server(Learner):
                 if len(kept_B):
                     own = kd_loss(self.seen(name, places[kept_B]), rows_ND[kept_B], self.kd_kind)
                     losses[name] += own.item() / batches
-                    total = total + self.kd * own
+                    total = total + own
             return total
 
-        self.learn(loss, len(places), self.adam, rng, share)
+        self.learn_public(loss, len(places), self.adams, rng, share, self.kd)
         return losses
 
     def state(self) -> dict[str, Tensor]:
-        return super().state() | memories([self.adam])
+        return super().state() | memories(self.adams)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         super().load_state(state)
-        load_memories([self.adam], state)
+        load_memories(self.adams, state)

@@ -55,7 +55,7 @@ class ClientSettings:
 @dataclass(frozen=True)
 class Settings:
     """clients_per_round, rows_per_round: of clients and of public items, 0: all of these. decay: the share of rounds in
-    which the rate falls to 0. upload_clip, upload_noise, half, dropout, late, margin: see docs/federated.md."""
+    which the rate falls to 0. docs/federated.md has the others."""
 
     method: str = "creamfl"
     rounds: int = 10
@@ -76,6 +76,7 @@ class Settings:
     batch: int = 64
     rate: float = 1e-3
     decay: float = 0.0
+    shared_adam: bool = False
     clip: float = 2.0
     half: bool = False
     upload_clip: float = 0.0
