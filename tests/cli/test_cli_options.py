@@ -46,6 +46,7 @@ OPTIONS = {
     " --max-tokens --temperature --seed --revision",
     "design": "--draft --data --survival --answers --trained-on --max-parameters --max-memory --max-step-ms --context"
     " --rows --batch-size --tied --costs --out --top --json --dtype --device --kernels --revision --threads",
+    "federated run": "--run --method --rounds --seed --json --threads --tensorboard",
     "bench serve": f"{PROMPTS} --clients --rate --requests --rounds --max-new-tokens --max-tokens --temperature --seed"
     " --wait --pace --body --api-key --out --plot --json",
     "convert": f"{PROMPTS} --to --out --target",

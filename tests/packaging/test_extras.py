@@ -58,6 +58,12 @@ def constrain() -> None:
     Grammars(Tokenizer(models.BPE()), 1, []).matcher(Constraint.regex("a"), [])
 
 
+def look_at_a_picture() -> None:
+    from forerun.train.federated.folders import image
+
+    image(Path("picture.png"), 8)
+
+
 def evaluate() -> None:
     importlib.import_module("forerun.integrations.lm_eval")
 
@@ -70,8 +76,11 @@ ASKS: list[tuple[str, str, Callable[[], None]]] = [
     ("serve", "fastapi", serve),
     ("serve", "httpx", ask_a_server),
     ("grammar", "llguidance", constrain),
+    ("images", "PIL", look_at_a_picture),
     ("eval", "lm_eval", evaluate),
 ]
+NAMES = {"PIL": "pillow"}
+"""Packages that are called otherwise where they are installed from."""
 
 
 def test_every_extra_is_known_here() -> None:
@@ -92,5 +101,5 @@ def test_without_its_package_the_sentence_names_the_extra(
 
 @pytest.mark.parametrize(("extra", "package"), [named[:2] for named in ASKS])
 def test_an_extra_brings_what_is_imported(extra: str, package: str) -> None:
-    assert any(requirement.startswith(package) for requirement in EXTRAS[extra])
+    assert any(requirement.startswith(NAMES.get(package, package)) for requirement in EXTRAS[extra])
     pytest.importorskip(package, reason=f"{package} is not installed: pip install 'forerun[{extra}]'")

@@ -36,6 +36,7 @@ COMMANDS = {
     "design": "The draft model to train for a model of yours, on this machine.",
     "bench": "What a server brings under load.",
     "convert": "Draft heads from and to the layouts of other engines.",
+    "federated": "An image-text model that parties learn together.",
     "index": "Texts into a store that drafters copy from.",
 }
 EXAMPLES = """

@@ -95,11 +95,7 @@ class Descent(ABC):
 
     def state(self) -> dict[str, Tensor]:
         """The parameters by their names, and what the optimisers know of them by their numbers."""
-        state = {name: parameter.detach() for name, parameter in self.module.named_parameters()}
-        for number, optimiser in enumerate(self.optimisers):
-            for index, values in optimiser.state_dict()["state"].items():
-                state |= {f"{OPTIMISER}{number}.{index}.{k}": torch.as_tensor(v) for k, v in values.items()}
-        return state
+        return {name: p.detach() for name, p in self.module.named_parameters()} | memories(self.optimisers)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """ValueError if it is that of a module of another shape."""
@@ -110,14 +106,29 @@ class Descent(ABC):
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state[name])
-        for number, optimiser in enumerate(self.optimisers):
-            saved = optimiser.state_dict()
-            prefix = f"{OPTIMISER}{number}."
-            saved["state"] = {}
-            for key in (key for key in state if key.startswith(prefix)):
-                index, field = key[len(prefix) :].split(".", 1)
-                saved["state"].setdefault(int(index), {})[field] = state[key]
-            optimiser.load_state_dict(saved)
+        load_memories(self.optimisers, state)
+
+
+def memories(optimisers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """What optimisers know of their parameters, by their numbers."""
+    return {
+        f"{OPTIMISER}{number}.{index}.{name}": torch.as_tensor(value)
+        for number, optimiser in enumerate(optimisers)
+        for index, values in optimiser.state_dict()["state"].items()
+        for name, value in values.items()
+    }
+
+
+def load_memories(optimisers: Iterable[torch.optim.Optimizer], state: Mapping[str, Tensor]) -> None:
+    """Give optimisers of the same parameters what `memories` of others held; what else is there is not looked at."""
+    for number, optimiser in enumerate(optimisers):
+        saved = optimiser.state_dict()
+        prefix = f"{OPTIMISER}{number}."
+        saved["state"] = {}
+        for key in (key for key in state if key.startswith(prefix)):
+            index, field = key[len(prefix) :].split(".", 1)
+            saved["state"].setdefault(int(index), {})[field] = state[key]
+        optimiser.load_state_dict(saved)
 
 
 def moved(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
