@@ -278,16 +278,16 @@ class Model:
         depths_BN: Ints,
         paths_BNJ: Paths | None = None,
         layers: Collection[int] = (),
-        counts_B: Ints | None = None,
         states_BND: Tensor | None = None,
+        counts_B: Ints | None = None,
     ) -> Scores:
         """Read uncommitted tokens that follow those already in scratch, and score them.
 
         depths: 1 for children of the newest committed token, and so on. paths_BNJ: the scratch
         entries that each of them sees, in order of depth, itself last, padded with -1 (entries
         count from 0 behind a row's committed ones; the first of these N comes behind all that were
-        read before); None: all up to itself (a chain). counts_B: how many of N each row has, None: all;
-        the scores of the rest are anything. states_BND: as of `Inputs`.
+        read before); None: all up to itself (a chain). states_BND: as of `Inputs`. counts_B: how many
+        of N each row has, None: all; the scores of the rest are anything.
         """
         read = self._grow(tokens_BN, depths_BN - 1, paths_BNJ, layers, counts_B, states_BND)
         return Scores(read.logits_BNV, read.hidden, read.best_BN)

@@ -68,7 +68,7 @@ def test_another_method_is_another_run(config, forerun, refused):
         ("- rounds", "is no list of settings"),
         ("a: [", "cannot be read"),
         ("data: {kind: folders}", "data.pairs is not said"),
-        ("preset: quick\nmethod: fedavg", "towers of its shape"),
+        ("preset: quick\nserver_image: 'conv:8'\nserver_text: 'gru:8'\nmethod: fedavg", "towers of its shape"),
     ],
 )
 def test_what_makes_no_sense_is_one_sentence(text, sentence, tmp_path, refused):

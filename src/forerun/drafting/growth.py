@@ -178,7 +178,8 @@ class ModelExpander(Expander):
         counts = frontier.counts_B
         if self._asked is not None:
             counts = np.where(self._asked, frontier.tokens_BW.shape[1] if counts is None else counts, 0)
-        read = self._model.grow(frontier.tokens_BW, frontier.depths_BW, frontier.paths_BWJ, self._layers, counts)
+        where = frontier.depths_BW, frontier.paths_BWJ
+        read = self._model.grow(frontier.tokens_BW, *where, self._layers, counts_B=counts)
         return self._called(read)
 
     def _called(self, scores: Scores) -> Scores:

@@ -140,7 +140,7 @@ class Pairs:
     def grow(self, frontier: Frontier, states_BWD: Tensor) -> Scores:
         """What may follow these nodes, and with which states (LAST). states_BWD: what was said at their parents."""
         where = frontier.depths_BW, frontier.paths_BWJ
-        scores = self.model.grow(frontier.tokens_BW, *where, self._layers, frontier.counts_B, states_BWD)
+        scores = self.model.grow(frontier.tokens_BW, *where, self._layers, states_BWD, frontier.counts_B)
         return Scores(scores.logits_BNV, {LAST: scores.hidden[self._layers[0]]})
 
     def _end(self, slot: int, tokens: Sequence[int], end: int) -> int:
