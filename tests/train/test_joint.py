@@ -26,6 +26,7 @@ from forerun.nn.load import load_network
 from forerun.nn.save import save_beside, save_pretrained
 from forerun.nn.transformer import Transformer, TransformerConfig
 from forerun.sampling import SamplingParams
+from forerun.sources.source import Source
 from forerun.train import drafters, joint
 from forerun.train import run as loop
 from forerun.train.answers import Batch
@@ -443,7 +444,7 @@ def test_every_family_can_be_merged_and_written(name, tmp_path):
     adapted = logits(network, tokens)
     adapters.merge()
     (tmp_path / "original" / PLAN).write_text("{}")
-    save_beside(network, tmp_path / "original", tmp_path / "model")
+    save_beside(network, Source.of(tmp_path / "original"), tmp_path / "model")
     assert not (tmp_path / "model" / PLAN).exists()  # it is true of the original alone
     with torch.no_grad():
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")(tokens).logits

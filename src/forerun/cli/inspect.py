@@ -130,7 +130,7 @@ def describe(path: str, dtype: torch.dtype, device: torch.device, kernels: str, 
     quiet()
     source = Source.of(path)
     config = source.config
-    reason = why_torch(translate(config, source.folder), dtype, device, kernels, weights)
+    reason = why_torch(translate(config, source.path), dtype, device, kernels, weights)
     network = load_network(source, dtype, device, kernels, weights)
     shape = network.cache_shape
     return {
