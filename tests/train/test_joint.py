@@ -21,11 +21,11 @@ from forerun.drafting import registry
 from forerun.drafting.planned import NAME as PLAN
 from forerun.drafting.trained import Adversary, Weights
 from forerun.errors import CheckpointError, DrafterError, TrainingError
-from forerun.nn import save
 from forerun.nn.load import load_network
 from forerun.nn.save import save_beside, save_pretrained
 from forerun.nn.transformer import Transformer, TransformerConfig
 from forerun.sampling import SamplingParams
+from forerun.sources import hugging_face
 from forerun.sources.source import Source
 from forerun.train import drafters, joint
 from forerun.train import run as loop
@@ -477,7 +477,7 @@ def test_a_result_that_finds_no_room_leaves_nothing(prepared, tmp_path, monkeypa
     def full(*paths: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(save.shutil, "copyfile", full)
+    monkeypatch.setattr(hugging_face.shutil, "copyfile", full)
     with pytest.raises(TrainingError, match=r"out cannot be written \(No space left"):
         prepared(steps=1).fit(tmp_path / "run", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

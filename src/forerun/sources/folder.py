@@ -38,7 +38,7 @@ def checkpoint_folder(path_or_hub_id: str | Path) -> Path:
     if "@" in name and Path(name.rpartition("@")[0]).expanduser().is_dir():
         raise CheckpointError(f"{name.rpartition('@')[0]} is a folder, which has no revisions: leave the revision out")
     if path.exists():
-        raise CheckpointError(f"{name} is a file: give a GGUF file, or the folder that holds {CONFIG} and the weights")
+        raise CheckpointError(f"{name} is a file: give the folder that holds {CONFIG} and the weights, or a GGUF file")
     if isinstance(path_or_hub_id, Path) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(@[\w./-]+)?", name):
         raise CheckpointError(f"there is no folder {name}: check the path")
     repository, _, revision = name.partition("@")

@@ -24,6 +24,7 @@ SUFFIX = ".gguf"
 VERSIONS = (2, 3)
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
+LENGTH = struct.Struct("<Q")
 ALIGNMENT, DIMENSIONS = 32, 4
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
@@ -149,13 +150,13 @@ class _Cursor:
         self.data, self.at = data, at
 
     def take(self, kinds: str) -> tuple[Any, ...]:
-        layout = struct.Struct(f"<{kinds}")
-        found = layout.unpack_from(self.data, self.at)
-        self.at += layout.size
+        found = struct.unpack_from(f"<{kinds}", self.data, self.at)
+        self.at += struct.calcsize(f"<{kinds}")
         return found
 
     def string(self) -> str:
-        (length,) = self.take("Q")
+        (length,) = LENGTH.unpack_from(self.data, self.at)  # not by `take`: there may be half a million
+        self.at += LENGTH.size
         if length > len(self.data) - self.at:
             raise ValueError("a text is longer than the file")
         self.at += length
