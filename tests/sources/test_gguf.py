@@ -280,7 +280,7 @@ def test_a_folder_of_files_and_other_files(tiny: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds models in GGUF files: give one of them, such as .*tiny\.gguf"):
         load_network(tiny.parent, torch.float32, CPU)
     (tiny.parent / "text.txt").write_text("hello")
-    with pytest.raises(CheckpointError, match="is a file: give the folder .*, or a GGUF file"):
+    with pytest.raises(CheckpointError, match=r"is a file: give the folder .*, or a GGUF file"):
         Source.of(tiny.parent / "text.txt")
 
 
