@@ -7,14 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import forerun
+from forerun.cli import run
+from forerun.drafters.auto import beside
+from forerun.drafting.planned import place_of_plan
 from forerun.errors import CheckpointError
+from forerun.nn.load import load_network
+from forerun.nn.save import save_beside
+from forerun.nn.transformer import Transformer
 from forerun.sampling import SamplingParams
 from forerun.sources.source import Source
-from nn.feeding import small_model
+from nn.feeding import CPU, small_model
 from sources.exported import Vocabulary, export, sentencepiece
 
 TARGET = Path(__file__).parents[2] / "models" / "target"
@@ -212,3 +219,36 @@ def test_the_reference_target_says_the_same(target: Path) -> None:
     params = SamplingParams(max_new_tokens=16)
     said = [forerun.load(path, dtype="fp32").generate("def main(", params)[0].text for path in (target, TARGET)]
     assert said[0] == said[1] and said[0]
+
+
+def test_a_draft_model_made_out_of_a_file_has_its_tokenizer(target: Path, tmp_path: Path) -> None:
+    network = load_network(target, torch.float32, CPU)
+    assert isinstance(network, Transformer)
+    save_beside(network, Source.of(target), tmp_path / "made")
+    made, original = Source.of(tmp_path / "made"), Source.of(target)
+    assert made.ends == original.ends and made.vocabulary_fingerprint == original.vocabulary_fingerprint
+    assert_same(made.tokenizer, original.tokenizer)
+    assert made.weights.dtype == torch.bfloat16
+
+
+def test_what_lies_beside_a_file(target: Path, tmp_path: Path) -> None:
+    """A much smaller file of the same tokens drafts; one of other tokens, and what is no model, do not."""
+    large = tmp_path / "large.gguf"
+    large.write_bytes(target.read_bytes())
+    small = export(small_model("llama", vocab_size=4096), tmp_path / "small.gguf", vocabulary=sentencepiece(TARGET))
+    export(small_model("llama"), tmp_path / "other.gguf")
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF")
+    (tmp_path / "m-00001-of-00002.gguf").write_bytes(b"GGUF")
+    heads, models = beside(large)
+    assert heads == [] and models == [{"drafter": "small", "checkpoint": str(small)}]
+    assert place_of_plan(large) == tmp_path / "large.forerun-plan.json"
+    assert place_of_plan(tmp_path) == tmp_path / "forerun-plan.json"
+
+
+def test_a_command(target: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    options = ["--drafter", "lookup", "--max-new-tokens", "8", "--quiet"]
+    said = []
+    for path in (target, TARGET):
+        assert run(["generate", str(path), "def main(", "--dtype", "fp32", *options]) == 0
+        said.append(capfd.readouterr().out)
+    assert said[0] == said[1] and len(said[0]) > 8

@@ -33,7 +33,7 @@ from forerun.errors import DrafterError, ForerunError
 from forerun.nn.machine import record
 from forerun.nn.network import Network
 from forerun.sources.folder import CONFIG
-from forerun.sources.gguf.head import SUFFIX, shards
+from forerun.sources.gguf.head import SUFFIX, begins
 from forerun.sources.source import Source
 
 log = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ def _files(target: Source) -> Iterator[Path]:
     if target.path.is_file():
         most = target.weights.bytes / SMALLER
         beside = sorted(target.path.absolute().parent.glob(f"*{SUFFIX}"))
-        yield from (one for one in beside if one.stat().st_size <= most and shards(one)[0] == one)
+        yield from (one for one in beside if one.stat().st_size <= most and begins(one))
 
 
 def _heads(folder: Path) -> Checkpoint | None:

@@ -92,6 +92,12 @@ def shards(path: Path) -> tuple[Path, ...]:
     return files
 
 
+def begins(path: Path) -> bool:
+    """Whether a file is a model's only or first one, by its name."""
+    found = SHARD.fullmatch(path.name)
+    return found is None or int(found[2]) == 1
+
+
 def _read(path: Path) -> Head:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
