@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nn.feeding import small_model
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -15,8 +17,8 @@ ROOT = Path(__file__).parents[2]
 def kind(forerun):
     """What a thing is, and the facts about it; also that it can be said in words."""
 
-    def call(thing: Path) -> tuple[str, dict]:
-        code, out, err = forerun("inspect", thing, "--json")
+    def call(thing: Path, *options: str) -> tuple[str, dict]:
+        code, out, err = forerun("inspect", thing, "--json", *options)
         assert code == 0, err
         ((name, facts),) = json.loads(out).items()
         code, words, _ = forerun("inspect", thing)
@@ -99,9 +101,25 @@ def test_a_gguf(kind, refused, tmp_path):
     name, facts = kind(path)
     assert (name, facts["name"], facts["architecture"]) == ("gguf", "Mine", "llama")
     assert (facts["layers"], facts["context"], facts["width"], facts["vocabulary"]) == (2, 128, 8, 3)
-    assert facts["parameters"] == 24 and facts["formats"] == ["F32 (1 tensors)"] and facts["chat_template"] is False
+    assert facts["parameters"] == 24 and facts["formats"] == ["token_embd 1 F32"] and facts["chat_template"] is False
+    assert "says nothing for llama.attention.head_count" in facts["does_not_run"]
     path.write_bytes(path.read_bytes()[:40])
     assert "damaged" in refused("inspect", path)
+
+
+def test_a_gguf_that_runs(kind, tmp_path):
+    pytest.importorskip("gguf")
+    from sources.exported import export
+
+    formats = {"attn_q": "F16", "token_embd": "BF16"}
+    model = small_model("llama", tie_word_embeddings=True)
+    path = export(model, tmp_path / "m.gguf", formats)
+    _, facts = kind(path, "--dtype", "bf16")
+    assert facts["formats"][:3] == ["token_embd 1 BF16", "attn_q 3 F16", "attn_k 3 F32"]
+    assert facts["weight_bytes"] == 2 * model.num_parameters() == 2 * facts["parameters"]
+    assert facts["cache_bytes_per_token"] == 2 * 3 * 4 * 8 * 2 and "does_not_run" not in facts
+    path.write_bytes(path.read_bytes().replace(b"llama", b"mamba"))
+    assert "holds the architecture mamba" in kind(path)[1]["does_not_run"]
 
 
 def test_a_gguf_without_its_package(refused, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from forerun.nn.load import load_network
 from forerun.nn.save import save_beside
 from forerun.plan.acceptance import replayed
 from forerun.sampling import SamplingParams
+from forerun.sources.source import Source
 from forerun.train import small
 from forerun.train.distill import Sample, read
 from forerun.train.objectives import imitation
@@ -209,7 +210,7 @@ def test_a_model_that_is_stored_too_wide_is_made_compact(forerun, refused, famil
     with torch.no_grad():
         for part in (wide.embedding.weight.T, *(m.weight for b in wide.blocks for m in (b.out, b.down))):
             part[:8] = 0
-    save_beside(wide, family / "target", tmp_path / "wide")
+    save_beside(wide, Source.of(family / "target"), tmp_path / "wide")
     code, out, err = forerun("convert", tmp_path / "wide", "--to", "compact", "--out", tmp_path / "narrow")
     assert code == 0 and "width 24 instead of 32" in out, err
     tokens, device = torch.arange(3, 40)[None], torch.device("cpu")

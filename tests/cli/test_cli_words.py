@@ -73,7 +73,7 @@ def test_a_revision_belongs_to_a_hub_id(refused, family, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     from forerun.sources.source import Source
 
-    assert Source.of("somebody/model@v1.0").folder == family / "target"
+    assert Source.of("somebody/model@v1.0").path == family / "target"
     assert asked == {"name": "somebody/model", "revision": "v1.0"}
     Source.of("somebody/model")
     assert asked == {"name": "somebody/model", "revision": None}

@@ -28,9 +28,9 @@ def draw_a_picture() -> None:
 
 
 def read_a_gguf() -> None:
-    from forerun.cli.contents import _gguf
+    from forerun.sources.gguf.head import Head
 
-    _gguf(Path("m.gguf"))
+    Head.of(Path("m.gguf"))
 
 
 def tell_tensorboard() -> None:

@@ -24,11 +24,11 @@ def folder(tmp_path: Path) -> Path:
 
 def test_everything_about_a_model() -> None:
     source = Source.of(TARGET)
-    assert (source.asked, source.folder, source.name) == (str(TARGET), TARGET, "target")
+    assert (source.asked, source.path, source.name) == (str(TARGET), TARGET, "target")
     assert source.config.model_type == "llama"
     assert source.ends == (2, 1) and source.template is None
     assert source.tokenizer is not None and source.tokenizer is source.tokenizer
-    assert source.weights == [TARGET / "model.safetensors"]
+    assert source.weights.bytes == (TARGET / "model.safetensors").stat().st_size
     assert len(source.fingerprint) == len(source.vocabulary_fingerprint) == 64
 
 

@@ -21,11 +21,12 @@ from forerun.drafting import registry
 from forerun.drafting.planned import NAME as PLAN
 from forerun.drafting.trained import Adversary, Weights
 from forerun.errors import CheckpointError, DrafterError, TrainingError
-from forerun.nn import save
 from forerun.nn.load import load_network
 from forerun.nn.save import save_beside, save_pretrained
 from forerun.nn.transformer import Transformer, TransformerConfig
 from forerun.sampling import SamplingParams
+from forerun.sources import hugging_face
+from forerun.sources.source import Source
 from forerun.train import drafters, joint
 from forerun.train import run as loop
 from forerun.train.answers import Batch
@@ -443,7 +444,7 @@ def test_every_family_can_be_merged_and_written(name, tmp_path):
     adapted = logits(network, tokens)
     adapters.merge()
     (tmp_path / "original" / PLAN).write_text("{}")
-    save_beside(network, tmp_path / "original", tmp_path / "model")
+    save_beside(network, Source.of(tmp_path / "original"), tmp_path / "model")
     assert not (tmp_path / "model" / PLAN).exists()  # it is true of the original alone
     with torch.no_grad():
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")(tokens).logits
@@ -476,7 +477,7 @@ def test_a_result_that_finds_no_room_leaves_nothing(prepared, tmp_path, monkeypa
     def full(*paths: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(save.shutil, "copyfile", full)
+    monkeypatch.setattr(hugging_face.shutil, "copyfile", full)
     with pytest.raises(TrainingError, match=r"out cannot be written \(No space left"):
         prepared(steps=1).fit(tmp_path / "run", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from forerun.drafting.acceptance import KIND
 from forerun.errors import CheckpointError, ForerunError
 from forerun.sources.folder import CONFIG
+from forerun.sources.gguf.head import Head, Held
+
+if TYPE_CHECKING:
+    import torch
+
+    from forerun.sources.source import Source
 
 Facts = dict[str, Any]
 
 
 def of_file(path: Path) -> dict[str, Facts]:
-    """What a file is, under the word for its kind. Raises ForerunError if it is nothing that we know."""
+    """What a file is (but a GGUF), under the word for its kind. Raises ForerunError if it is nothing that we know."""
     from forerun.stores.index import is_store
 
-    if path.suffix == ".gguf":
-        return {"gguf": _gguf(path)}
     if path.suffix in (".json", ".yaml", ".yml"):
         return _described(path)
     if is_store(path):
@@ -218,40 +224,66 @@ def _count(path: Path) -> int:
         return sum(1 for _ in file)
 
 
-def _gguf(path: Path) -> Facts:
-    """From the metadata alone; weights stay on disk."""
-    try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise ForerunError("a GGUF is read with the package gguf: pip install 'forerun[gguf]'") from None
-    try:
-        reader = GGUFReader(path)
-    except Exception as error:  # it raises whatever a damaged file makes it stumble over
-        raise CheckpointError(f"{path} is no GGUF, or is damaged ({error}): fetch it again") from error
+def gguf(path: Path, dtype: torch.dtype, weights: str) -> Facts:
+    """From the metadata alone; weights stay on disk. What it needs here: with numbers in `dtype`, or in int8."""
+    from forerun.sources.source import Source
 
-    def value(name: str) -> Any:
-        field = reader.get_field(name)
-        return None if field is None else field.contents()
-
-    kind = value("general.architecture")
-    formats = Counter(tensor.tensor_type.name for tensor in reader.tensors)
+    source = Source.of(path)
+    head = Head.of(path)
+    kind, fields, tensors = head.fields.get("general.architecture"), head.fields, head.tensors
     found = {
         "path": str(path),
-        "name": value("general.name"),
+        "name": fields.get("general.name"),
         "architecture": kind,
-        "parameters": sum(int(tensor.n_elements) for tensor in reader.tensors),
-        "bytes": path.stat().st_size,
-        "formats": [f"{name} ({count} tensors)" for name, count in formats.most_common()],
-        "layers": value(f"{kind}.block_count"),
-        "width": value(f"{kind}.embedding_length"),
-        "heads": value(f"{kind}.attention.head_count"),
-        "kv_heads": value(f"{kind}.attention.head_count_kv"),
-        "context": value(f"{kind}.context_length"),
-        "vocabulary": len(value("tokenizer.ggml.tokens") or ()) or None,
-        "tokenizer": value("tokenizer.ggml.model"),
-        "chat_template": value("tokenizer.chat_template") is not None,
+        "parameters": sum(prod(held.shape) for held in tensors.values()),
+        "bytes": sum(file.stat().st_size for file in head.files),
+        "files": len(head.files) if len(head.files) > 1 else None,
+        "formats": _formats(tensors),
+        "layers": fields.get(f"{kind}.block_count"),
+        "width": fields.get(f"{kind}.embedding_length"),
+        "heads": fields.get(f"{kind}.attention.head_count"),
+        "kv_heads": fields.get(f"{kind}.attention.head_count_kv"),
+        "context": fields.get(f"{kind}.context_length"),
+        "vocabulary": len(fields.get("tokenizer.ggml.tokens", ())) or None,
+        "tokenizer": fields.get("tokenizer.ggml.model"),
+        "chat_template": "tokenizer.chat_template" in fields,
+        **_needs(source, dtype, weights),
     }
     return {name: one for name, one in found.items() if one is not None}
+
+
+def _formats(tensors: Mapping[str, Held]) -> list[str]:
+    """Of every kind of matrix, the number formats and how many there are of each."""
+    kinds: dict[str, Counter[str]] = {}
+    for name, held in tensors.items():
+        if len(held.shape) > 1:
+            kind = re.sub(r"^blk\.\d+\.|\.weight$", "", name)
+            kinds.setdefault(kind, Counter())[held.format] += 1
+    return [
+        f"{kind} {' + '.join(f'{count} {name}' for name, count in sorted(formats.items()))}"
+        for kind, formats in kinds.items()
+    ]
+
+
+def _needs(source: Source, dtype: torch.dtype, weights: str) -> Facts:
+    """Memory of a model of a family that is run from GGUF files; of another the reason why it is not."""
+    from forerun.nn.translate import translate
+
+    try:
+        source.weights.stored()
+        config = translate(source.config, source.path)
+        ends = list(source.ends)
+    except CheckpointError as error:
+        return {"does_not_run": str(error)}
+    if config is None:
+        return {}
+    vocabulary, shape = config.vocab_size * config.width, config.cache_shape
+    in_int8 = (config.parameters_outside_vocabulary + vocabulary) * 33 // 32 + vocabulary * dtype.itemsize
+    return {
+        "eos": ends,
+        "weight_bytes": in_int8 if weights == "int8" else config.parameters * dtype.itemsize,
+        "cache_bytes_per_token": 2 * shape.layers * shape.kv_heads * shape.head_dim * dtype.itemsize,
+    }
 
 
 def _text(path: Path) -> str:

@@ -118,7 +118,7 @@ def _compact(source: str, out: Path) -> None:
     from forerun.nn.load import load_network
     from forerun.nn.save import save_beside
     from forerun.nn.transformer import Transformer
-    from forerun.sources.folder import checkpoint_folder
+    from forerun.sources.source import Source
     from forerun.train.pruning.slicing import compacted
 
     exchange.demand_new(out)
@@ -129,7 +129,7 @@ def _compact(source: str, out: Path) -> None:
         raise CheckpointError(f"{source} is not a Llama, Mistral or Qwen: only those can be made compact")
     made = compacted(network)
     with whole_folder(out) as beside:
-        save_beside(made, checkpoint_folder(source), beside)
+        save_beside(made, Source.of(source), beside)
     before, after = network.config, made.config
     print(
         f"{out}: width {after.width:,} instead of {before.width:,}, {after.parameters:,} parameters instead of"

@@ -93,14 +93,17 @@ def _vocabulary(model: str) -> tuple[Encode, int, dict[str, int]]:
 
     from forerun.cli.engines import quiet
     from forerun.errors import CheckpointError
+    from forerun.sources.source import Source
     from forerun.sources.tokenizer import tokenizer_of
 
     quiet()
-    tokenizer: Any = tokenizer_of(model)
+    file = Source.of(model) if Path(model).expanduser().is_file() else None
+    tokenizer: Any = file.tokenizer if file else tokenizer_of(model)
     if tokenizer is None:
         raise CheckpointError(f"{model} has no tokenizer: name a folder with a tokenizer.json")
     try:
-        size = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config().vocab_size
+        config = file.config if file else AutoConfig.from_pretrained(model, trust_remote_code=False)
+        size = config.get_text_config().vocab_size
     except (OSError, ValueError, AttributeError):
         size = len(tokenizer)  # a tokenizer on its own
     backend = tokenizer.backend_tokenizer

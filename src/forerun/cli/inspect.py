@@ -47,7 +47,7 @@ def inspect(
     use_threads(threads)
     place = device_of(device)
     kind = dtype_of(dtype, place)
-    found = _thing(options.at(model, revision)) if model is not None else None
+    found = _thing(options.at(model, revision), kind, weights) if model is not None else None
     if found is None:
         found = {"machine": machine(place, kind, dtype)}
         if model is not None:
@@ -58,12 +58,15 @@ def inspect(
         _print(found)
 
 
-def _thing(name: str) -> dict[str, Any] | None:
-    """What is there, unless it is a model."""
+def _thing(name: str, dtype: torch.dtype, weights: str) -> dict[str, Any] | None:
+    """What is there, unless it is a model's folder."""
     from forerun.cli import contents
     from forerun.sources.folder import checkpoint_folder
+    from forerun.sources.gguf.head import SUFFIX
 
     path = Path(name).expanduser()
+    if path.is_file() and path.suffix == SUFFIX:
+        return {"gguf": contents.gguf(path, dtype, weights)}
     if path.is_file():
         return contents.of_file(path)
     heads = contents.heads_in(checkpoint_folder(name))
@@ -130,7 +133,7 @@ def describe(path: str, dtype: torch.dtype, device: torch.device, kernels: str, 
     quiet()
     source = Source.of(path)
     config = source.config
-    reason = why_torch(translate(config, source.folder), dtype, device, kernels, weights)
+    reason = why_torch(translate(config, source.path), dtype, device, kernels, weights)
     network = load_network(source, dtype, device, kernels, weights)
     shape = network.cache_shape
     return {

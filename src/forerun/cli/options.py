@@ -11,7 +11,9 @@ PROMPTS, DRAFTING, SAMPLING, MACHINE, OUTPUT = "Prompts", "Drafting", "Sampling"
 ADVANCED, ALWAYS = "Advanced", "Always"
 """Groups that the help page treats in ways of their own (`cli/page.py`)."""
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder in Hugging Face format, or a hub id.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A folder in Hugging Face format, a GGUF file, or a hub id.")
+]
 Drafter = Annotated[
     str,
     typer.Option(

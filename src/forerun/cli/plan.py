@@ -124,7 +124,7 @@ def plan(
     model says.
     """
     from forerun.cli import engines
-    from forerun.drafting.planned import NAME
+    from forerun.drafting.planned import place_of_plan
     from forerun.engine.load import workshop_for
     from forerun.nn.machine import record
     from forerun.plan.candidates import AtHand
@@ -136,14 +136,14 @@ def plan(
     batches, heats = _batches(batch), temperature or [0.0]
     named, asked = AtHand.of(drafter or ()), openings.read(prompts) if prompts else []
     source = Source.of(options.at(model, revision))
-    target = out or source.folder / NAME
+    target = out or place_of_plan(source.path)
     _demand_places(target, plot)
     there, machine = elsewhere(costs, source) if costs else (None, None)
     engine = engines.load(
         options.at(model, revision), "none", engines.Machine(dtype, device, kernels, weights, threads), max(batches)
     )
     job = _Job(engine, workshop_for(engine.target.network, kernels, weights, engine.tokenizer), there)
-    beside = AtHand.beside(source.folder) if every or not drafter else None
+    beside = AtHand.beside(source.path) if every or not drafter else None
     results: dict[float, Result] = {}
     for heat in heats:
         params = SamplingParams(max_new_tokens=max_new_tokens, temperature=heat, seed=seed)

@@ -25,14 +25,15 @@ from forerun.drafting import checkpoint as checkpoints
 from forerun.drafting.checkpoint import Checkpoint
 from forerun.drafting.drafter import Drafter
 from forerun.drafting.method import Method
-from forerun.drafting.planned import NAME, Planned
+from forerun.drafting.planned import Planned, place_of_plan
 from forerun.drafting.registry import is_known
 from forerun.drafting.settings import setting
 from forerun.drafting.workshop import Workshop
 from forerun.errors import DrafterError, ForerunError
 from forerun.nn.machine import record
 from forerun.nn.network import Network
-from forerun.sources.folder import CONFIG, weight_files
+from forerun.sources.folder import CONFIG
+from forerun.sources.gguf.head import SUFFIX, begins
 from forerun.sources.source import Source
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def plan_for(target: Network, path: str | None) -> Planned | None:
     for and cannot be followed."""
     if path is not None:
         return _fitting(target, Path(path))
-    place = target.home / NAME if target.home is not None else None
+    place = place_of_plan(target.home) if target.home is not None else None
     if place is None or not place.exists():
         return None
     try:
@@ -124,15 +125,15 @@ def _beside(workshop: Workshop) -> Drafter:
 
 
 def beside(home: Path | None) -> list[list[dict[str, Any]]]:
-    """Descriptions of heads for the target in this folder, the best first, and of draft models, the smallest first."""
+    """Descriptions of heads for the target that lies here, the best first, and of draft models, the smallest first."""
     if home is None:
         return []
     target, folders = Source.of(home), list(_folders(home))
     heads = [one for one in map(_heads, folders) if one is not None and _target_of(one) == target.fingerprint]
-    models = [one for one in folders if _is_draft_model(one, target)]
+    models = [one for one in map(Source.of, [*folders, *_files(target)]) if _is_draft_model(one, target)]
     return [
         [{"drafter": one.drafter, "checkpoint": str(one.folder)} for one in sorted(heads, key=_promise, reverse=True)],
-        [{"drafter": "small", "checkpoint": str(one)} for one in sorted(models, key=_size)],
+        [{"drafter": "small", "checkpoint": str(one.path)} for one in sorted(models, key=_size)],
     ]
 
 
@@ -140,6 +141,14 @@ def _folders(home: Path) -> Iterator[Path]:
     """Folders with a config, in this one and beside it, in an order that does not change."""
     for place in (home, home.absolute().parent):
         yield from sorted(one.parent for one in place.glob(f"*/{CONFIG}") if one.parent.resolve() != home.resolve())
+
+
+def _files(target: Source) -> Iterator[Path]:
+    """Beside a target in a GGUF file, others that are much smaller: there, a family of models is a folder of files."""
+    if target.path.is_file():
+        most = target.weights.bytes / SMALLER
+        beside = sorted(target.path.absolute().parent.glob(f"*{SUFFIX}"))
+        yield from (one for one in beside if one.stat().st_size <= most and begins(one))
 
 
 def _heads(folder: Path) -> Checkpoint | None:
@@ -163,18 +172,17 @@ def _promise(heads: Checkpoint) -> float:
     return promised if isinstance(promised, float) and isfinite(promised) else 0.0
 
 
-def _is_draft_model(folder: Path, target: Source) -> bool:
+def _is_draft_model(one: Source, target: Source) -> bool:
     try:
-        one = Source.of(folder)
         is_model = getattr(one.config, "vocab_size", None) is not None  # heads that came with a tokenizer are none
-        fits = is_model and SMALLER * _size(folder) <= _size(target.folder)
+        fits = is_model and SMALLER * _size(one) <= _size(target)
         return fits and bool(one.vocabulary_fingerprint) and one.vocabulary_fingerprint == target.vocabulary_fingerprint
     except ForerunError:
         return False
 
 
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in weight_files(folder))
+def _size(model: Source) -> int:
+    return model.weights.bytes
 
 
 METHOD = Method(

@@ -19,8 +19,12 @@ from forerun.errors import DrafterError
 from forerun.files import put
 
 NAME = "forerun-plan.json"
-"""In the target's folder it is found."""
 VERSION = 1
+
+
+def place_of_plan(home: Path) -> Path:
+    """Where the plan for the model in a folder is found; or for one in a file, beside which there may be others."""
+    return home.with_name(f"{home.stem}.{NAME}") if home.is_file() else home / NAME
 
 
 @dataclass(frozen=True)

@@ -50,10 +50,10 @@ def load(
     """An engine for a model and a drafter.
 
     Args:
-        model: a folder in Hugging Face format, a hub id, which may end in @REVISION, or a transformers model that is in
-            memory. Such a model stays where it is and runs in its own number format, unless another is asked for. Torch
-            shares its weights; native kernels, which `auto` takes where they fit, have a layout of their own and copy
-            them: what changes the model later is not seen there (`kernels="torch"` sees it).
+        model: a folder in Hugging Face format, a GGUF file, a hub id, which may end in @REVISION, or a transformers
+            model that is in memory. Such a model stays where it is and runs in its own number format, unless another is
+            asked for. Torch shares its weights; native kernels, which `auto` takes where they fit, have a layout of
+            their own and copy them: what changes the model later is not seen there (`kernels="torch"` sees it).
         drafter: `none`, `lookup`, `small:PATH`, a JSON or YAML file, or a description (see `forerun.drafting.spec`),
             vLLM's speculative_config among them.
         dtype: auto (bf16 where the processor multiplies bf16 itself, else fp32), bf16, fp32 or fp16; for every network.

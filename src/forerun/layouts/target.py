@@ -11,8 +11,9 @@ from torch import Tensor
 from forerun.errors import CheckpointError
 from forerun.nn.transformer import TransformerConfig
 from forerun.nn.translate import translate
-from forerun.sources.folder import CONFIG, brief, opened, weight_files
+from forerun.sources.folder import CONFIG, brief
 from forerun.sources.source import Source
+from forerun.sources.weights import whole
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Base:
     """The target, as far as an exchange needs it. config: None where it is not of the Llama family."""
 
     name: str
-    folder: Path
+    source: Source
     width: int
     vocab_size: int
     config: TransformerConfig | None
@@ -28,12 +29,20 @@ class Base:
     @staticmethod
     def of(path_or_hub_id: str) -> Base:
         source = Source.of(path_or_hub_id)
-        folder, outside = source.folder, source.config
+        outside = source.config
         text = outside.get_text_config(decoder=True)
         try:
-            return Base(path_or_hub_id, folder, text.hidden_size, text.vocab_size, translate(outside, folder))
+            config = translate(outside, source.path)
+            return Base(path_or_hub_id, source, text.hidden_size, text.vocab_size, config)
         except AttributeError as error:
-            raise CheckpointError(f"{folder / CONFIG} does not describe a language model ({brief(error)})") from None
+            raise CheckpointError(
+                f"{source.path / CONFIG} does not describe a language model ({brief(error)})"
+            ) from None
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies; of a GGUF, the file."""
+        return self.source.path
 
     @cached_property
     def embedding_VD(self) -> Tensor:
@@ -45,13 +54,10 @@ class Base:
 
     def _tensor(self, *names: str) -> Tensor:
         """The first of these that is stored."""
-        files = weight_files(self.folder)
+        held = self.source.weights.stored()
         for name in names:
-            for path in files:
-                with opened(path) as file:
-                    if name in file.keys():  # noqa: SIM118 (not a dict)
-                        found: Tensor = file.get_tensor(name)
-                        return found
+            if name in held:
+                return whole(self.source.weights, name)
         raise CheckpointError(
             f"{self.name} has no tensor {names[0]}, which these heads share: give a model of the Llama family"
         )

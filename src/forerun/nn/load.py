@@ -1,21 +1,22 @@
 """Checkpoints of the outside world -> ours.
 
-    path or hub id -> folder -> config.json -> our transformer, if it is a Llama, Mistral, Qwen2 or Qwen3:
-                                               nn/backends/native where there are native kernels, else nn/transformer.py
-                                            -> nn/foreign.py, if it is any other Hugging Face causal LM
+    path or hub id -> source -> its config -> our transformer, if it is a Llama, Mistral, Qwen2 or Qwen3:
+                                              nn/backends/native where there are native kernels, else nn/transformer.py
+                                           -> nn/foreign.py, if it is any other Hugging Face causal LM
 
-Tensors are read one by one into memory that exists already: loading needs the memory of the model and of one tensor
-more. Nothing is skipped silently: a tensor too many, too few or of another shape is an error that lists it.
+Tensors are read one by one, or a few rows at a time, into memory that exists already: loading needs the memory of the
+model and of one tensor more. Nothing is skipped silently: a tensor too many, too few or of another shape is an error
+that lists it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from forerun.errors import CheckpointError, ForerunError
 from forerun.native.library import why_not
@@ -26,8 +27,9 @@ from forerun.nn.formats import Formats
 from forerun.nn.network import Network
 from forerun.nn.transformer import Transformer, TransformerConfig
 from forerun.nn.translate import Slice, places, translate
-from forerun.sources.folder import Stored, difference, opened, stored, weight_files
+from forerun.sources.folder import Stored, difference
 from forerun.sources.source import Source
+from forerun.sources.weights import Piece, whole
 
 KERNELS = ("auto", "native", "torch")
 WEIGHTS = ("auto", "int8")
@@ -41,7 +43,7 @@ def load_network(
     kernels: str = "torch",
     weights: str = "auto",
 ) -> Network:
-    """A network from a local folder or a hub id, on `device` in `dtype`, ready to read.
+    """A network from a local folder, a GGUF file or a hub id, on `device` in `dtype`, ready to read.
 
     kernels: "torch" (the result can be trained and saved), "native", or "auto" (native where they
     are and where they know the model). weights: "auto" (as `dtype`), or "int8" (native kernels
@@ -52,19 +54,18 @@ def load_network(
     """
     source = Source.of(source)
     network = _loaded(source, dtype, device, kernels, weights)
-    network.home = source.folder
+    network.home = source.path
     return network
 
 
 def _loaded(source: Source, dtype: torch.dtype, device: torch.device, kernels: str, weights: str) -> Network:
-    folder, outside = source.folder, source.config
-    config = translate(outside, folder)
+    config = translate(source.config, source.path)
     reason = why_torch(config, dtype, device, kernels, weights)
     if config is None:
-        return load_foreign(folder, outside, dtype, device)
+        return load_foreign(source.path, source.config, dtype, device)
     if reason is None:
-        return load_packed(folder, config, dtype, torch.int8 if weights == "int8" else dtype)
-    return load_transformer(folder, config, dtype, device)
+        return load_packed(source, config, dtype, torch.int8 if weights == "int8" else dtype)
+    return load_transformer(source, config, dtype, device)
 
 
 def demand_words(kernels: str, weights: str) -> None:
@@ -99,27 +100,29 @@ def why_torch(
     return reason
 
 
-def load_transformer(folder: Path, config: TransformerConfig, dtype: torch.dtype, device: torch.device) -> Transformer:
-    """Our transformer with the weights of a folder, which must hold exactly the tensors that `config` calls for."""
-    config, table = _checked(folder, config)
+def load_transformer(
+    source: Source, config: TransformerConfig, dtype: torch.dtype, device: torch.device
+) -> Transformer:
+    """Our transformer with the weights of a source, which must hold exactly the tensors that `config` calls for."""
+    config, table = _checked(source, config)
     model = _allocate(config, dtype, device)
-    for name, tensor in _tensors(folder, table):
-        table[name].within(model).copy_(tensor)
+    for piece in source.weights.pieces(table):
+        table[piece.name].within(model)[piece.begin : piece.begin + len(piece.rows)] = piece.rows
     return model
 
 
 def load_packed(
-    folder: Path, config: TransformerConfig, dtype: torch.dtype, weights: torch.dtype | Formats
+    source: Source, config: TransformerConfig, dtype: torch.dtype, weights: torch.dtype | Formats
 ) -> PackedTransformer:
     """The same on native kernels."""
-    config, table = _checked(folder, config)
-    return pack(config, table, _tensors(folder, table), dtype, weights, f"the model in {folder}")
+    config, table = _checked(source, config)
+    return pack(config, table, source.weights.pieces(table), dtype, weights, f"the model in {source.path}")
 
 
 def pack(
     config: TransformerConfig,
     table: Mapping[str, Slice],
-    tensors: Iterable[tuple[str, Tensor]],
+    pieces: Iterable[Piece],
     dtype: torch.dtype,
     weights: torch.dtype | Formats,
     called: str,
@@ -129,14 +132,14 @@ def pack(
         model = PackedTransformer(config, dtype, weights)
     except (OSError, MemoryError, RuntimeError) as error:
         raise CheckpointError(f"{called} does not fit into memory: choose a smaller model or number format") from error
-    for name, tensor in tensors:
-        model.put(table[name].parameter, tensor, table[name].begin)
+    for piece in pieces:
+        model.put(table[piece.name].parameter, piece.rows, table[piece.name].begin + piece.begin)
     return model.ready()
 
 
-def _checked(folder: Path, config: TransformerConfig) -> tuple[TransformerConfig, dict[str, Slice]]:
+def _checked(source: Source, config: TransformerConfig) -> tuple[TransformerConfig, dict[str, Slice]]:
     """The config as the weights have it, and the places of its tensors, all of which are there."""
-    held = stored(weight_files(folder))
+    held = source.weights.stored()
     # Heads that were trained with the model (Medusa-2) travel in its folder, as X_head.* beside
     # X_num_heads: for forerun convert.
     theirs = tuple(f"{key.removesuffix('_num_heads')}_head." for key in config.source if key.endswith("_num_heads"))
@@ -144,25 +147,15 @@ def _checked(folder: Path, config: TransformerConfig) -> tuple[TransformerConfig
     # A head that is published although the config ties it may differ; transformers believes the weights, and so do we.
     twice = config.tied and "lm_head.weight" in held
     table = places(replace(config, tied=config.tied and not twice))
-    _demand_same(folder, table, held)
+    _demand_same(source.path, table, held)
     if not twice:
         return config, table
-    head, embedding = dict(_tensors(folder, ("lm_head.weight", "model.embed_tokens.weight"))).values()
+    head, embedding = (whole(source.weights, name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
     config = replace(config, tied=torch.equal(head, embedding))
     return config, places(config)
 
 
-def _tensors(folder: Path, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-    """These tensors of a folder, one at a time: the file is mapped anew for each, or all of it would stay in memory."""
-    for path in weight_files(folder):
-        with opened(path) as file:
-            held = [name for name in file.keys() if name in names]  # noqa: SIM118 (not a dict)
-        for name in held:
-            with opened(path) as file:
-                yield name, file.get_tensor(name)
-
-
-def _demand_same(folder: Path, table: Mapping[str, Slice], held: Mapping[str, Stored]) -> None:
+def _demand_same(path: Path, table: Mapping[str, Slice], held: Mapping[str, Stored]) -> None:
     lines = [f"missing     {name} {_shape(table[name].shape)}" for name in table if name not in held]
     lines += [f"unexpected  {name} {_shape(held[name].shape)}" for name in held if name not in table]
     for name in table.keys() & held.keys():
@@ -171,7 +164,7 @@ def _demand_same(folder: Path, table: Mapping[str, Slice], held: Mapping[str, St
         elif held[name].dtype not in FLOATS:
             lines.append(f"wrong type  {name} {held[name].dtype} instead of one of {', '.join(FLOATS)}")
     if lines:
-        raise CheckpointError(difference(folder, lines))
+        raise CheckpointError(difference(path, lines))
 
 
 def _shape(shape: Sequence[int]) -> str:

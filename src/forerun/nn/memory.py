@@ -24,6 +24,7 @@ from forerun.nn.load import demand_words, pack, why_torch
 from forerun.nn.network import Network
 from forerun.nn.transformer import TransformerConfig
 from forerun.nn.translate import ARCHITECTURES, places, translate
+from forerun.sources.weights import Piece
 
 
 def network_of(
@@ -69,8 +70,8 @@ def _packed_copy(
         return None
     if _is_as_built(model):
         table = places(config)
-        tensors = ((key, tensor) for key, tensor in model.state_dict().items() if key in table)
-        packed = pack(config, table, tensors, dtype, torch.int8 if weights == "int8" else dtype, name)
+        pieces = (Piece(key, 0, tensor) for key, tensor in model.state_dict().items() if key in table)
+        packed = pack(config, table, pieces, dtype, torch.int8 if weights == "int8" else dtype, name)
         exact = weights == "auto" and dtype == model.dtype == torch.float32
         if _says_the_same(packed, model, TOLERANCE if exact else HALF_TOLERANCE):
             return packed

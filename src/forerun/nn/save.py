@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +17,8 @@ from forerun.errors import CheckpointError
 from forerun.files import whole_folder
 from forerun.nn.transformer import Transformer, TransformerConfig
 from forerun.nn.translate import ARCHITECTURES, places, published_config, translate
-from forerun.sources.folder import CONFIG, DOWNLOADED, INDEX, WEIGHTS, brief, stored, weight_files
-
-FORMATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-OWN = ("tree.json", "forerun-plan.json", "pruning.json")
-"""What forerun has left beside a model is true of that one alone."""
+from forerun.sources.folder import CONFIG, WEIGHTS, brief
+from forerun.sources.source import Source
 
 
 def save_pretrained(
@@ -77,23 +72,14 @@ def _demand_faithful(fields: Mapping[str, Any], config: TransformerConfig, folde
         )
 
 
-def save_beside(network: Transformer, original: Path, folder: Path) -> None:
+def save_beside(network: Transformer, original: Source, folder: Path) -> None:
     """A model made from an original, with everything that lies beside the original's weights: tokenizer, end tokens,
     templates.
 
     In the original's number format, unless it was trained in less. Raises OSError and CheckpointError.
     """
-    formats = {tensor.dtype for tensor in stored(weight_files(original)).values()}
-    format_ = FORMATS.get(formats.pop(), torch.float32) if len(formats) == 1 else torch.float32
-    dtype = format_ if network.dtype == torch.float32 else network.dtype
-    theirs: dict[str, Any] = json.loads((original / CONFIG).read_text())
+    dtype = original.weights.dtype if network.dtype == torch.float32 else network.dtype
+    theirs = original.place.settings()
     known = {*published_config(network.config, dtype), "dtype"}
     save_pretrained(network, folder, {name: value for name, value in theirs.items() if name not in known}, dtype)
-    for path in sorted(original.iterdir()):
-        if path.is_file() and _travels(path.name):
-            shutil.copyfile(path, folder / path.name)
-
-
-def _travels(name: str) -> bool:
-    wanted = any(fnmatch.fnmatch(name, pattern) for pattern in DOWNLOADED)
-    return wanted and name not in (CONFIG, INDEX, *OWN) and not name.endswith(".safetensors")
+    original.place.hand_on(folder)

@@ -6,19 +6,17 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-from forerun.sources.folder import CONFIG, weight_files
+from typing import Any, Protocol
 
 BLOCK, BLOCKS = 65536, 64
 """Bytes of a look into a large file, and how many looks: training moves every weight, so a sample
 tells models apart."""
 
 
-def fingerprint_of_model(folder: Path) -> str:
-    """Of its config, its end tokens, its tokenizer and a sample of its weights."""
-    described = [folder / name for name in (CONFIG, "generation_config.json", "tokenizer.json")]
-    return fingerprint([*(path for path in described if path.is_file()), *weight_files(folder)])
+class Hash(Protocol):
+    """One of hashlib's."""
+
+    def update(self, data: bytes, /) -> None: ...
 
 
 def fingerprint(paths: Iterable[Path]) -> str:
@@ -26,13 +24,19 @@ def fingerprint(paths: Iterable[Path]) -> str:
     that it takes no time."""
     found = hashlib.sha256()
     for path in paths:
-        size = path.stat().st_size
-        found.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            for block in range(BLOCKS):
-                file.seek(max(block * BLOCK, block * (size - BLOCK) // (BLOCKS - 1)))
-                found.update(file.read(BLOCK))
+        found.update(f"{path.name} ".encode())
+        sample(path, found)
     return found.hexdigest()
+
+
+def sample(path: Path, into: Hash) -> None:
+    """A file's size and contents, but of a large one 64 blocks from end to end, go into a hash."""
+    size = path.stat().st_size
+    into.update(f"{size}\n".encode())
+    with path.open("rb") as file:
+        for block in range(BLOCKS):
+            file.seek(max(block * BLOCK, block * (size - BLOCK) // (BLOCKS - 1)))
+            into.update(file.read(BLOCK))
 
 
 def digest(value: Any) -> str:

@@ -38,7 +38,7 @@ def checkpoint_folder(path_or_hub_id: str | Path) -> Path:
     if "@" in name and Path(name.rpartition("@")[0]).expanduser().is_dir():
         raise CheckpointError(f"{name.rpartition('@')[0]} is a folder, which has no revisions: leave the revision out")
     if path.exists():
-        raise CheckpointError(f"{name} is a file: give the folder that holds {CONFIG} and the weights")
+        raise CheckpointError(f"{name} is a file: give the folder that holds {CONFIG} and the weights, or a GGUF file")
     if isinstance(path_or_hub_id, Path) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(@[\w./-]+)?", name):
         raise CheckpointError(f"there is no folder {name}: check the path")
     repository, _, revision = name.partition("@")
@@ -61,6 +61,9 @@ def checkpoint_folder(path_or_hub_id: str | Path) -> Path:
 def read_config(folder: Path) -> transformers.PreTrainedConfig:
     """The config.json of a checkpoint as transformers reads it."""
     if not (folder / CONFIG).is_file():
+        files = sorted(folder.glob("*.gguf"))
+        if files:
+            raise CheckpointError(f"{folder} holds models in GGUF files: give one of them, such as {files[0]}")
         raise CheckpointError(f"{folder} has no {CONFIG}: give the folder of a Hugging Face checkpoint")
     try:
         return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
@@ -133,9 +136,13 @@ def stored(files: Sequence[Path]) -> dict[str, Stored]:
 
 
 def difference(folder: Path, lines: Sequence[str]) -> str:
-    """The message for weights that are not those of their config.json, one line per tensor."""
+    """The message for weights that are not those of their config.json or of a file's metadata, a line per tensor."""
     listed = [f"  {line}" for line in sorted(lines)[:SHOWN]]
     if len(lines) > SHOWN:
         listed.append(f"  and {len(lines) - SHOWN} more")
-    head = f"the weights in {folder} do not fit its {CONFIG}: repair that file or fetch the weights that belong to it"
+    head = (
+        f"the tensors in {folder} are not those that its metadata calls for: fetch it again, or convert it anew"
+        if folder.is_file()
+        else f"the weights in {folder} do not fit its {CONFIG}: repair that file or fetch the weights that belong to it"
+    )
     return "\n".join([head, *listed])

@@ -1,54 +1,99 @@
-"""A model as it lies in its folder: everything about it but its networks, read once and handed on as one record."""
+"""A model as it lies on a disk: everything about it but its networks, read once and handed on as one record."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Protocol
 
 import transformers
 
-from forerun.sources.fingerprint import fingerprint_of_model
-from forerun.sources.folder import checkpoint_folder, read_config, weight_files
-from forerun.sources.tokenizer import HuggingFaceTokenizer, end_tokens, fingerprint_of, tokenizer_of
+from forerun.sources.folder import checkpoint_folder
+from forerun.sources.gguf.file import GgufFile
+from forerun.sources.gguf.head import SUFFIX
+from forerun.sources.hugging_face import Folder
+from forerun.sources.tokenizer import HuggingFaceTokenizer, fingerprint_of
+from forerun.sources.weights import Weights
+
+
+class Place(Protocol):
+    """Where a model lies. Every method raises CheckpointError for what is missing, damaged or of an unknown kind."""
+
+    @property
+    def path(self) -> Path:
+        """A folder, or a file."""
+        ...
+
+    @property
+    def name(self) -> str: ...
+
+    def config(self) -> transformers.PreTrainedConfig:
+        """As transformers reads config.json."""
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """The entries of that."""
+        ...
+
+    def weights(self) -> Weights: ...
+
+    def tokenizer(self) -> HuggingFaceTokenizer | None:
+        """None where there is none: prompts are token ids then."""
+        ...
+
+    def ends(self) -> list[int]: ...
+
+    def fingerprint(self) -> str: ...
+
+    def hand_on(self, folder: Path) -> None:
+        """Write what belongs to a model made out of this one: tokenizer, chat template, end tokens. Raises OSError."""
+        ...
 
 
 @dataclass(frozen=True)
 class Source:
-    """The folder of a model, and what was said to find it. Its parts are read when they are first asked for, and once.
+    """Where a model lies, and what was said to find it. Its parts are read when they are first asked for, and once.
 
     Every part raises CheckpointError where it is missing, damaged or of an unknown kind.
     """
 
     asked: str
-    folder: Path
+    place: Place
 
     @staticmethod
-    def of(path_or_hub_id: str | Path | Source) -> Source:
-        """A folder in Hugging Face format, or the hub's model of that name, which is fetched if it is not here."""
-        if isinstance(path_or_hub_id, Source):
-            return path_or_hub_id
-        return Source(str(path_or_hub_id), checkpoint_folder(path_or_hub_id))
+    def of(asked: str | Path | Source) -> Source:
+        """A folder in Hugging Face format, a GGUF file, or the hub's model of that name, which is fetched if it is not
+        here."""
+        if isinstance(asked, Source):
+            return asked
+        path = Path(asked).expanduser()
+        is_gguf = path.suffix == SUFFIX and path.is_file()
+        return Source(str(asked), GgufFile(path) if is_gguf else Folder(checkpoint_folder(asked)))
+
+    @property
+    def path(self) -> Path:
+        """The folder, or the file."""
+        return self.place.path
 
     @property
     def name(self) -> str:
-        """What the model is called: its folder's name."""
-        return self.folder.resolve().name
+        """What the model is called: its folder's name, or its file's without the end."""
+        return self.place.name
 
     @cached_property
     def config(self) -> transformers.PreTrainedConfig:
         """config.json as transformers reads it."""
-        return read_config(self.folder)
+        return self.place.config()
 
     @cached_property
-    def weights(self) -> list[Path]:
-        """The safetensors files: one, or the shards that an index names."""
-        return weight_files(self.folder)
+    def weights(self) -> Weights:
+        return self.place.weights()
 
     @cached_property
     def tokenizer(self) -> HuggingFaceTokenizer | None:
         """None where there is none: prompts are token ids then."""
-        return tokenizer_of(self.folder)
+        return self.place.tokenizer()
 
     @cached_property
     def template(self) -> str | None:
@@ -60,12 +105,12 @@ class Source:
     @cached_property
     def ends(self) -> tuple[int, ...]:
         """Tokens that end a text."""
-        return tuple(end_tokens(self.folder))
+        return tuple(self.place.ends())
 
     @cached_property
     def fingerprint(self) -> str:
         """Of config, end tokens, tokenizer and a sample of the weights: what tells one model from another."""
-        return fingerprint_of_model(self.folder)
+        return self.place.fingerprint()
 
     @cached_property
     def vocabulary_fingerprint(self) -> str:

@@ -72,6 +72,14 @@ def ids_without_tokens(tokenizer: HuggingFaceTokenizer, vocab_size: int, ends: C
     return [token for token in range(vocab_size) if token not in known]
 
 
+def merges_of(pieces: Sequence[str]) -> list[tuple[str, str]]:
+    """Every pair of SentencePiece's pieces that makes a third one, best first: it merges by the score of the result,
+    and the pieces come in that order."""
+    known = set(pieces)
+    splits = ((piece[:cut], piece[cut:]) for piece in pieces for cut in range(1, len(piece)))
+    return [(left, right) for left, right in splits if left in known and right in known]
+
+
 def fingerprint_of(vocabulary: Mapping[str, int]) -> str:
     """A hash of what a tokenizer calls its tokens (`tokenizer.get_vocab()`)."""
     return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()

@@ -19,7 +19,7 @@ from forerun.files import whole_folder
 from forerun.nn.save import save_beside
 from forerun.nn.transformer import Transformer
 from forerun.nn.translate import translate
-from forerun.sources.folder import checkpoint_folder, read_config
+from forerun.sources.source import Source
 from forerun.train import drafters
 from forerun.train.events import Events
 from forerun.train.lora import Adapters
@@ -97,7 +97,7 @@ class JointTraining:
         """Both folders appear complete; older ones are replaced."""
         try:
             with whole_folder(out) as beside:
-                save_beside(self.objective.network, checkpoint_folder(self.recipe.heads.target), beside / MODEL)
+                save_beside(self.objective.network, Source.of(self.recipe.heads.target), beside / MODEL)
                 about = Checkpoint(
                     beside / HEADS, method_of(self.recipe)[0], {}, f"{out.name}/{MODEL}", self._about(figures)
                 )
@@ -149,8 +149,8 @@ def prepare(recipe: JointRecipe, device: torch.device) -> JointTraining:
 
 
 def _demand_ours(recipe: drafters.HeadsRecipe) -> None:
-    target, folder = recipe.target, checkpoint_folder(recipe.target)
-    if translate(read_config(folder), folder) is None:
+    target, source = recipe.target, Source.of(recipe.target)
+    if translate(source.config, source.path) is None:
         raise TrainingError(
             f"{target} is not a Llama, Mistral or Qwen, and only those can be changed: leave the target as it is, and"
             " train"

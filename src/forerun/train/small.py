@@ -26,7 +26,6 @@ from forerun.nn.load import load_network
 from forerun.nn.save import save_beside
 from forerun.nn.transformer import Transformer, TransformerConfig
 from forerun.sources.fingerprint import digest
-from forerun.sources.folder import checkpoint_folder
 from forerun.sources.source import Source
 from forerun.train.answers import Answers
 from forerun.train.distill import Distilled, Sample, read
@@ -119,7 +118,7 @@ class SmallTraining:
         """A folder that appears complete: the model as others read it, and what is to be known about it."""
         try:
             with whole_folder(out) as beside:
-                save_beside(self.objective.module, checkpoint_folder(self.recipe.target), beside)
+                save_beside(self.objective.module, Source.of(self.recipe.target), beside)
                 parts = json.loads((run / PRUNING).read_text()) if self.recipe.shape else None
                 put(beside / PRUNING, f"{json.dumps(self._about(figures) | {'kept': parts})}\n".encode())
         except OSError as error:

@@ -16,13 +16,14 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from forerun.errors import TrainingError
 from forerun.files import put
+from forerun.sources.tokenizer import merges_of
 
 UNKNOWN, BOS, EOS = "<|unk|>", "<|bos|>", "<|eos|>"  # not "<s>": source code writes that, in regular expressions
 SPACE_MARK = "\u2581"
@@ -126,7 +127,7 @@ def fast(model: bytes) -> Any:
 
     pieces = pieces_of(model)
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
-    merges = merges_of(pieces)
+    merges = merges_of([piece for piece in pieces if not _is_special(piece)])
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=UNKNOWN, fuse_unk=True, byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE_MARK, prepend_scheme="never", split=False)
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -141,13 +142,6 @@ def pieces_of(model: bytes) -> list[str]:
     """The vocabulary in id order; merged pieces come in the order in which they were merged, then single characters."""
     processor = processor_of(model)
     return [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
-
-
-def merges_of(pieces: Sequence[str]) -> list[tuple[str, str]]:
-    """Every pair of pieces that makes a third one, best first: SentencePiece merges by the score of the result."""
-    known = {piece for piece in pieces if not _is_special(piece)}
-    splits = ((piece[:cut], piece[cut:]) for piece in pieces if piece in known for cut in range(1, len(piece)))
-    return [(left, right) for left, right in splits if left in known and right in known]
 
 
 def _is_special(piece: str) -> bool:

@@ -28,6 +28,8 @@ from forerun.layouts.table import (
 from forerun.layouts.target import Base
 from forerun.nn.translate import places
 from forerun.sources.folder import CONFIG
+from forerun.sources.hugging_face import Folder
+from forerun.sources.source import Source
 
 PREFIX_LAYER = "prefix_embeding_layer."
 SAME_EMBEDDING = 2**-7
@@ -200,4 +202,4 @@ def implied(heads: Heads, folder: Path) -> Base | None:
     if config.prefix is None:
         return None
     shape = replace(config.prefix.transformer(config.width), vocab_size=config.vocab_size)
-    return Base(heads.target, folder, config.width, config.vocab_size, shape)
+    return Base(heads.target, Source(str(folder), Folder(folder)), config.width, config.vocab_size, shape)

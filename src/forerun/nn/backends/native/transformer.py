@@ -194,13 +194,13 @@ class PackedTransformer:
         elif parameter == "final_norm":
             self.norms[parameter][: len(value)] = value.float()
         else:
-            self._put_vocabulary(parameter, value)
+            self._put_vocabulary(parameter, value, begin)
 
-    def _put_vocabulary(self, parameter: str, value: Tensor) -> None:
+    def _put_vocabulary(self, parameter: str, value: Tensor, begin: int) -> None:
         if self.embedding is not None and parameter == "embedding.weight":
-            self.embedding.copy_(value)
+            self.embedding[begin : begin + len(value)] = value
         if parameter == "head.weight" or self.config.tied:
-            self.head.fill(value, 0)
+            self.head.fill(value, begin)
 
     def ready(self) -> PackedTransformer:
         """Call once after all values are in."""
