@@ -20,8 +20,7 @@ class Pace:
     """How a learner goes through data. rate: of Adam; batch: samples of a step; clip: the longest gradient.
 
     shared: one Adam takes all steps, as in the authors' code. Else those on the public set have an Adam of their own,
-    and the weight of their loss is one of the rate: Adam would not notice that of a loss. With one Adam an epoch of
-    distillation, whose gradients are small, makes it forget where the epoch before was going.
+    and the weight of their loss is one of the rate: Adam would not notice that of a loss.
     """
 
     rate: float = 1e-3
