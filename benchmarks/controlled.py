@@ -36,7 +36,7 @@ from forerun.nn.machine import processor
 from forerun.plots.style import Sheet, Theme, write
 
 PLAIN, CONTROLLED, PLANNED = "none", "controlled", "planned"
-COLOURS = {PLAIN: "plain", CONTROLLED: "accepted", PLANNED: "corpus"}
+COLOURS = {PLAIN: "plain", CONTROLLED: "accepted", PLANNED: "verify"}
 NOISE = 5.0
 WAVES = 3
 """Requests for every row, at least."""

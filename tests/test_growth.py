@@ -12,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from drafters.heading import every_kernel, lively, on
 from enumeration import distance, plain_law
 from fakes import Near, TableNetwork, engine_of, plain
+from forerun.accept.exact import Verdict
 from forerun.drafters.small import DraftModel
 from forerun.drafting.drafter import Context
 from forerun.drafting.growth import Chain, Expander, Form, Frontier, SampledTree, StaticTree, TopTree
-from forerun.drafting.stopping import LAST, Confidence, Drafted
+from forerun.drafting.stopping import LAST, Confidence, Drafted, Fixed
 from forerun.errors import DrafterError
 from forerun.model import Model, Scores
 from forerun.nn.feed import Feed, Read
@@ -28,6 +30,7 @@ from test_engine import engine_law, processed
 
 CPU = torch.device("cpu")
 VOCAB = 4
+FORMS = ["chain", "best", "drawn"]
 EXACT = 1e-6
 
 
@@ -293,9 +296,7 @@ def test_rules_that_do_not_read_cost_no_forward_more() -> None:
 
 
 @pytest.mark.parametrize("depths", [[4, 0, 2], [0, 0, 3], [1, 4, 4]])
-@pytest.mark.parametrize(
-    "form", [Chain(Confidence(0.45, 4)), TopTree(2, 3, 5), SampledTree([2, 1])], ids=["chain", "best", "drawn"]
-)
+@pytest.mark.parametrize("form", [Chain(Confidence(0.45, 4)), TopTree(2, 3, 5), SampledTree([2, 1])], ids=FORMS)
 def test_a_draft_model_reads_the_nodes_that_get_children_and_nothing_else(
     monkeypatch: pytest.MonkeyPatch, form: Form, depths: list[int]
 ) -> None:
@@ -322,6 +323,31 @@ def test_a_draft_model_reads_the_nodes_that_get_children_and_nothing_else(
     for row, depth in enumerate(depths):
         nodes = sum(counts[row] for counts in read)
         assert nodes == max(0, len(alone[row]) - 2) if isinstance(form, Chain) else (nodes > 0) == (depth > 1)
+
+
+@pytest.mark.parametrize("form", [Chain(Fixed(4)), TopTree(3, 4, 9), SampledTree([1, 1, 1, 1])], ids=FORMS)
+@every_kernel
+def test_what_was_not_read_is_not_kept(kernels: str, form: Form) -> None:
+    """Rows of several depths keep all of their longest paths; the draft model then says what a new one says."""
+    network, rows = on(lively(), kernels), rows_of([3, 2, 6])
+    drafter = DraftModel.on(network, form)
+    for row in rows:
+        drafter.admit(row, {})
+    for depths in ([1, 4, 3], [4, 2, 1], [3, 1, 4]):
+        context = context_of(rows, depths)
+        tree = drafter.propose(context)
+        paths = [
+            max(map(tree.topology.path, [row] * size, range(size)), key=len) for row, size in enumerate(tree.sizes)
+        ]
+        said = [[*(tokens[node] for node in path[1:]), 1] for tokens, path in zip(tree.tokens, paths, strict=True)]
+        for row, tokens in zip(rows, said, strict=True):
+            row.tokens += tokens
+        drafter.observe(context, tree, Verdict(paths, [1] * len(rows), [True] * len(rows)), Scores(torch.zeros(0)))
+        fresh = Model(network, 1)
+        for row in rows:
+            fresh.admit(row.limit)
+        found, expected = (model.next_scores(rows).logits_BNV for model in (drafter.model, fresh))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_rule_for_another_model_is_refused_with_a_sentence() -> None:

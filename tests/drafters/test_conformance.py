@@ -136,6 +136,15 @@ def test_rows_come_and_go_in_any_order(name: str, preset: str, made: Drafter) ->
         assert said(engine(made, max_rows), PROMPTS, wishes) == expected
 
 
+@every_case
+def test_a_row_that_wants_no_drafts_decodes_plainly_beside_those_that_do(name: str, preset: str, made: Drafter) -> None:
+    wishes = [replace(one, drafts=row % 2 == 1) for row, one in enumerate(SAMPLED)]
+    outputs = engine(made, 3).generate(PROMPTS, wishes)
+    assert [output.token_ids for output in outputs][::2] == plainly_sampled()[::2]
+    assert [output.stats.drafted_tokens for output in outputs][::2] == [0, 0, 0]
+    assert name == "none" or any(output.stats.drafted_tokens for output in outputs[1::2])
+
+
 SAMPLED = [SamplingParams(temperature=0.5 + row / 4, seed=row, max_new_tokens=40) for row in range(len(PROMPTS))]
 
 
