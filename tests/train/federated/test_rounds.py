@@ -191,7 +191,12 @@ def test_towers_that_fit_nowhere_cannot_be_averaged() -> None:
 
 @pytest.mark.parametrize(
     ("method", "given"),
-    [("creamfl", {"late": 0.5, "half": True}), ("fedmd", {"rows_per_round": 10}), ("fedavg", {"dropout": 0.3})],
+    [
+        ("creamfl", {"late": 0.5, "half": True}),
+        ("creamfl", {"shared_adam": True}),
+        ("fedmd", {"rows_per_round": 10}),
+        ("fedavg", {"dropout": 0.3}),
+    ],
 )
 def test_a_run_goes_on_with_the_same_bits(method: str, given: dict[str, Any], tmp_path: Path) -> None:
     def begun() -> Federation:

@@ -106,8 +106,13 @@ class Server(Learner):
         return losses
 
     def state(self) -> dict[str, Tensor]:
-        return super().state() | memories(self.adams)
+        return super().state() | memories(self._own_adams)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         super().load_state(state)
-        load_memories(self.adams, state)
+        load_memories(self._own_adams, state)
+
+    @property
+    def _own_adams(self) -> list[torch.optim.Optimizer]:
+        """Each once, for one may be both."""
+        return list(dict.fromkeys(self.adams))
