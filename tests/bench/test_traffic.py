@@ -41,14 +41,16 @@ class Fake(BaseHTTPRequestHandler):
             kind.bodies.append(body)
             kind.running += 1
             kind.most = max(kind.most, kind.running)
-        try:
-            self._answer(body)
-        finally:
-            with self.lock:
-                kind.running -= 1
+        self._answer(body)
+
+    def _leave(self) -> None:
+        """Before the client can know that it is answered, for then it asks again at once."""
+        with self.lock:
+            type(self).running -= 1
 
     def _answer(self, body: dict[str, Any]) -> None:
         if body["prompt"] == "busy":
+            self._leave()
             return self._send(429, {"error": {"message": "too many"}})
         self.send_response(200)
         self.send_header("Connection", "close")
@@ -56,6 +58,7 @@ class Fake(BaseHTTPRequestHandler):
         for number in range(3):
             self._event({"choices": [{"text": f"t{number}"}]})
             time.sleep(0.02)
+        self._leave()
         if body["prompt"] == "broken":
             return None
         self._event({"choices": [], "usage": USAGE})
